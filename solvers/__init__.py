@@ -1,0 +1,23 @@
+"""Fixed-point solvers for PyTorch: batched, per-sample convergence, no silent failure."""
+
+from solvers._base import Solver, State
+from solvers._registry import get_solver
+from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, Status
+from solvers._solve import solve
+from solvers.anderson import Anderson
+from solvers.broyden import Broyden
+from solvers.picard import Picard
+
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "Picard",
+    "Solution",
+    "Solver",
+    "State",
+    "Status",
+    "get_solver",
+    "solve",
+]

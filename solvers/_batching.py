@@ -1,0 +1,111 @@
+"""How a pytree of batched tensors becomes one (B, D) matrix for the solvers, and back."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class Layout:
+    """The shapes of a state: its leaves, which leading dimensions are the batch, and the dtype of the algebra.
+
+    The solvers see a (B, D) matrix whose rows are independent problems. Half-precision states are worked on in
+    float32: f is still called with the state's own dtype.
+
+    Args:
+        z0: A tensor or a pytree of tensors, each with the same leading ``batch_dims`` dimensions.
+        batch_dims: How many leading dimensions index independent problems; 0 is one problem.
+
+    Raises:
+        TypeError: A leaf is no tensor, or not of a real floating-point dtype.
+        ValueError: The leaves disagree on the batch shape or the device, or there are none.
+    """
+
+    def __init__(self, z0: Any, batch_dims: int) -> None:
+        if not isinstance(batch_dims, int) or isinstance(batch_dims, bool) or batch_dims < 0:
+            raise ValueError(f"batch_dims must be an integer >= 0, got {batch_dims!r}.")
+        leaves, self._spec = tree_flatten(z0)
+        if not leaves:
+            raise ValueError(f"The state has no tensors: z0 = {z0!r}.")
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(
+                    f"The state must be a tensor or a pytree of tensors, got a {type(leaf).__name__} in it."
+                )
+            if not leaf.dtype.is_floating_point:
+                raise TypeError(
+                    f"The state must be real and floating-point, got {leaf.dtype}. Convert it with z0.float(); for a "
+                    "complex state, solve for torch.view_as_real(z)."
+                )
+            if leaf.dim() < batch_dims:
+                raise ValueError(
+                    f"batch_dims={batch_dims} but a state tensor has shape {tuple(leaf.shape)}. Lower batch_dims "
+                    "(0 means one problem) or give the state its batch dimensions."
+                )
+        first = leaves[0]
+        self.batch_shape = first.shape[:batch_dims]
+        for leaf in leaves[1:]:
+            if leaf.shape[:batch_dims] != self.batch_shape or leaf.device != first.device:
+                raise ValueError(
+                    f"All tensors of the state must share their first {batch_dims} dimensions and their device: got "
+                    f"{tuple(first.shape)} on {first.device} and {tuple(leaf.shape)} on {leaf.device}."
+                )
+        self.device = first.device
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.dtypes = [leaf.dtype for leaf in leaves]
+        self.batch_size = math.prod(self.batch_shape)
+        self.sizes = [math.prod(leaf.shape[batch_dims:]) for leaf in leaves]
+        self.dtype = torch.float32
+        for dtype in self.dtypes:
+            if dtype == torch.float64:
+                self.dtype = dtype
+
+    def pack(self, tree: Any) -> Tensor:
+        """A pytree like z0 -> (B, D) in the dtype of the algebra. Views where it can."""
+        leaves = [tree] if isinstance(tree, Tensor) else tree_flatten(tree)[0]
+        rows = [leaf.reshape(self.batch_size, size) for leaf, size in zip(leaves, self.sizes, strict=True)]
+        rows = [row if row.dtype == self.dtype else row.to(self.dtype) for row in rows]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    def unpack(self, flat: Tensor) -> Any:
+        """(B, D) -> a pytree like z0, with its dtypes."""
+        columns = [flat] if len(self.sizes) == 1 else flat.split(self.sizes, dim=1)
+        leaves = [
+            column.reshape(shape).to(dtype)
+            for column, shape, dtype in zip(columns, self.shapes, self.dtypes, strict=True)
+        ]
+        return tree_unflatten(leaves, self._spec)
+
+    def unpack_batch(self, per_sample: Tensor) -> Tensor:
+        """(..., B) with one entry a sample -> (..., *batch shape)."""
+        return per_sample.reshape((*per_sample.shape[:-1], *self.batch_shape))
+
+    def check(self, output: Any, name: str = "f") -> None:
+        """Raise unless ``output``, what ``f`` returned, is like the state.
+
+        Under autocast another floating-point dtype is accepted: the state keeps its own.
+        """
+        leaves, spec = tree_flatten(output)
+        if spec != self._spec:
+            raise ValueError(
+                f"{name} must return the structure of the state: got {spec} for a state of structure {self._spec}."
+            )
+        for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{name} must return tensors, got a {type(leaf).__name__}.")
+            if leaf.shape != shape:
+                raise ValueError(
+                    f"{name} must return the shape of the state: got {tuple(leaf.shape)} for a state of shape "
+                    f"{tuple(shape)}."
+                )
+            if leaf.device != self.device:
+                raise ValueError(f"{name} must return tensors on {self.device}, where the state is; got {leaf.device}.")
+            if leaf.dtype != dtype and not (
+                leaf.dtype.is_floating_point and torch.is_autocast_enabled(self.device.type)
+            ):
+                raise TypeError(
+                    f"{name} must return the dtype of the state: got {leaf.dtype} for a state of {dtype}. Convert z0 "
+                    "or the output of the map."
+                )

@@ -1,0 +1,166 @@
+"""The stopping tests of the driver loop: which samples are done, why, and the best value of each."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from solvers._solution import Status
+
+# A sample still being solved. Not a Status: no solution ever carries it.
+ACTIVE = -1
+
+# A residual this many times the size of the first iterate's image means divergence: far above the transients of
+# convergent iterations, far below overflow in float32.
+DIVERGENCE_FACTOR = 1e6
+
+# Steps in which the best residual of a sample does not improve before it counts as stagnated.
+PATIENCE = 50
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """(B, D) -> (B,) root mean square of each row, so that tolerances do not depend on D."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return norm / math.sqrt(max(x.shape[1], 1))
+
+
+def relative(error: Tensor, scale: Tensor) -> Tensor:
+    """``error / scale``, 0 where both are 0."""
+    return error / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+class FixedSteps:
+    """No test: every sample takes all the steps. Nothing is copied to the host, so that it compiles to one graph.
+
+    Args:
+        keep_history: Compute and keep the residual of every step.
+    """
+
+    any_done: Literal[False] = False
+
+    def __init__(self, *, keep_history: bool) -> None:
+        self._history: list[Tensor] | None = [] if keep_history else None
+        self.residual: Tensor | None = None
+        self._step = 0
+
+    def update(self, z: Tensor, fz: Tensor) -> bool:
+        """Take in one step's iterate and its image, both (B, D); never done."""
+        self._step += 1
+        self.value = fz
+        if self._history is not None:
+            with torch.no_grad():
+                self.residual = relative(rms_norm(fz - z), rms_norm(fz))
+                self._history.append(self.residual)
+        return False
+
+    def finish(self) -> None:
+        """All steps are taken."""
+        batch = self.value.shape[:1]
+        self.status = self.value.new_full(batch, Status.UNTESTED, dtype=torch.int8)
+        self.num_steps = self.value.new_full(batch, self._step, dtype=torch.int64)
+
+    @property
+    def history(self) -> Tensor | None:
+        """(steps, B), or None."""
+        return None if self._history is None else torch.stack(self._history)
+
+
+class ToleranceTest:
+    """Follows every sample: its best value and residual, its status, the step it stopped at.
+
+    A sample that has stopped, well or badly, keeps its value; later updates do not touch it.
+
+    Args:
+        rtol: Relative tolerance.
+        atol: Absolute tolerance, on the root mean square of ``f(z) - z``.
+        keep_history: Keep the residuals of every step.
+    """
+
+    # Set by the first update.
+    value: Tensor  # (B, D)
+    status: Tensor  # (B,), as all below
+    residual: Tensor
+    num_steps: Tensor
+    _best_step: Tensor
+    _limit: Tensor
+    _any_active: bool
+
+    def __init__(self, rtol: float, atol: float, *, keep_history: bool) -> None:
+        self._rtol = rtol
+        self._atol = atol
+        self._history: list[Tensor] | None = [] if keep_history else None
+        self._step = 0
+        self.any_done = False
+
+    def update(self, z: Tensor, fz: Tensor) -> bool:
+        """Take in one step's iterate and its image, both (B, D); True when every sample is done."""
+        self._step += 1
+        with torch.no_grad():
+            error = rms_norm(fz - z)  # (B,)
+            scale = rms_norm(fz)  # (B,)
+            residual = relative(error, scale)
+            if self._step == 1:
+                self._start(error, scale, fz)
+            improved = residual < self.residual
+            met = error <= self._atol + self._rtol * scale
+            # In most steps nothing happens to any sample but a smaller residual; one look at the host settles that.
+            # A nan compares false, so it is never ordinary.
+            ordinary = improved & ~met & (error < self._limit)
+            if not self.any_done and bool(ordinary.all()):
+                if self._history is not None:
+                    self._history.append(residual)
+                self.residual = residual
+                self._best_step.fill_(self._step)
+                self.value = fz
+                return False
+            taken = self._settle(residual, error, improved, met)
+        self.value = torch.where(taken.unsqueeze(1), fz, self.value)
+        return not self._any_active
+
+    def _start(self, error: Tensor, scale: Tensor, fz: Tensor) -> None:
+        self.value = fz
+        self.residual = torch.full_like(error, math.inf)
+        self.status = torch.full_like(error, ACTIVE, dtype=torch.int8)
+        self.num_steps = torch.zeros_like(error, dtype=torch.int64)
+        self._best_step = torch.zeros_like(self.num_steps)
+        self._limit = DIVERGENCE_FACTOR * (error + scale)
+
+    def _settle(self, residual: Tensor, error: Tensor, improved: Tensor, met: Tensor) -> Tensor:
+        """Decide sample by sample; returns (B,) which of them take the new value."""
+        active = self.status == ACTIVE
+        met = met & active
+        taken = met | (improved & active)
+        self.residual = torch.where(taken, residual, self.residual)
+        self._best_step = torch.where(taken, self._step, self._best_step)
+        if self._history is not None:
+            self._history.append(torch.where(active, residual, self.residual))
+
+        # The later line wins: what is not finite is no matter of stagnation.
+        status = self.status
+        status = status.masked_fill(active & (self._step - self._best_step >= PATIENCE), Status.STAGNATED)
+        status = status.masked_fill(active & (error > self._limit), Status.DIVERGED)
+        status = status.masked_fill(active & ~error.isfinite(), Status.NONFINITE)
+        self.status = status.masked_fill(met, Status.CONVERGED)
+
+        self.num_steps = torch.where(active, self._step, self.num_steps)
+        done = self.done
+        self.any_done, all_done = torch.stack((done.any(), done.all())).tolist()
+        self._any_active = not all_done
+        return taken
+
+    @property
+    def done(self) -> Tensor:
+        """(B,) bool: which samples have stopped."""
+        return self.status != ACTIVE
+
+    def finish(self) -> None:
+        """The steps are used up: what is still active failed."""
+        active = self.status == ACTIVE
+        self.num_steps = torch.where(active, self._step, self.num_steps)
+        self.status = self.status.masked_fill(active, Status.MAX_STEPS)
+
+    @property
+    def history(self) -> Tensor | None:
+        """(steps, B), or None."""
+        return None if self._history is None else torch.stack(self._history)

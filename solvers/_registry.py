@@ -1,0 +1,37 @@
+"""Solvers by name, for command lines and configuration files."""
+
+from typing import Any
+
+from solvers._base import Solver
+from solvers.anderson import Anderson
+from solvers.broyden import Broyden
+from solvers.picard import Picard
+
+_SOLVERS: dict[str, type[Solver]] = {"picard": Picard, "anderson": Anderson, "broyden": Broyden}
+
+
+def get_solver(solver: Solver | str, **options: Any) -> Solver:
+    """The solver of that name with these options; a solver object passes through.
+
+    Args:
+        solver: ``"picard"``, ``"anderson"`` or ``"broyden"``, or a solver object.
+        **options: The hyperparameters of the named solver.
+
+    Raises:
+        ValueError: No solver has that name; the message lists those that exist.
+        TypeError: The solver has no such option, or options came with a solver object, or it is no solver.
+
+    Example:
+        >>> from solvers import get_solver
+        >>> get_solver("anderson", memory=10)
+        Anderson(memory=10, damping=1.0, least_squares='gram')
+    """
+    if isinstance(solver, Solver):
+        if options:
+            raise TypeError(f"Options go with a name, but {solver!r} is a solver already: got {sorted(options)}.")
+        return solver
+    if not isinstance(solver, str):
+        raise TypeError(f"A solver must be a solvers.Solver object or a name, got {solver!r}.")
+    if solver not in _SOLVERS:
+        raise ValueError(f"There is no solver {solver!r}. The known ones: {', '.join(_SOLVERS)}.")
+    return _SOLVERS[solver](**options)

@@ -1,0 +1,135 @@
+"""What a solve returns: the answer and, per sample, whether and how far to trust it."""
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Status(enum.IntEnum):
+    """How the solve of one sample ended. ``status.message`` says what it means and what to do."""
+
+    message: str
+
+    def __new__(cls, code: int, message: str = "") -> "Status":
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.message = message
+        return member
+
+    CONVERGED = 0, "The residual met the tolerance."
+    MAX_STEPS = (
+        1,
+        "The residual was still above the tolerance after max_steps steps. Raise max_steps, loosen rtol or atol, or "
+        "use a faster solver.",
+    )
+    STAGNATED = (
+        2,
+        "The residual stopped decreasing above the tolerance. The tolerance may be below what the dtype can resolve "
+        "(loosen it or use float64), or the iteration cycles (use another solver, or damping).",
+    )
+    DIVERGED = (
+        3,
+        "The residual grew far beyond its start: the map is not a contraction here. Use Anderson or Broyden, lower "
+        "the damping, start closer, or constrain the map (for instance with implicit.spectral_norm).",
+    )
+    NONFINITE = (
+        4,
+        "The map or the solver produced inf or nan. Check the inputs and the map at the returned value, which is the "
+        "best finite one seen, if there was any.",
+    )
+    BREAKDOWN = (
+        5,
+        "The linear solver cannot go on: its search space is exhausted and the operator is singular on it. Check "
+        "that 1 is not an eigenvalue of the map's Jacobian, or regularize the map.",
+    )
+    UNTESTED = (
+        6,
+        "A fixed number of steps was asked for (rtol=None, atol=None), so convergence was not tested.",
+    )
+
+
+class ConvergenceWarning(UserWarning):
+    """Some samples of a solve did not converge, and ``on_failure="warn"``."""
+
+
+class ConvergenceError(RuntimeError):
+    """Some samples of a solve did not converge. ``error.solution`` holds what was reached."""
+
+    def __init__(self, message: str, solution: "Solution") -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+@dataclasses.dataclass(eq=False)
+class Solution:
+    """The result of :func:`solvers.solve` and :func:`solvers.linear.linear_solve`.
+
+    Below, B stands for the batch shape: the leading ``batch_dims`` dimensions of the state.
+
+    Attributes:
+        value: Like ``z0``. For each sample ``f(z)`` of the iterate ``z`` with the smallest residual. For a linear
+            solve, the solution vector. A sample whose very first evaluation is not finite keeps that evaluation.
+        status: (B,) int8, one :class:`Status` per sample.
+        residual: (B,) relative residual ``norm(f(z) - z) / norm(f(z))`` of that iterate (linear:
+            ``norm(b - A x) / norm(b)``); None when a fixed number of steps was taken without ``history=True``.
+        num_steps: (B,) int64, the step at which each sample stopped. The first evaluation of f counts as step 1.
+        num_evals: Number of calls of f (of the matrix-vector product) for the whole batch.
+        history: (steps really taken, B) residuals when ``history=True``, else None. A stopped sample repeats its
+            last one.
+        state: The solver's last state, on the flattened (B, D) problem. Not part of the comparison or the repr.
+        adjoint: The Solution of the linear solve in the backward pass, filled in by backward modes that make one.
+    """
+
+    value: Any
+    status: Tensor
+    residual: Tensor | None
+    num_steps: Tensor
+    num_evals: int
+    history: Tensor | None = None
+    state: Any = dataclasses.field(default=None, repr=False)
+    adjoint: "Solution | None" = dataclasses.field(default=None, repr=False)
+
+    @property
+    def converged(self) -> Tensor:
+        """(B,) bool: which samples met the tolerance."""
+        return self.status == Status.CONVERGED
+
+    @property
+    def failed(self) -> Tensor:
+        """(B,) bool: which samples were tested and did not meet the tolerance."""
+        return (self.status != Status.CONVERGED) & (self.status != Status.UNTESTED)
+
+    def raise_if_failed(self) -> None:
+        """Raise :class:`ConvergenceError`, with this solution on it, if any sample failed."""
+        if bool(self.failed.any()):
+            raise ConvergenceError(self.summary(), self)
+
+    def summary(self) -> str:
+        """How many samples ended how, the worst of each kind, and what to do about it."""
+        status = self.status.flatten().cpu()
+        residual = None if self.residual is None else self.residual.detach().flatten().cpu()
+        lines = []
+        for member in Status:
+            indices = (status == member).nonzero().flatten().tolist()
+            if not indices:
+                continue
+            line = f"{len(indices)} of {status.numel()} samples {member.name}"
+            if member is not Status.UNTESTED and residual is not None:
+                worst = max(indices, key=lambda i: _nan_to_inf(float(residual[i])))
+                line += f" (worst residual {float(residual[worst]):.2e}, sample {self._index(worst)})"
+            lines.append(f"{line}: {member.message}" if member is not Status.CONVERGED else f"{line}.")
+        return "\n".join(lines) or "The batch is empty."
+
+    def _index(self, flat: int) -> int | Sequence[int]:
+        """The position of a flattened sample in the batch shape, as a user would index it."""
+        if self.status.dim() <= 1:
+            return flat
+        return tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), self.status.shape))
+
+
+def _nan_to_inf(x: float) -> float:
+    return float("inf") if x != x else x

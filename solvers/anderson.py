@@ -1,0 +1,151 @@
+"""Anderson acceleration (type II)."""
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from solvers._base import FlatMapping, Solver, State
+from solvers._hyperparameters import require_damping, require_positive_int
+from solvers._small_systems import back_substitute, inverse_or_zero
+from solvers._window import combine, dot, store
+
+
+@dataclasses.dataclass
+class AndersonState(State):
+    """What Anderson remembers of its last n <= memory steps; slot i of each block belongs to the same step.
+
+    Attributes:
+        steps: Steps taken after the first, on the host.
+        df: (B, m, D) differences of ``f(z)``.
+        dg: (B, m, D) differences of the residual ``g = f(z) - z``.
+        gram: (B, n, n) inner products of the residual differences.
+    """
+
+    steps: int = 0
+    df: Tensor | None = None
+    dg: Tensor | None = None
+    gram: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Anderson(Solver):
+    """Anderson acceleration: extrapolates from the last steps what a linear map would do next.
+
+    With g = f(z) - z and the differences of the last n <= memory steps as columns of dF and dG,
+
+        gamma = argmin |g - dG gamma|,    z <- z + damping * g - (dF - (1 - damping) * dG) gamma.
+
+    The default choice: on a linear map it is as fast as GMRES with the same memory, and near a fixed point every
+    smooth map is linear. Costs one call of ``f`` a step and 2 * memory + 5 vectors of the state's size.
+
+    The columns are scaled to unit length and eliminated from the newest to the oldest. A column that depends on newer
+    ones to working precision is left out, for that sample alone: there is no ridge, no sample is singular, and nothing
+    raises. (The textbook drops the oldest columns until a condition number is small enough.)
+
+    Args:
+        memory: How many differences to keep. 5 is a good start, 10 pays on slowly converging maps.
+        damping: Mixing factor in (0, 1]; 1 is undamped.
+        least_squares: "gram" solves the least-squares problem through its Gram matrix, of which a step computes one
+            new row; directions closer than about sqrt(eps) count as dependent. "qr" orthogonalizes the columns in
+            every step, about memory / 2 times the vector work, and tells directions apart down to eps.
+
+    References:
+        Anderson, "Iterative procedures for nonlinear integral equations", J. ACM 12 (1965).
+        Walker and Ni, "Anderson acceleration for fixed-point iterations", SIAM J. Numer. Anal. 49 (2011), eq. (2.2).
+    """
+
+    memory: int = 5
+    damping: float = 1.0
+    least_squares: Literal["gram", "qr"] = "gram"
+
+    def __post_init__(self) -> None:
+        if self.least_squares not in ("gram", "qr"):
+            raise ValueError(f'Anderson(least_squares=...) must be "gram" or "qr", got {self.least_squares!r}.')
+        require_positive_int(self, "memory", self.memory)
+        require_damping(self, self.damping)
+
+    def init(self, f: FlatMapping, z0: Tensor) -> AndersonState:
+        return AndersonState(z=z0, fz=f(z0))
+
+    def step(self, f: FlatMapping, state: AndersonState) -> AndersonState:
+        g = state.fz - state.z  # (B, D)
+        z = state.fz if self.damping == 1.0 else state.z.lerp(state.fz, self.damping)
+        if state.df is not None and state.dg is not None and state.gram is not None:
+            n = state.gram.shape[1]
+            gamma = self._coefficients(state.dg[:, :n], state.gram, g, state.steps % self.memory)
+            z = z - combine(state.df[:, :n], gamma)
+            if self.damping != 1.0:
+                z = z + (1.0 - self.damping) * combine(state.dg[:, :n], gamma)
+        fz = f(z)
+        dg = fz - z - g
+        slot = state.steps % self.memory
+        df_block = store(state.df, slot, fz - state.fz, self.memory)
+        dg_block = store(state.dg, slot, dg, self.memory)
+        n = min(state.steps + 1, self.memory)
+        row = dot(dg_block[:, :n], dg)  # (B, n)
+        gram = _replace_row_and_column(state.gram, slot, row)
+        return AndersonState(z=z, fz=fz, steps=state.steps + 1, df=df_block, dg=dg_block, gram=gram)
+
+    def _coefficients(self, dg: Tensor, gram: Tensor, g: Tensor, next_slot: int) -> Tensor:
+        """gamma (B, n). The columns go in newest first, so that of two dependent ones the older is left out."""
+        if self.least_squares == "qr":
+            gamma = _least_squares_qr(dg.roll(-next_slot, dims=1).flip(1), g)
+        else:
+            ordered = gram.roll((-next_slot, -next_slot), dims=(1, 2)).flip(1, 2)
+            gamma = _least_squares_gram(ordered, dot(dg, g).roll(-next_slot, dims=1).flip(1))
+        return gamma.flip(1).roll(next_slot, dims=1)
+
+
+def _replace_row_and_column(gram: Tensor | None, slot: int, row: Tensor) -> Tensor:
+    """The symmetric (B, n, n) matrix with row and column ``slot`` set to ``row`` (B, n); it may grow by one."""
+    if gram is None:
+        return row.unsqueeze(2)
+    above, below = gram[:, :slot], gram[:, slot + 1 :]
+    kept = torch.cat((above, below), dim=1)  # (B, n - 1, n or n - 1)
+    others = torch.cat((row[:, :slot], row[:, slot + 1 :]), dim=1).unsqueeze(2)
+    kept = torch.cat((kept[:, :, :slot], others, kept[:, :, slot + 1 :]), dim=2)
+    return torch.cat((kept[:, :slot], row.unsqueeze(1), kept[:, slot:]), dim=1)
+
+
+def _least_squares_gram(gram: Tensor, rhs: Tensor) -> Tensor:
+    """Minimize ``|b - A x|`` from ``gram = A'A`` (B, n, n) and ``rhs = A'b`` (B, n) by elimination.
+
+    The columns are scaled to unit length, so the pivot of a column is the squared sine of its angle to the columns
+    before it. Rounding in the Gram matrix makes pivots near n * eps meaningless; such a column gets the coefficient 0.
+    """
+    n = gram.shape[1]
+    scale = inverse_or_zero(gram.diagonal(dim1=1, dim2=2).sqrt(), 0.0)  # (B, n)
+    matrix = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+    vector = rhs * scale
+    threshold = 8 * n * torch.finfo(gram.dtype).eps
+    rows = []
+    for _ in range(n):
+        inverse = inverse_or_zero(matrix[:, 0, :1], threshold)  # (B, 1)
+        row, value = matrix[:, 0, 1:], vector[:, :1]
+        rows.append((inverse, row, value))
+        factor = row * inverse  # (B, columns left); the matrix is symmetric
+        matrix = matrix[:, 1:, 1:] - factor.unsqueeze(2) * row.unsqueeze(1)
+        vector = vector[:, 1:] - factor * value
+    return back_substitute(rows) * scale
+
+
+def _least_squares_qr(columns: Tensor, rhs: Tensor) -> Tensor:
+    """Minimize ``|b - A x|`` for the columns of A as (B, n, D) and b as (B, D) by modified Gram-Schmidt.
+
+    Like :func:`_least_squares_gram`, but a column is dependent only when the sine itself is near n * eps.
+    """
+    n = columns.shape[1]
+    scale = inverse_or_zero(torch.linalg.vector_norm(columns, dim=2), 0.0)  # (B, n)
+    columns = columns * scale.unsqueeze(2)
+    threshold = 8 * n * torch.finfo(rhs.dtype).eps
+    rows = []
+    for _ in range(n):
+        inverse = inverse_or_zero(torch.linalg.vector_norm(columns[:, 0], dim=1, keepdim=True), threshold)  # (B, 1)
+        q = columns[:, 0] * inverse  # (B, D)
+        row, value = dot(columns[:, 1:], q), (rhs * q).sum(dim=1, keepdim=True)
+        rows.append((inverse, row, value))
+        columns = columns[:, 1:] - row.unsqueeze(2) * q.unsqueeze(1)
+        rhs = rhs - value * q
+    return back_substitute(rows) * scale

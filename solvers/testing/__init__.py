@@ -1,0 +1,5 @@
+"""What a solver is tested and measured with."""
+
+from solvers.testing.problems import BANK, BankProblem
+
+__all__ = ["BANK", "BankProblem"]

@@ -1,0 +1,252 @@
+"""Every solver on the problem bank: the answer, the status, and how many calls of the map it takes."""
+
+import functools
+
+import pytest
+import torch
+
+from solvers import Anderson, Broyden, Picard, Solver, Status, solve
+from solvers.testing import BANK
+from solvers.testing.problems import imlp, linear
+
+SOLVERS: dict[str, Solver] = {
+    "picard": Picard(),
+    "anderson 5": Anderson(),
+    "anderson 10": Anderson(memory=10),
+    "anderson 5 qr": Anderson(least_squares="qr"),
+    "anderson 5 damped": Anderson(damping=0.7),
+    "broyden": Broyden(),
+    "broyden 10": Broyden(memory=10),
+}
+CONVERGENT = ["linear 0.5", "linear 0.9", "cos", "tanh", "imlp", "contractive 2x2", "H-equation"]
+
+# Calls of f to 1e-5 relative in float32. None where the count depends on the last bits.
+CALLS = {
+    "linear 0.5": {"picard": 16, "anderson 5": 11, "anderson 10": 10, "broyden": 11},
+    "linear 0.9": {"picard": 86, "anderson 5": 35, "anderson 10": 25, "broyden": 28},
+    "cos": {"picard": 29, "anderson 5": 5, "anderson 10": 5, "broyden": 5},
+    "contractive 2x2": {"picard": 18, "anderson 5": 4, "anderson 10": 4, "broyden": 5},
+}
+
+
+@functools.cache
+def bank_problem(name, dtype):
+    return imlp(dtype, rows=128) if name == "imlp" else BANK[name](dtype)
+
+
+class CountedMap:
+    """A map that counts its calls."""
+
+    def __init__(self, f):
+        self.f = f
+        self.calls = 0
+
+    def __call__(self, z):
+        self.calls += 1
+        return self.f(z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("problem", CONVERGENT)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_finds_the_fixed_point(solver, problem, dtype):
+    bank = bank_problem(problem, dtype)
+    rtol = 1e-5 if dtype == torch.float32 else 1e-10
+    f = CountedMap(bank.f)
+    solution = solve(f, bank.z0, SOLVERS[solver], rtol=rtol, atol=0, max_steps=500, on_failure="raise")
+    assert solution.converged.all()
+    assert solution.num_evals == f.calls == int(solution.num_steps.max())
+    # At a contraction factor of at most 0.9 the error is within 10 residuals; the H-equation's is 0.91 or so.
+    error = (solution.value - bank.solution).norm(dim=1) / bank.solution.norm(dim=1)
+    assert (error <= 20 * rtol).all()
+    # The residual that it reports is that of the iterate whose image is the value.
+    assert (solution.residual <= rtol).all()
+    assert solution.value.dtype == dtype
+
+
+@pytest.mark.parametrize(("problem", "solver"), [(p, s) for p, row in CALLS.items() for s in row])
+def test_calls_of_the_map(problem, solver):
+    bank = bank_problem(problem, torch.float64)
+    solution = solve(bank.f, bank.z0, SOLVERS[solver], rtol=1e-5, atol=0, max_steps=200)
+    assert solution.num_evals == CALLS[problem][solver]
+
+
+def test_anderson_needs_few_calls_in_float32():
+    bank = bank_problem("linear 0.9", torch.float32)
+    for memory, most in ((5, 40), (10, 30)):
+        solution = solve(bank.f, bank.z0, Anderson(memory=memory), rtol=1e-5, atol=0, max_steps=200)
+        assert solution.converged.all()
+        assert solution.num_evals <= most
+
+
+@pytest.mark.parametrize("least_squares", ["gram", "qr"])
+@pytest.mark.parametrize(("memory", "entries"), list(enumerate([11, 10, 10, 11, 12, 12], start=1)))
+def test_h_equation_histories_are_those_of_toth_and_kelley(memory, entries, least_squares):
+    """Toth and Kelley (2015), table 4: entries of the residual history until it is reduced by 1e-8."""
+    bank = bank_problem("H-equation", torch.float64)
+    first = float((bank.f(bank.z0) - bank.z0).square().mean().sqrt())
+    solver = Anderson(memory=memory, least_squares=least_squares)
+    solution = solve(bank.f, bank.z0, solver, rtol=0, atol=1e-8 * first, history=True, on_failure="raise")
+    assert len(solution.history) == solution.num_evals == entries
+
+
+def test_contractive_2x2_takes_anderson_four_steps():
+    bank = bank_problem("contractive 2x2", torch.float64)
+    picard = solve(bank.f, bank.z0, Picard(), rtol=0, atol=1e-8)
+    anderson = solve(bank.f, bank.z0, Anderson(memory=2), rtol=0, atol=1e-8, history=True)
+    assert picard.num_evals > 10
+    assert len(anderson.history) == 4
+    assert torch.allclose(anderson.value, bank.solution, atol=1e-12)
+
+
+def test_alex_residuals_with_orthogonalized_differences():
+    """The history of an accurate Anderson(2); nearly equal columns amplify the rounding in its last entries."""
+    expected = [0.650111, 0.448661, 0.026148, 0.0725389, 1.53107e-4, 1.18512e-5, 1.82476e-8]
+    bank = bank_problem("alex", torch.float64)
+    residuals = []
+
+    def f(z):
+        fz = bank.f(z)
+        residuals.append(float((fz - z).norm()))
+        return fz
+
+    solve(f, bank.z0, Anderson(memory=2, least_squares="qr"), rtol=None, atol=None, max_steps=8)
+    assert residuals[:5] == pytest.approx(expected[:5], rel=1e-5)
+    assert residuals[5:7] == pytest.approx(expected[5:], rel=1e-2)
+    assert residuals[7] < 2e-13
+
+
+def test_anderson_leaves_out_dependent_columns():
+    """Through its Gram matrix Anderson takes the two nearly equal columns of alex for one, and needs fewer steps."""
+    bank = bank_problem("alex", torch.float64)
+    solution = solve(bank.f, bank.z0, Anderson(memory=2), rtol=1e-14, atol=0, on_failure="raise")
+    assert solution.num_evals <= 8
+
+
+@pytest.mark.parametrize("solver", [Anderson(memory=10), Anderson(memory=10, least_squares="qr"), Broyden()], ids=str)
+def test_planes_is_solved_where_picard_cycles(solver):
+    bank = bank_problem("planes", torch.float64)
+    picard = solve(bank.f, bank.z0, Picard(), rtol=1e-8, atol=0, max_steps=200, on_failure="ignore")
+    assert Status(int(picard.status)) is Status.STAGNATED
+    # Fourteen unknowns and a memory of ten: more steps than unknowns.
+    solution = solve(bank.f, bank.z0, solver, rtol=1e-8, atol=0, max_steps=200, on_failure="raise")
+    assert torch.allclose(solution.value, bank.solution, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["anderson 5", "anderson 5 qr", "anderson 5 damped", "broyden"])
+def test_marginal_cosine(solver):
+    bank = bank_problem("cos, marginal", torch.float64)
+    solution = solve(bank.f, bank.z0, SOLVERS[solver], rtol=1e-10, atol=0, on_failure="raise")
+    assert torch.allclose(solution.value, bank.solution, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory", [5, 10, 20])
+def test_limited_memory_broyden_does_not_stall(memory):
+    bank = linear(torch.float64, radius=0.95)
+    solution = solve(bank.f, bank.z0, Broyden(memory=memory), rtol=1e-8, atol=0, max_steps=300, on_failure="raise")
+    assert solution.state.inverse.rank <= memory
+    assert (solution.value - bank.solution).norm() < 1e-6 * bank.solution.norm()
+
+
+def test_broyden_inverse_is_an_operator_with_its_transpose():
+    bank = bank_problem("tanh", torch.float64)
+    inverse = solve(bank.f, bank.z0, Broyden(), rtol=1e-8).state.inverse
+    x, y = torch.randn(2, *bank.z0.shape, dtype=torch.float64)
+    assert inverse.rank > 2
+    assert torch.allclose((inverse.rmv(x) * y).sum(1), (x * inverse.mv(y)).sum(1))
+
+
+def test_damping_is_the_textbook_step():
+    bank = bank_problem("tanh", torch.float64)
+    iterates = []
+
+    def f(z):
+        iterates.append(z.clone())
+        return bank.f(z)
+
+    solve(f, bank.z0, Picard(damping=0.25), rtol=None, atol=None, max_steps=2)
+    assert torch.allclose(iterates[1], 0.75 * iterates[0] + 0.25 * bank.f(iterates[0]))
+    iterates.clear()
+    solve(f, bank.z0, Anderson(memory=1, damping=0.25), rtol=None, atol=None, max_steps=3)
+    z0, z1, z2 = iterates
+    g0, g1 = bank.f(z0) - z0, bank.f(z1) - z1
+    gamma = ((g1 - g0) * g1).sum(1, keepdim=True) / (g1 - g0).square().sum(1, keepdim=True)
+    assert torch.allclose(z2, z1 + 0.25 * g1 - gamma * ((z1 - z0) + 0.25 * (g1 - g0)))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_exact_start_stops_at_once(solver):
+    z0 = torch.randn(3, 4, dtype=torch.float64)
+    solution = solve(lambda z: z, z0, SOLVERS[solver], on_failure="raise")
+    assert solution.num_evals == 1
+    assert torch.equal(solution.value, z0)
+    assert (solution.residual == 0).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_size_zero_and_one(solver):
+    for shape in ((0, 3), (1, 1), (2, 0)):
+        solution = solve(lambda z: 0.5 * z + 1, torch.zeros(shape), SOLVERS[solver], on_failure="raise")
+        assert solution.value.shape == shape
+        assert solution.status.shape == shape[:1]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_fixed_steps_are_exact_calls(solver):
+    bank = bank_problem("tanh", torch.float64)
+    for steps in (1, 2, 7):
+        f = CountedMap(bank.f)
+        solution = solve(f, bank.z0, SOLVERS[solver], rtol=None, atol=None, max_steps=steps)
+        assert solution.num_evals == f.calls == steps
+        assert solution.residual is None
+        assert solution.history is None
+        assert (solution.status == Status.UNTESTED).all()
+        assert (solution.num_steps == steps).all()
+
+
+def test_n_picard_steps_return_the_nth_result():
+    bank = bank_problem("tanh", torch.float64)
+    z = bank.z0
+    for _ in range(5):
+        z = bank.f(z)
+    assert torch.equal(solve(bank.f, bank.z0, Picard(), rtol=None, atol=None, max_steps=5).value, z)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_half_precision_states(solver, dtype):
+    bank = bank_problem("linear 0.5", torch.float32)
+
+    def f(z):
+        assert z.dtype == dtype
+        return bank.f(z.float()).to(dtype)
+
+    eps = torch.finfo(dtype).eps
+    solution = solve(f, bank.z0.to(dtype), SOLVERS[solver], rtol=4 * eps, atol=0, on_failure="raise")
+    assert solution.value.dtype == dtype
+    assert (solution.value.float() - bank.solution).norm() < 10 * eps * bank.solution.norm()
+
+
+@pytest.mark.parametrize("bad", [{"memory": 0}, {"memory": 2.5}, {"damping": 0.0}, {"damping": 1.5}], ids=str)
+def test_bad_hyperparameters_are_named(bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=rf"Anderson\({name}=...\)"):
+        Anderson(**bad)
+    with pytest.raises(ValueError, match=rf"Broyden\({name}=...\)"):
+        Broyden(**bad)
+
+
+def test_unknown_options_list_the_valid_ones():
+    with pytest.raises(TypeError, match="no option 'memroy'. Did you mean 'memory'\\? Its options: memory, damping"):
+        Anderson(memroy=3)
+    with pytest.raises(TypeError, match="keyword arguments only"):
+        Anderson(3)
+    with pytest.raises(ValueError, match='"gram" or "qr", got \'svd\''):
+        Anderson(least_squares="svd")
+
+
+def test_solvers_are_frozen_values():
+    assert Anderson(memory=3) == Anderson(memory=3) != Anderson(memory=4)
+    assert len({Picard(), Picard(), Broyden()}) == 2
+    with pytest.raises(AttributeError):
+        Picard().damping = 0.5
