@@ -1,0 +1,19 @@
+"""Implicit layers for PyTorch: any fixed-point map as a layer, with selectable solver and backward mode."""
+
+from implicit.backward import Backward, Implicit, Unrolled, get_backward
+from implicit.diagnostics import record_solutions
+from implicit.functional import fixed_point
+from implicit.layer import FixedPointLayer
+from implicit.spectral_norm import SpectralNorm, spectral_norm
+
+__all__ = [
+    "Backward",
+    "FixedPointLayer",
+    "Implicit",
+    "SpectralNorm",
+    "Unrolled",
+    "fixed_point",
+    "get_backward",
+    "record_solutions",
+    "spectral_norm",
+]

@@ -1,0 +1,305 @@
+"""The one autograd.Function of the library: the fixed point of a map, as a function of the map's tensors.
+
+By the implicit function theorem, at z = f(z, t):
+
+    reverse mode:  u = (df/dz)' u + w,      the gradient to t is (df/dt)' u,
+    forward mode:  dz = (df/dz) dz + (df/dt) dt.
+
+Both are again fixed points, of linear maps whose tensors are explicit, so the same Function solves them and is
+differentiated in turn: every order of derivative and every mixture of modes follows from this file.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from solvers import Solution
+from solvers._solve import OnFailure, report_failure
+from solvers.linear import LinearSolver, linear_solve
+
+Leaves = Sequence[Tensor]
+Map = Callable[[Leaves, Leaves], list[Tensor]]
+Report = Callable[[Solution], None] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A fixed point ``z = map(z, tensors)`` and how it and its derivatives are solved for.
+
+    Attributes:
+        map: The map, on the leaves of the state and the list of tensors it depends on.
+        solve: ``(map, z0, tensors, batch_dims) -> leaves of the fixed point``. Called without gradients.
+        num_start: How many leaves of z0 stand before the tensors; 0 for the linear problems, which start at zero.
+        batch_dims: As in :func:`solvers.solve`.
+        adjoint_solver: Solves the linear problems.
+        on_failure: What to do when a linear problem fails.
+        resolution: Relative rounding of products with the map's Jacobian beyond that of the state's dtype, as under
+            autocast. A linear solve that stops at a residual below it has not failed.
+        transformed: Whether the map was made explicit while a transform was tracing; then all its tensors are
+            arguments, and it is differentiated by ``torch.func`` alone.
+        report: Called with the Solution of the adjoint problem.
+    """
+
+    map: Map
+    solve: Callable[[Map, Leaves, Leaves, int], list[Tensor]]
+    num_start: int
+    batch_dims: int
+    adjoint_solver: LinearSolver
+    on_failure: OnFailure
+    resolution: float
+    transformed: bool
+    report: Report = None
+
+    def adjoint(self, num_leaves: int) -> "Problem":
+        """``u = (df/dz)' u + w`` with the tensors (w, z, tensors of this problem)."""
+
+        def adjoint_map(u: Leaves, tensors: Leaves) -> list[Tensor]:
+            w, z, rest = _split(tensors, num_leaves, num_leaves)
+            _, pullback = torch.func.vjp(lambda *leaves: tuple(self.map(leaves, rest)), *z)[:2]
+            return [a + b for a, b in zip(pullback(tuple(u)), w, strict=True)]
+
+        def solve(map_: Map, _: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
+            if map_ is not adjoint_map:  # under vmap
+                return self._solve_affine(map_, tensors, tensors[:num_leaves], batch_dims, self.report)
+            w, z, rest = _split(tensors, num_leaves, num_leaves)
+            z = [leaf.detach().requires_grad_() for leaf in z]
+            with torch.enable_grad():
+                fz = self.map(z, rest)
+            return self._solve_linear(lambda u: _vjp(fz, z, u), w, batch_dims, self.report)
+
+        return dataclasses.replace(self, map=adjoint_map, solve=solve, num_start=0, report=None)
+
+    def tangent(self, num_leaves: int) -> "Problem":
+        """``v = (df/dz) v + t`` with the tensors (t, z, tensors of this problem)."""
+
+        def tangent_map(v: Leaves, tensors: Leaves) -> list[Tensor]:
+            t, z, rest = _split(tensors, num_leaves, num_leaves)
+            return [a + b for a, b in zip(jvp(lambda *leaves: tuple(self.map(leaves, rest)), z, v), t, strict=True)]
+
+        def solve(map_: Map, _: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
+            return self._solve_affine(map_, tensors, tensors[:num_leaves], batch_dims)
+
+        return dataclasses.replace(self, map=tangent_map, solve=solve, num_start=0, report=None)
+
+    def batched(self, in_dims: Sequence[int | None], randomness: str) -> "Problem":
+        """This problem for every entry of one more leading dimension of the state, under torch.func.vmap."""
+        dims = list(in_dims[self.num_start :])
+
+        def batched_map(z: Leaves, tensors: Leaves) -> list[Tensor]:
+            mapped = torch.func.vmap(self.map, in_dims=(0, dims), randomness=randomness)
+            return mapped(list(z), list(tensors))
+
+        return dataclasses.replace(self, map=batched_map, batch_dims=self.batch_dims + 1)
+
+    def _solve_affine(
+        self, map_: Map, tensors: Leaves, like: Leaves, batch_dims: int, report: Report = None
+    ) -> list[Tensor]:
+        """The fixed point of an affine map, evaluated as it stands."""
+        zero = [torch.zeros_like(leaf) for leaf in like]
+        offset = map_(zero, tensors)
+        return self._solve_linear(
+            lambda u: [a - b for a, b in zip(map_(u, tensors), offset, strict=True)], offset, batch_dims, report
+        )
+
+    def _solve_linear(
+        self, product: Callable[[Leaves], list[Tensor]], rhs: Leaves, batch_dims: int, report: Report
+    ) -> list[Tensor]:
+        """Solve ``u - product(u) = rhs``."""
+        solution = linear_solve(
+            lambda u: [a - b for a, b in zip(u, product(u), strict=True)],
+            list(rhs),
+            self.adjoint_solver,
+            batch_dims=batch_dims,
+            on_failure="ignore",
+        )
+        if report is not None:
+            report(solution)
+        assert solution.residual is not None
+        # A nan residual compares false.
+        if not bool((solution.residual <= self.resolution).logical_or(solution.converged).all()):
+            report_failure(solution, self.on_failure, "The linear solve of the derivative")
+        return cast(list[Tensor], solution.value)
+
+
+def fixed_point_of(problem: Problem, start: Leaves, tensors: Leaves, captured: Leaves) -> list[Tensor]:
+    """The leaves of the fixed point, differentiable in ``tensors`` and in ``captured``.
+
+    Args:
+        problem: The map and its solver.
+        start: The leaves of z0. They get no gradient.
+        tensors: What the map takes explicitly.
+        captured: Leaf tensors that the map uses beyond those; empty while a transform is tracing.
+    """
+    return list(_FixedPoint.apply(problem, len(captured), *start, *tensors, *captured))
+
+
+class _FixedPoint(torch.autograd.Function):
+    @staticmethod
+    def forward(problem: Problem, num_captured: int, *flat: Tensor) -> tuple[Tensor, ...]:
+        start, tensors, _ = _split(flat, problem.num_start, len(flat) - problem.num_start - num_captured)
+        return tuple(problem.solve(problem.map, start, tensors, problem.batch_dims))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        problem, num_captured, *flat = inputs
+        saved = (*output, *flat[problem.num_start :])
+        ctx.problem, ctx.num_captured, ctx.num_leaves = problem, num_captured, len(output)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        problem, z, tensors, captured = _unpack(ctx)
+        u = fixed_point_of(problem.adjoint(len(z)), (), (*cotangents, *z, *tensors), captured)
+        wanted = ctx.needs_input_grad[2 + problem.num_start :]
+        gradients = _pull_back(problem, z, tensors, captured, u, wanted)
+        return (None, None, *[None] * problem.num_start, *gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        problem, z, tensors, captured = _unpack(ctx)
+        # The tensors come with this mode's tangents on, which belong to the result and not to its derivation.
+        z, tensors = ([forward_ad.unpack_dual(t, level=0).primal for t in group] for group in (z, tensors))
+        given = tangents[2 + problem.num_start :]
+        moving = [i for i, tangent in enumerate(given[: len(tensors)]) if tangent is not None]
+
+        def of_moving(*some: Tensor) -> tuple[Tensor, ...]:
+            every = list(tensors)
+            for i, tensor in zip(moving, some, strict=True):
+                every[i] = tensor
+            return tuple(problem.map(z, every))
+
+        # PyTorch switches forward mode off in here, which would lose the tangents of an outer forward-mode transform.
+        with forward_ad._set_fwd_grad_enabled(True):
+            t = jvp(of_moving, [tensors[i] for i in moving], [cast(Tensor, given[i]) for i in moving])
+            return tuple(fixed_point_of(problem.tangent(len(z)), (), (*t, *z, *tensors), captured))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], problem: Problem, num_captured: int, *flat: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        start = [
+            leaf.unsqueeze(0).expand(info.batch_size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
+            for leaf, dim in zip(flat[: problem.num_start], in_dims[2:], strict=False)
+        ]
+        batched = problem.batched(in_dims[2:], info.randomness)
+        value = fixed_point_of(batched, start, flat[problem.num_start :], ())
+        return tuple(value), (0,) * len(value)
+
+
+def _split(flat: Leaves, first: int, second: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    return list(flat[:first]), list(flat[first : first + second]), list(flat[first + second :])
+
+
+def _unpack(ctx: Any) -> tuple[Problem, list[Tensor], list[Tensor], list[Tensor]]:
+    num_tensors = len(ctx.saved_tensors) - ctx.num_leaves - ctx.num_captured
+    return (ctx.problem, *_split(ctx.saved_tensors, ctx.num_leaves, num_tensors))
+
+
+def jvp(f: Callable[..., tuple[Tensor, ...]], x: Leaves, v: Leaves) -> Sequence[Tensor]:
+    """``f'(x) v`` by two reverse passes: PyTorch refuses forward mode inside forward mode."""
+    value, pullback = torch.func.vjp(f, *x)[:2]
+    _, push = torch.func.vjp(lambda *u: pullback(u), *[torch.zeros_like(leaf) for leaf in value])[:2]
+    return cast(Sequence[Tensor], push(tuple(v)))
+
+
+def _vjp(outputs: Leaves, inputs: Leaves, cotangents: Leaves) -> list[Tensor]:
+    """Vector-Jacobian products with a graph that is kept for the next one; zeros where there is no dependence."""
+    dependent = [(out, u) for out, u in zip(outputs, cotangents, strict=True) if out.requires_grad]
+    if not dependent:
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    outs, us = zip(*dependent, strict=True)
+    return list(
+        torch.autograd.grad(outs, list(inputs), us, retain_graph=True, allow_unused=True, materialize_grads=True)
+    )
+
+
+def _pull_back(
+    problem: Problem, z: Leaves, tensors: Leaves, captured: Leaves, u: Leaves, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """``(d map / d t)' u`` for each wanted t among ``tensors`` and ``captured``, differentiable if grad mode is on."""
+    gradients: list[Tensor | None] = [None] * (len(tensors) + len(captured))
+    some = [i for i in range(len(tensors)) if wanted[i] and tensors[i].is_floating_point()]
+    others = [i for i in range(len(tensors), len(gradients)) if wanted[i]]
+    if problem.transformed:
+
+        def of_some(*values: Tensor) -> tuple[Tensor, ...]:
+            every = list(tensors)
+            for i, value in zip(some, values, strict=True):
+                every[i] = value
+            return tuple(problem.map(z, every))
+
+        _, pullback = torch.func.vjp(of_some, *[tensors[i] for i in some])[:2]
+        found: Sequence[Tensor | None] = pullback(tuple(u))
+    else:
+        # Copies cut the dependence of z on the tensors, so that what is left is the partial derivative.
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (*z, *tensors)]
+        with torch.enable_grad():
+            outputs = problem.map(leaves[: len(z)], leaves[len(z) :])
+        sources = [leaves[len(z) + i] for i in some] + [captured[i - len(tensors)] for i in others]
+        found = _gradients(outputs, sources, u, leaves, (*z, *tensors), captured)
+    for i, gradient in zip((*some, *others), found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def _gradients(
+    outputs: Leaves, sources: Leaves, cotangents: Leaves, copies: Leaves, originals: Leaves, captured: Leaves
+) -> list[Tensor | None]:
+    """Gradients of ``outputs``, which were computed from ``copies``, as functions of the ``originals``.
+
+    With grad mode on, the gradients are computed with a graph on the copies, and that graph is attached to the
+    originals, so that it can be differentiated again, and so on for every order.
+    """
+    differentiable = torch.is_grad_enabled()
+    cotangents_copy = [u.detach().requires_grad_(differentiable) for u in cotangents]
+    dependent = [(out, u) for out, u in zip(outputs, cotangents_copy, strict=True) if out.requires_grad]
+    if not dependent or not sources:
+        return [None] * len(sources)
+    outs, us = zip(*dependent, strict=True)
+    gradients = torch.autograd.grad(
+        outs, list(sources), us, retain_graph=True, create_graph=differentiable, allow_unused=True
+    )
+    if not differentiable:
+        return list(gradients)
+    return _attach(gradients, (*copies, *cotangents_copy), (*originals, *cotangents), captured)
+
+
+def _attach(
+    outputs: Sequence[Tensor | None], copies: Leaves, originals: Leaves, captured: Leaves
+) -> list[Tensor | None]:
+    """``outputs``, whose graph ends in ``copies`` and ``captured``, as functions of ``originals`` and ``captured``."""
+    present = [out for out in outputs if out is not None]
+    if not present:
+        return list(outputs)
+    attached = iter(_Attach.apply(present, list(copies), len(captured), *originals, *captured))
+    return [None if out is None else next(attached) for out in outputs]
+
+
+class _Attach(torch.autograd.Function):
+    """The identity on values computed from copies, with the gradient of the originals. Plain autograd only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, outputs: list[Tensor], copies: list[Tensor], num_captured: int, *sources: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.outputs, ctx.copies, ctx.num_captured = outputs, copies, num_captured
+        ctx.save_for_backward(*sources)
+        ctx.set_materialize_grads(True)
+        return tuple(out.detach() for out in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        originals, captured, _ = _split(ctx.saved_tensors, len(ctx.copies), ctx.num_captured)
+        wanted = ctx.needs_input_grad[3:]
+        sources = [*ctx.copies, *captured]
+        some = [i for i in range(len(sources)) if wanted[i] and sources[i].requires_grad]
+        found = _gradients(ctx.outputs, [sources[i] for i in some], cotangents, ctx.copies, originals, captured)
+        gradients: list[Tensor | None] = [None] * len(sources)
+        for i, gradient in zip(some, found, strict=True):
+            gradients[i] = gradient
+        return (None, None, None, *gradients)

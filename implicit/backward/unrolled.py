@@ -1,0 +1,24 @@
+"""Differentiation through the solver's steps."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from implicit._parametrized import modules_used_by, parametrized_slots, substituted
+from implicit.backward._base import Backward, SolveOptions
+from solvers import Solution
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unrolled(Backward):
+    """Backpropagate through every step of the solver, as through a network of that depth.
+
+    The gradient is that of the value actually returned, whether or not it has converged: exact for a fixed number of
+    steps, as the published iMixer trains, and for a solve to tolerance close to :class:`implicit.Implicit`'s.
+    Memory and backward time grow with the number of steps. No extra call of the map. The start gets a gradient too.
+    """
+
+    def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        slots = parametrized_slots(modules_used_by(f))
+        with substituted(slots, [getattr(module, name) for module, name in slots]):
+            return options.solve(f, z0, args)

@@ -1,0 +1,43 @@
+"""Recording the solutions of every implicit layer of a model."""
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from implicit.layer import FixedPointLayer
+from solvers import Solution
+
+
+@contextlib.contextmanager
+def record_solutions(model: nn.Module) -> Iterator[dict[str, list[Solution]]]:
+    """Inside, collect the Solution of every forward pass of every FixedPointLayer in the model, with its history.
+
+    The residuals are computed also where a layer takes a fixed number of steps. The values and the states are held
+    as long as the record is: use it for a look, not around a whole training run.
+
+    Args:
+        model: Any module; the layers are found by type among its submodules.
+
+    Yields:
+        Module name -> the solutions of its calls, in order.
+
+    Example:
+        >>> import torch
+        >>> from implicit import FixedPointLayer, record_solutions
+        >>> layer = FixedPointLayer(lambda z, x: 0.5 * z + x, solver="picard", rtol=None, atol=None, max_steps=3)
+        >>> with record_solutions(layer) as record:
+        ...     _ = layer(torch.ones(1, 2))
+        >>> record[""][0].history.flatten()  # |z_{k+1} - z_k| / |z_{k+1}|
+        tensor([1.0000, 0.3333, 0.1429])
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FixedPointLayer)}
+    record: dict[str, list[Solution]] = {name: [] for name in layers}
+    before = {name: layer._observer for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer._observer = record[name].append
+    try:
+        yield record
+    finally:
+        for name, layer in layers.items():
+            layer._observer = before[name]
