@@ -1,0 +1,17 @@
+"""iMixer: an MLP-Mixer whose token mixer is an implicit layer. Importing it registers the models with timm."""
+
+from imixer.checkpoint import load_checkpoint, translate_published_keys
+from imixer.convergence import IMLPConvergence, format_convergence, measure_convergence
+from imixer.imixer import IMixer, IMixerBlock
+from imixer.imlp import IMLP
+
+__all__ = [
+    "IMLP",
+    "IMLPConvergence",
+    "IMixer",
+    "IMixerBlock",
+    "format_convergence",
+    "load_checkpoint",
+    "measure_convergence",
+    "translate_published_keys",
+]

@@ -1,0 +1,250 @@
+"""iMLP and the iMixer models: what the published code computes, what the paper counts, and the traps."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from small_models import SMALL, relative_error, small, trained_somewhat
+from timm.models import MlpMixer
+from torch import nn
+from torch.nn import functional as F
+
+import imixer
+from imixer import IMLP, IMixer, format_convergence, measure_convergence
+from implicit import record_solutions
+from solvers import Anderson, Status
+
+# PAPER.md's table: model, parameters with h_ratio 1 and 2, ten classes.
+PARAMETERS = {
+    "imixer_s16_224": (19_073_066, 20_123_690),
+    "imixer_b16_224": (62_667_322, 66_210_874),
+    "imixer_l16_224": (219_788_906, 232_384_106),
+    "imixer_s32_224": (19_649_426, 20_700_050),
+    "imixer_b32_224": (63_080_278, 66_623_830),
+    "imixer_l32_224": (218_532_002, 231_127_202),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    for h_ratio, expected in zip((1.0, 2.0), PARAMETERS[name], strict=True):
+        model = timm.create_model(name, num_classes=10, h_ratio=h_ratio, device="meta")
+        assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_imlp_is_the_papers_formula():
+    imlp = IMLP(7, 6, h_ratio=1.5, n_iter=3, coeff=0.5).eval()
+    x = torch.randn(2, 4, 7)
+    y = F.linear(x, imlp.fc1.weight, imlp.fc1.bias)
+    z = y
+    w1, w2 = (
+        layer.parametrizations.weight.original
+        / max(1, torch.linalg.matrix_norm(layer.parametrizations.weight.original, 2) / 0.5)
+        for layer in (imlp.fc_sn1, imlp.fc_sn2)
+    )
+    assert w1.shape == (9, 6)
+    for _ in range(3):
+        z = y + F.linear(F.gelu(F.linear(F.gelu(z), w1, imlp.fc_sn1.bias)), w2, imlp.fc_sn2.bias)
+    expected = F.linear(F.gelu(z), imlp.fc2.weight, imlp.fc2.bias)
+    assert torch.allclose(imlp(x), expected, atol=1e-5)
+
+
+def test_weights_are_computed_once_a_forward():
+    """The power iteration advances once, and all steps of the solve use the same weights, bit for bit."""
+    imlp = IMLP(8, 8, n_iter=5, n_power=1)
+    for layer in imlp.normalized_layers:
+        layer.parametrizations.weight.original.data.normal_()
+    computed = []
+    for layer in imlp.normalized_layers:
+        layer.parametrizations.weight[0].register_forward_hook(lambda *call: computed.append(call[-1]))
+    used = []
+    imlp.fixed_point.f.register_forward_hook(lambda _m, inputs, _o: used.append((inputs[2], inputs[4])))
+    imlp(torch.randn(3, 8))
+    assert len(computed) == 2
+    assert len(used) == 5
+    assert all(torch.equal(w1, computed[0]) and torch.equal(w2, computed[1]) for w1, w2 in used)
+
+
+def test_initial_weights_are_xavier_uniform():
+    """timm's initialization writes to module.weight, which under a parametrization is a computed copy."""
+    torch.manual_seed(0)
+    model = timm.create_model("imixer_s16_224", num_classes=10)
+    for name, parameter in model.named_parameters():
+        if ".mlp_tokens." not in name and ".mlp_channels." not in name:
+            continue
+        if name.endswith("bias"):
+            assert 1e-7 < parameter.std() < 1e-5, name
+            continue
+        bound = math.sqrt(6 / sum(parameter.shape))
+        assert parameter.abs().max() <= bound, name
+        assert parameter.abs().max() > 0.99 * bound, name
+        assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02), name
+        assert abs(parameter.mean().item()) < 0.02 * bound, name
+
+
+def test_normalized_before_any_training():
+    model = small().eval()
+    for module in model.modules():
+        if isinstance(module, IMLP):
+            for layer in module.normalized_layers:
+                original = layer.parametrizations.weight.original
+                assert torch.linalg.matrix_norm(original, 2) > 1
+                assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(0.9, rel=0.01)
+
+
+def test_everything_but_the_token_mixer_is_timms():
+    model = small()
+    assert isinstance(model, MlpMixer)
+    mixer = MlpMixer(**SMALL)
+    theirs = {name for name, _ in mixer.named_parameters() if "mlp_tokens" not in name}
+    assert theirs == {name for name, _ in model.named_parameters() if "mlp_tokens" not in name}
+
+
+def test_registered_with_timm():
+    names = timm.list_models("imixer*")
+    assert {*PARAMETERS, "imixer_ti4_32", "imixer_s4_32"} == set(names)
+    assert timm.get_pretrained_cfg("imixer_ti4_32").input_size == (3, 32, 32)
+
+
+def test_overrides():
+    """Every architecture argument can be given in the same call."""
+    model = timm.create_model("imixer_s16_224", img_size=8, patch_size=2, num_blocks=3, embed_dim=16, in_chans=1)
+    assert len(model.blocks) == 3
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 1000)
+    for name in ("solver", "backward", "rtol", "n_iter", "n_power", "coeff"):
+        value = {"solver": "anderson", "backward": "implicit", "rtol": 1e-3, "n_iter": 9, "n_power": 3, "coeff": 0.7}[
+            name
+        ]
+        for module in small(**{name: value}).modules():
+            if isinstance(module, IMLP):
+                seen = {
+                    "solver": type(module.fixed_point.solver).__name__.lower(),
+                    "backward": type(module.fixed_point.backward).__name__.lower(),
+                    "rtol": module.fixed_point.rtol,
+                    "n_iter": module.fixed_point.max_steps,
+                    "n_power": module.fc_sn1.parametrizations.weight[0].n_power_iterations,
+                    "coeff": module.fc_sn2.parametrizations.weight[0].coeff,
+                }
+                assert seen[name] == value
+
+
+def test_refusals():
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for imixer_s16_224"):
+        timm.create_model("imixer_s16_224", pretrained=True, num_blocks=1)
+    with pytest.raises(TypeError, match="h_ration"):
+        small(h_ration=2)
+    with pytest.raises(ValueError, match="no solver 'newton'"):
+        small(solver="newton")
+    with pytest.raises(ValueError, match="h_ratio=0.0 leaves the block"):
+        small(h_ratio=0.0)
+    with pytest.raises(ValueError, match="max_steps must be a positive integer, got 0"):
+        small(n_iter=0)
+
+
+OPTIONS = {
+    "paper": {},
+    "anderson unrolled": {"solver": "anderson", "n_iter": 4},
+    "implicit": {"backward": "implicit", "n_iter": 30, "rtol": 1e-3},
+    "implicit anderson": {"backward": "implicit", "solver": Anderson(memory=3), "n_iter": 20, "rtol": 1e-3},
+    "implicit broyden": {"backward": "implicit", "solver": "broyden", "n_iter": 20, "rtol": 1e-3},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_every_parameter_gets_a_gradient(options):
+    model = trained_somewhat(small(**options))
+    loss = F.cross_entropy(model(torch.randn(2, 3, 16, 16)), torch.tensor([0, 1]))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_copies_and_state_dicts(options):
+    model = trained_somewhat(small(**options)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    fresh = small(**options).eval()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_drop_rates_reach_the_imlp():
+    model = small(proj_drop_rate=0.5, drop_path_rate=0.2).train()
+    imlp = model.blocks[0].mlp_tokens
+    assert imlp.drop1.p == imlp.drop2.p == 0.5
+    assert model.blocks[0].drop_path.drop_prob == 0.2
+    x = torch.randn(2, 3, 16, 16)
+    assert not torch.equal(model.forward_features(x), model.forward_features(x))
+
+
+def test_features_and_head():
+    model = small().eval()
+    x = torch.randn(2, 3, 16, 16)
+    final, intermediates = model.forward_intermediates(x)
+    assert [feature.shape for feature in intermediates] == [(2, 24, 4, 4)] * 2
+    assert torch.equal(final, model.forward_features(x))
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    backbone = small(features_only=True, out_indices=(0, 1))
+    assert [feature.shape for feature in backbone(x)] == [(2, 24, 4, 4)] * 2
+
+
+def test_autocast_keeps_the_state_in_float32():
+    model = trained_somewhat(small()).eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, IMLP):
+            module.fixed_point.f.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16), record_solutions(model) as record:
+        found = model(x)
+    assert relative_error(found.float(), expected) < 0.05
+    assert record["blocks.0.mlp_tokens.fixed_point"][0].residual.dtype == torch.float32
+
+
+def test_imlp_without_bias_and_with_other_shapes():
+    imlp = IMLP(5, 4, 3, bias=False, act_layer=nn.Tanh)
+    assert imlp(torch.randn(6, 5)).shape == (6, 3)
+    assert imlp(torch.randn(2, 3, 6, 5)).shape == (2, 3, 6, 3)
+    assert imlp(torch.randn(0, 5)).shape == (0, 3)
+    assert all(not name.endswith("bias") for name, _ in imlp.named_parameters())
+
+
+def test_more_steps_tend_to_the_fixed_point():
+    model = trained_somewhat(small(n_iter=60)).eval()
+    with torch.no_grad(), record_solutions(model) as record:
+        model(torch.randn(2, 3, 16, 16))
+    for solutions in record.values():
+        assert (solutions[0].status == Status.UNTESTED).all()
+        assert solutions[0].residual.max() < 1e-4
+
+
+def test_measure_convergence():
+    model = trained_somewhat(small(n_iter=3)).train()
+    images = torch.randn(4, 3, 16, 16)
+    rows = measure_convergence(model, images)
+    assert model.training  # put back as it was
+    assert [row.name for row in rows] == ["blocks.0.mlp_tokens", "blocks.1.mlp_tokens"]
+    for row, imlp in zip(rows, (block.mlp_tokens for block in model.blocks), strict=True):
+        assert row.n_iter == 3
+        assert row.median_residual <= row.worst_residual < 1
+        assert 0 < row.rate < 1
+        assert 3 < row.steps_needed < 100
+        weight = imlp.fc_sn1.parametrizations.weight.original
+        assert row.sigma1 == pytest.approx(torch.linalg.matrix_norm(weight, 2).item(), rel=0.01)
+    table = format_convergence(rows)
+    assert table.splitlines()[2].startswith("blocks.0.mlp_tokens      3")
+    assert "not reached" in format_convergence(measure_convergence(model, images, max_steps=2))
+    with pytest.raises(ValueError, match="no IMLP.*got a Linear"):
+        measure_convergence(nn.Linear(2, 2), images)
+
+
+def test_package_exports_the_models():
+    assert imixer.IMixer is IMixer
+    assert isinstance(small(), IMixer)
