@@ -3,18 +3,14 @@
 import copy
 import gc
 import pickle
-import warnings
 import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
-from torch.nn.utils import parametrizations
-from torch.utils._pytree import tree_leaves
 
-from implicit import FixedPointLayer, Implicit, Unrolled, fixed_point, get_backward, record_solutions, spectral_norm
+from implicit import FixedPointLayer, Implicit, Unrolled, fixed_point, get_backward, record_solutions
 from solvers import Anderson, Broyden, ConvergenceError, ConvergenceWarning, Picard, Status
 from solvers.linear import GMRES
 
@@ -278,171 +274,6 @@ def test_memory_for_backward_does_not_grow_with_the_steps():
 
     assert saved_bytes("implicit", 4) == saved_bytes("implicit", 64)
     assert saved_bytes("unrolled", 64) > 5 * saved_bytes("unrolled", 4)
-
-
-# Transforms.
-
-
-def unrolled_limit(x, w):
-    z = torch.zeros(2, 3)
-    for _ in range(80):
-        z = tanh_map(z, x, w)
-    return z
-
-
-def implicit_limit(x, w):
-    return fixed_point(tanh_map, torch.zeros(2, 3), x, w, backward=BACKWARDS["implicit"], **TIGHT)
-
-
-def scalar(f):
-    return lambda x, w: f(x, w).sin().sum()
-
-
-TRANSFORMS = {
-    "jacrev": lambda f: jacrev(f, argnums=(0, 1)),
-    "jacfwd": lambda f: jacfwd(f, argnums=(0, 1)),
-    "jvp": lambda f: lambda x, w: jvp(f, (x, w), (x.cos(), w.cos()))[1],
-    "hessian": lambda f: hessian(scalar(f), argnums=(0, 1)),
-    "reverse over reverse": lambda f: jacrev(jacrev(scalar(f), argnums=1), argnums=(0, 1)),
-    "forward over forward": lambda f: jacfwd(jacfwd(scalar(f), argnums=1), argnums=(0, 1)),
-    "reverse over forward": lambda f: jacrev(jacfwd(scalar(f), argnums=1), argnums=(0, 1)),
-    "third order": lambda f: jacfwd(hessian(scalar(f), argnums=1), argnums=0),
-    "vmap over inputs": lambda f: lambda x, w: vmap(lambda s: f(s * x, w))(torch.tensor([0.5, 1, 2])),
-    "vmap over weights": lambda f: lambda x, w: vmap(lambda s: f(x, s * w))(torch.tensor([0.5, 1, 0.2])),
-    "vmap of grad": lambda f: lambda x, w: vmap(lambda s: grad(scalar(f), argnums=1)(s * x, w))(torch.tensor([0.5, 1])),
-    "grad of vmap": lambda f: grad(
-        lambda x, w: vmap(lambda s: f(s * x, w))(torch.tensor([0.5, 1])).sin().sum(), argnums=1
-    ),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-def test_transforms_agree_with_unrolling(transform):
-    x, w = torch.randn(2, 3), torch.randn(3, 3) / 4
-    found, expected = transform(implicit_limit)(x, w), transform(unrolled_limit)(x, w)
-    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")
-def test_gradcheck_with_forward_mode():
-    inputs = (torch.randn(2, 3, requires_grad=True), (torch.randn(3, 3) / 4).requires_grad_())
-    assert gradcheck(implicit_limit, inputs, check_forward_ad=True)
-    assert gradgradcheck(implicit_limit, inputs, check_fwd_over_rev=True)
-
-
-def test_functional_call():
-    layer = FixedPointLayer(TanhMap(), backward=BACKWARDS["implicit"], **TIGHT)
-    x = torch.randn(2, 3)
-    parameters = {name: p.detach() for name, p in layer.named_parameters()}
-    found = grad(lambda p: functional_call(layer, p, (x,)).sin().sum())(parameters)
-    layer(x).sin().sum().backward()
-    for name, parameter in layer.named_parameters():
-        assert torch.allclose(found[name], parameter.grad, rtol=1e-10)
-    stacked = {name: torch.stack((p, p * 0.5)) for name, p in parameters.items()}
-    ensemble = vmap(lambda p: functional_call(layer, p, (x,)))(stacked)
-    assert torch.allclose(ensemble[0], layer(x), rtol=1e-10)
-
-
-def test_captured_tensors_are_refused_under_transforms():
-    x, w = torch.randn(2, 3), torch.randn(3, 3) / 4
-
-    def captured(w):
-        return fixed_point(
-            lambda z: torch.tanh(z @ w.T + x), torch.zeros(2, 3), backward=BACKWARDS["implicit"], **TIGHT
-        ).sum()
-
-    message = "not among its arguments, so its derivative would be lost. Pass the tensor as an argument"
-    for run in (lambda: grad(captured)(w), lambda: jvp(captured, (w,), (w,)), lambda: vmap(captured)(w.unsqueeze(0))):
-        with pytest.raises(RuntimeError, match=message):
-            run()
-
-
-# Parametrized weights, autocast, half precision.
-
-
-class Normalized(nn.Module):
-    """A map with a parametrized weight that changes at every access in training mode."""
-
-    def __init__(self, parametrize):
-        super().__init__()
-        self.linear = parametrize(nn.Linear(4, 4))
-        self.used = []
-
-    def forward(self, z, x):
-        weight = self.linear.weight
-        self.used.append(weight.detach().clone())
-        return torch.tanh(nn.functional.linear(z, 0.9 * weight, self.linear.bias) + x)
-
-
-@pytest.mark.parametrize(
-    "parametrize", [lambda m: spectral_norm(m, n_power_iterations=1), parametrizations.spectral_norm]
-)
-@all_backwards
-def test_parametrized_weights_are_constant_during_a_solve(backward, parametrize):
-    layer = FixedPointLayer(Normalized(parametrize), backward=backward, rtol=1e-10, max_steps=200)
-    # A weight that is far from what the power iteration was settled on.
-    with torch.no_grad():
-        layer.f.linear.parametrizations.weight.original.copy_(torch.randn(4, 4))
-    x = torch.randn(6, 4, requires_grad=True)
-    for wrap in (lambda: layer(x), lambda: torch.no_grad()(layer)(x)):
-        layer.f.used.clear()
-        z = wrap()
-        if z.requires_grad:
-            z.sum().backward()
-        assert len(layer.f.used) > 3
-        assert all(torch.equal(weight, layer.f.used[0]) for weight in layer.f.used)
-    assert layer.f.linear.parametrizations.weight.original.grad.abs().sum() > 0
-
-
-def test_parametrized_weights_get_exact_gradients():
-    f = Normalized(spectral_norm).eval()
-    with torch.no_grad():
-        f.linear.parametrizations.weight.original.mul_(5)
-        f.linear.parametrizations.weight[0].settle(f.linear.parametrizations.weight.original)
-    layer = FixedPointLayer(f, backward=BACKWARDS["implicit"], **TIGHT).eval()
-    x = torch.randn(2, 4, requires_grad=True)
-    assert gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
-    parameters = {name: p.detach() for name, p in layer.named_parameters()}
-    found = grad(lambda p: functional_call(layer, p, (x.detach(),)).sin().sum())(parameters)
-    layer(x).sin().sum().backward()
-    for name, parameter in layer.named_parameters():
-        assert torch.allclose(found[name], parameter.grad, rtol=1e-8)
-
-
-@all_backwards
-def test_autocast(backward):
-    torch.set_default_dtype(torch.float32)
-    layer = FixedPointLayer(TanhMap(16, 16), backward=get_backward(type(backward).__name__.lower()), rtol=1e-2)
-    x = torch.randn(32, 16)
-
-    def gradients(enabled):
-        layer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            z = layer(x)
-            assert z.dtype == torch.float32
-            loss = z.square().sum()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            loss.backward()
-        return torch.cat([p.grad.flatten() for p in layer.parameters()])
-
-    exact = gradients(False)
-    assert (gradients(True) - exact).norm() < 1e-2 * exact.norm()
-
-
-def test_half_precision_layer():
-    layer = FixedPointLayer(TanhMap().bfloat16(), rtol=2e-2, backward=Implicit(linear_solver=GMRES(rtol=2e-2)))
-    x = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
-    z = layer(x)
-    z.sum().backward()
-    assert z.dtype == x.grad.dtype == torch.bfloat16
-    assert x.grad.isfinite().all()
-
-
-# Looking in, and what is refused.
 
 
 def test_record_solutions():
