@@ -86,8 +86,10 @@ class SpectralNorm(nn.Module):
         with without_autocast(weight.device.type):
             weight, u = _at_least_float32(weight), _at_least_float32(self.u)
             for _ in range(iterations):
-                v = normalize(torch.mv(weight.t(), u), dim=0)
+                # The length of v cancels in u, so that one normalization a round is enough.
+                v = torch.mv(weight.t(), u)
                 u = normalize(torch.mv(weight, v), dim=0)
+            v = normalize(v, dim=0)
         self.u.copy_(u)
         self.v.copy_(v)
         return u, v
