@@ -195,13 +195,18 @@ class GMRES(LinearSolver):
         beta = torch.linalg.vector_norm(r, dim=1, keepdim=True)  # (B, 1)
         basis = store(None, 0, r * inverse_or_zero(beta, 0.0), size + 1)
         # The product of the Givens rotations so far, applied to every new column of the Hessenberg matrix at once.
-        rotation = torch.eye(size + 1, dtype=r.dtype, device=r.device).repeat(r.shape[0], 1, 1)
+        # It grows with the basis: few steps are the rule, and with thousands of samples the full square is large.
+        rotation = _identities(r, min(size, 7) + 1)
         columns: list[Tensor] = []
         norm_a = torch.zeros_like(beta)  # the largest |A v| of a unit vector v so far
         running = beta.squeeze(1) > 0
         exhausted = torch.zeros_like(running)
         steps = torch.zeros_like(running, dtype=torch.int64)
         for j in range(size):
+            if j + 1 == rotation.shape[1]:
+                grown = _identities(r, min(size, 2 * j) + 1)
+                grown[:, : j + 1, : j + 1] = rotation
+                rotation = grown
             w = matvec(basis[:, j])
             norm_a = torch.maximum(norm_a, torch.linalg.vector_norm(w, dim=1, keepdim=True))
             used = basis[:, : j + 1]
@@ -230,7 +235,8 @@ class GMRES(LinearSolver):
             estimate = (beta.squeeze(1) * rotation[:, j + 1, 0]).abs() * to_rms  # (B,)
             history.append(relative(estimate, norm_b))
             exhausted = exhausted | (running & invariant & (unit.squeeze(1) == 0))
-            running = running & (estimate > tolerance) & ~invariant
+            # A little below the tolerance, so that rounding in the true residual does not cost another cycle.
+            running = running & (estimate > 0.9 * tolerance) & ~invariant
             if not bool(running.any()):
                 break
             # A stopped sample continues with a zero vector, whose column and unknown are zero.
@@ -244,3 +250,8 @@ class GMRES(LinearSolver):
             row = torch.stack(right, dim=1) if right else rhs[:, :0]
             rows.append((inverse_or_zero(columns[i][:, i : i + 1], 0.0), row, rhs[:, i : i + 1]))
         return combine(basis[:, :n], back_substitute(rows)), exhausted, steps
+
+
+def _identities(like: Tensor, size: int) -> Tensor:
+    """(B, size, size), an identity matrix for each row of ``like`` (B, D)."""
+    return torch.eye(size, dtype=like.dtype, device=like.device).repeat(like.shape[0], 1, 1)
