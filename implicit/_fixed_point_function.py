@@ -33,7 +33,6 @@ class Problem:
     Attributes:
         map: The map, on the leaves of the state and the list of tensors it depends on.
         solve: ``(map, z0, tensors, batch_dims) -> leaves of the fixed point``. Called without gradients.
-        num_start: How many leaves of z0 stand before the tensors; 0 for the linear problems, which start at zero.
         batch_dims: As in :func:`solvers.solve`.
         adjoint_solver: Solves the linear problems.
         on_failure: What to do when a linear problem fails.
@@ -46,7 +45,6 @@ class Problem:
 
     map: Map
     solve: Callable[[Map, Leaves, Leaves, int], list[Tensor]]
-    num_start: int
     batch_dims: int
     adjoint_solver: LinearSolver
     on_failure: OnFailure
@@ -62,16 +60,16 @@ class Problem:
             _, pullback = torch.func.vjp(lambda *leaves: tuple(self.map(leaves, rest)), *z)[:2]
             return [a + b for a, b in zip(pullback(tuple(u)), w, strict=True)]
 
-        def solve(map_: Map, _: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
+        def solve(map_: Map, zero: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
             if map_ is not adjoint_map:  # under vmap
-                return self._solve_affine(map_, tensors, tensors[:num_leaves], batch_dims, self.report)
+                return self._solve_affine(map_, zero, tensors, batch_dims, self.report)
             w, z, rest = _split(tensors, num_leaves, num_leaves)
             z = [leaf.detach().requires_grad_() for leaf in z]
             with torch.enable_grad():
                 fz = self.map(z, rest)
             return self._solve_linear(lambda u: _vjp(fz, z, u), w, batch_dims, self.report)
 
-        return dataclasses.replace(self, map=adjoint_map, solve=solve, num_start=0, report=None)
+        return dataclasses.replace(self, map=adjoint_map, solve=solve, report=None)
 
     def tangent(self, num_leaves: int) -> "Problem":
         """``v = (df/dz) v + t`` with the tensors (t, z, tensors of this problem)."""
@@ -80,26 +78,24 @@ class Problem:
             t, z, rest = _split(tensors, num_leaves, num_leaves)
             return [a + b for a, b in zip(jvp(lambda *leaves: tuple(self.map(leaves, rest)), z, v), t, strict=True)]
 
-        def solve(map_: Map, _: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
-            return self._solve_affine(map_, tensors, tensors[:num_leaves], batch_dims)
+        def solve(map_: Map, zero: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
+            return self._solve_affine(map_, zero, tensors, batch_dims)
 
-        return dataclasses.replace(self, map=tangent_map, solve=solve, num_start=0, report=None)
+        return dataclasses.replace(self, map=tangent_map, solve=solve, report=None)
 
     def batched(self, in_dims: Sequence[int | None], randomness: str) -> "Problem":
         """This problem for every entry of one more leading dimension of the state, under torch.func.vmap."""
-        dims = list(in_dims[self.num_start :])
 
         def batched_map(z: Leaves, tensors: Leaves) -> list[Tensor]:
-            mapped = torch.func.vmap(self.map, in_dims=(0, dims), randomness=randomness)
+            mapped = torch.func.vmap(self.map, in_dims=(0, list(in_dims)), randomness=randomness)
             return mapped(list(z), list(tensors))
 
         return dataclasses.replace(self, map=batched_map, batch_dims=self.batch_dims + 1)
 
     def _solve_affine(
-        self, map_: Map, tensors: Leaves, like: Leaves, batch_dims: int, report: Report = None
+        self, map_: Map, zero: Leaves, tensors: Leaves, batch_dims: int, report: Report = None
     ) -> list[Tensor]:
         """The fixed point of an affine map, evaluated as it stands."""
-        zero = [torch.zeros_like(leaf) for leaf in like]
         offset = map_(zero, tensors)
         return self._solve_linear(
             lambda u: [a - b for a, b in zip(map_(u, tensors), offset, strict=True)], offset, batch_dims, report
@@ -130,74 +126,81 @@ def fixed_point_of(problem: Problem, start: Leaves, tensors: Leaves, captured: L
 
     Args:
         problem: The map and its solver.
-        start: The leaves of z0. They get no gradient.
+        start: The leaves of z0; zeros for a linear problem. They get no gradient.
         tensors: What the map takes explicitly.
         captured: Leaf tensors that the map uses beyond those; empty while a transform is tracing.
     """
-    return list(_FixedPoint.apply(problem, len(captured), *start, *tensors, *captured))
+    sizes = (len(start), len(tensors))
+    return list(_FixedPoint.apply(problem, sizes, *start, *tensors, *captured))
 
 
 class _FixedPoint(torch.autograd.Function):
+    """Takes a Problem, the numbers of start leaves and of tensors, and the start, tensors and captured, flat."""
+
     @staticmethod
-    def forward(problem: Problem, num_captured: int, *flat: Tensor) -> tuple[Tensor, ...]:
-        start, tensors, _ = _split(flat, problem.num_start, len(flat) - problem.num_start - num_captured)
+    def forward(problem: Problem, sizes: tuple[int, int], *flat: Tensor) -> tuple[Tensor, ...]:
+        start, tensors, _ = _split(flat, *sizes)
         return tuple(problem.solve(problem.map, start, tensors, problem.batch_dims))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        problem, num_captured, *flat = inputs
-        saved = (*output, *flat[problem.num_start :])
-        ctx.problem, ctx.num_captured, ctx.num_leaves = problem, num_captured, len(output)
+        problem, sizes, *flat = inputs
+        saved = (*output, *flat[sizes[0] :])
+        ctx.problem, ctx.sizes = problem, sizes
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        problem, z, tensors, captured = _unpack(ctx)
-        u = fixed_point_of(problem.adjoint(len(z)), (), (*cotangents, *z, *tensors), captured)
-        wanted = ctx.needs_input_grad[2 + problem.num_start :]
-        gradients = _pull_back(problem, z, tensors, captured, u, wanted)
-        return (None, None, *[None] * problem.num_start, *gradients)
+        problem, num_leaves = ctx.problem, ctx.sizes[0]
+        z, tensors, captured = _split(ctx.saved_tensors, *ctx.sizes)
+        zero = [torch.zeros_like(leaf) for leaf in z]
+        u = fixed_point_of(problem.adjoint(num_leaves), zero, (*cotangents, *z, *tensors), captured)
+        wanted = ctx.needs_input_grad[2 + num_leaves :]
+        return (None, None, *[None] * num_leaves, *_pull_back(problem, z, tensors, captured, u, wanted))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        problem, z, tensors, captured = _unpack(ctx)
+        problem, num_leaves = ctx.problem, ctx.sizes[0]
+        z, tensors, captured = _split(ctx.saved_tensors, *ctx.sizes)
         # The tensors come with this mode's tangents on, which belong to the result and not to its derivation.
         z, tensors = ([forward_ad.unpack_dual(t, level=0).primal for t in group] for group in (z, tensors))
-        given = tangents[2 + problem.num_start :]
+        given = tangents[2 + num_leaves :]
         moving = [i for i, tangent in enumerate(given[: len(tensors)]) if tangent is not None]
 
         def of_moving(*some: Tensor) -> tuple[Tensor, ...]:
-            every = list(tensors)
-            for i, tensor in zip(moving, some, strict=True):
-                every[i] = tensor
-            return tuple(problem.map(z, every))
+            return tuple(problem.map(z, _replaced(tensors, moving, some)))
 
         # PyTorch switches forward mode off in here, which would lose the tangents of an outer forward-mode transform.
         with forward_ad._set_fwd_grad_enabled(True):
             t = jvp(of_moving, [tensors[i] for i in moving], [cast(Tensor, given[i]) for i in moving])
-            return tuple(fixed_point_of(problem.tangent(len(z)), (), (*t, *z, *tensors), captured))
+            zero = [torch.zeros_like(leaf) for leaf in z]
+            return tuple(fixed_point_of(problem.tangent(num_leaves), zero, (*t, *z, *tensors), captured))
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], problem: Problem, num_captured: int, *flat: Tensor
+        info: Any, in_dims: tuple[Any, ...], problem: Problem, sizes: tuple[int, int], *flat: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        start, tensors, captured = _split(flat, *sizes)
+        start_dims, tensor_dims, _ = _split(in_dims[2:], *sizes)
         start = [
-            leaf.unsqueeze(0).expand(info.batch_size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
-            for leaf, dim in zip(flat[: problem.num_start], in_dims[2:], strict=False)
+            leaf.expand(info.batch_size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
+            for leaf, dim in zip(start, start_dims, strict=True)
         ]
-        batched = problem.batched(in_dims[2:], info.randomness)
-        value = fixed_point_of(batched, start, flat[problem.num_start :], ())
+        value = fixed_point_of(problem.batched(tensor_dims, info.randomness), start, tensors, captured)
         return tuple(value), (0,) * len(value)
 
 
-def _split(flat: Leaves, first: int, second: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _split(flat: Sequence[Any], first: int, second: int) -> tuple[list[Any], list[Any], list[Any]]:
     return list(flat[:first]), list(flat[first : first + second]), list(flat[first + second :])
 
 
-def _unpack(ctx: Any) -> tuple[Problem, list[Tensor], list[Tensor], list[Tensor]]:
-    num_tensors = len(ctx.saved_tensors) - ctx.num_leaves - ctx.num_captured
-    return (ctx.problem, *_split(ctx.saved_tensors, ctx.num_leaves, num_tensors))
+def _replaced(tensors: Leaves, positions: Sequence[int], values: Leaves) -> list[Tensor]:
+    """``tensors`` with others at some positions."""
+    every = list(tensors)
+    for i, value in zip(positions, values, strict=True):
+        every[i] = value
+    return every
 
 
 def jvp(f: Callable[..., tuple[Tensor, ...]], x: Leaves, v: Leaves) -> Sequence[Tensor]:
@@ -228,10 +231,7 @@ def _pull_back(
     if problem.transformed:
 
         def of_some(*values: Tensor) -> tuple[Tensor, ...]:
-            every = list(tensors)
-            for i, value in zip(some, values, strict=True):
-                every[i] = value
-            return tuple(problem.map(z, every))
+            return tuple(problem.map(z, _replaced(tensors, some, values)))
 
         _, pullback = torch.func.vjp(of_some, *[tensors[i] for i in some])[:2]
         found: Sequence[Tensor | None] = pullback(tuple(u))

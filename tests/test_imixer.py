@@ -248,3 +248,12 @@ def test_measure_convergence():
 def test_package_exports_the_models():
     assert imixer.IMixer is IMixer
     assert isinstance(small(), IMixer)
+
+
+def test_compiles_to_one_graph():
+    model = trained_somewhat(small(num_blocks=1)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), model(x), atol=1e-5)
+    compiled(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 from implicit import FixedPointLayer, Implicit, fixed_point
@@ -67,6 +67,15 @@ TRANSFORMS = {
     "third order": lambda f: jacfwd(hessian(scalar(f), argnums=1), argnums=0),
     "vmap over inputs": lambda f: lambda x, w: vmap(lambda s: f(s * x, w))(torch.tensor([0.5, 1, 2])),
     "vmap over weights": lambda f: lambda x, w: vmap(lambda s: f(x, s * w))(torch.tensor([0.5, 1, 0.2])),
+    "vmap of vjp": lambda f: (
+        lambda x, w: vmap(lambda s: vjp(lambda w: f(x, w), s * w)[1](x))(torch.tensor([0.5, 1, 0.2]))
+    ),
+    "vmap of jvp": lambda f: (
+        lambda x, w: vmap(lambda s: jvp(lambda w: f(x, w), (s * w,), (w,))[1])(torch.tensor([0.5, 1]))
+    ),
+    "vmap over a last dimension": lambda f: (
+        lambda x, w: vmap(f, in_dims=(None, 2))(x, torch.stack((w, w / 2, w / 3), 2))
+    ),
     "vmap of grad": lambda f: lambda x, w: vmap(lambda s: grad(scalar(f), argnums=1)(s * x, w))(torch.tensor([0.5, 1])),
     "grad of vmap": lambda f: grad(
         lambda x, w: vmap(lambda s: f(s * x, w))(torch.tensor([0.5, 1])).sin().sum(), argnums=1

@@ -77,7 +77,6 @@ class Implicit(Backward):
         problem = Problem(
             map=explicit,
             solve=forward,
-            num_start=len(start),
             batch_dims=options.batch_dims,
             adjoint_solver=self.linear_solver,
             on_failure=options.on_failure,
