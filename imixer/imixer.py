@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import nn
@@ -105,6 +106,12 @@ class IMixer(MlpMixer):
         rtol: float | None = None,
         **mixer_args: Any,
     ) -> None:
+        img_size, patch_size = mixer_args.get("img_size", 224), mixer_args.get("patch_size", 16)
+        if any(side % patch for side, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)):
+            raise ValueError(
+                f"img_size={img_size} is no multiple of patch_size={patch_size}: the border would be left out. Choose "
+                "another patch_size, or resize the images."
+            )
         block_layer = partial(
             IMixerBlock,
             h_ratio=h_ratio,

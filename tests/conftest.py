@@ -1,6 +1,11 @@
 """What all tests share."""
 
+import os
 from pathlib import Path
+
+# PyTorch's threads wait for each other in a busy loop, which makes tests many times slower on cores that do other work
+# too. It has to be set before PyTorch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import hypothesis
 import pytest

@@ -133,6 +133,8 @@ def test_overrides():
 def test_refusals():
     with pytest.raises(RuntimeError, match="No pretrained weights exist for imixer_s16_224"):
         timm.create_model("imixer_s16_224", pretrained=True, num_blocks=1)
+    with pytest.raises(ValueError, match="img_size=18 is no multiple of patch_size=4"):
+        small(img_size=18)
     with pytest.raises(TypeError, match="h_ration"):
         small(h_ration=2)
     with pytest.raises(ValueError, match="no solver 'newton'"):
