@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from solvers import Solution
-from solvers._solve import OnFailure, report_failure
+from solvers._failure import OnFailure, report_failure
 from solvers.linear import LinearSolver, linear_solve
 
 Leaves = Sequence[Tensor]
@@ -114,9 +114,8 @@ class Problem:
         )
         if report is not None:
             report(solution)
-        assert solution.residual is not None
-        # A nan residual compares false.
-        if not bool((solution.residual <= self.resolution).logical_or(solution.converged).all()):
+        # A nan residual compares false, and stays a failure.
+        if solution.residual is None or bool((solution.failed & ~(solution.residual <= self.resolution)).any()):
             report_failure(solution, self.on_failure, "The linear solve of the derivative")
         return cast(list[Tensor], solution.value)
 

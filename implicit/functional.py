@@ -9,7 +9,7 @@ from implicit._explicit_map import transform_active
 from implicit._parametrized import modules_used_by, parametrized_slots, substituted
 from implicit.backward import Backward, SolveOptions, get_backward
 from solvers import Solution, Solver, get_solver
-from solvers._solve import OnFailure
+from solvers._failure import OnFailure
 
 
 @overload
@@ -108,6 +108,7 @@ def fixed_point(
         history=history,
         on_failure=on_failure,
     )
+    mode.check(options.solver)
     if torch.is_grad_enabled() or transform_active():
         solution = mode.solve(f, z0, args, options)
     else:

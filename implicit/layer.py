@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from implicit.backward import Backward, get_backward
 from implicit.functional import fixed_point
 from solvers import Solution, Solver, get_solver
-from solvers._solve import OnFailure, check_options
+from solvers._failure import OnFailure
+from solvers._solve import check_options
 
 
 class FixedPointLayer(nn.Module):
@@ -61,6 +62,7 @@ class FixedPointLayer(nn.Module):
         self.f = f
         self.solver = get_solver(solver)
         self.backward = get_backward(backward)
+        self.backward.check(self.solver)
         self.init = init
         self.rtol = rtol
         self.atol = atol

@@ -6,6 +6,7 @@ from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, St
 from solvers._solve import solve
 from solvers.anderson import Anderson
 from solvers.broyden import Broyden
+from solvers.newton_krylov import NewtonKrylov
 from solvers.picard import Picard
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
+    "NewtonKrylov",
     "Picard",
     "Solution",
     "Solver",

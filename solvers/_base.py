@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,13 @@ class Solver(Hyperparameters, abc.ABC):
     state must depend on that row alone. It does no stopping test, keeps nothing on ``self`` and may reuse the memory
     of the state that it is given. Tolerances, per-sample stopping, failures, the best iterate and the history belong
     to :func:`solvers.solve`, which drives every solver in the same way.
+
+    Attributes:
+        differentiable: Whether gradients flow through the steps; the unrolled backward modes refuse a solver whose
+            steps they do not flow through.
     """
+
+    differentiable: ClassVar[bool] = True
 
     @abc.abstractmethod
     def init(self, f: FlatMapping, z0: Tensor) -> State:

@@ -5,16 +5,22 @@ from typing import Any
 from solvers._base import Solver
 from solvers.anderson import Anderson
 from solvers.broyden import Broyden
+from solvers.newton_krylov import NewtonKrylov
 from solvers.picard import Picard
 
-_SOLVERS: dict[str, type[Solver]] = {"picard": Picard, "anderson": Anderson, "broyden": Broyden}
+_SOLVERS: dict[str, type[Solver]] = {
+    "picard": Picard,
+    "anderson": Anderson,
+    "broyden": Broyden,
+    "newton_krylov": NewtonKrylov,
+}
 
 
 def get_solver(solver: Solver | str, **options: Any) -> Solver:
     """The solver of that name with these options; a solver object passes through.
 
     Args:
-        solver: ``"picard"``, ``"anderson"`` or ``"broyden"``, or a solver object.
+        solver: ``"picard"``, ``"anderson"``, ``"broyden"`` or ``"newton_krylov"``, or a solver object.
         **options: The hyperparameters of the named solver.
 
     Raises:

@@ -1,16 +1,14 @@
 """The driver loop: one for every solver."""
 
-import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from solvers._base import FlatMap, Solver
 from solvers._batching import Layout
 from solvers._convergence import FixedSteps, ToleranceTest
+from solvers._failure import OnFailure, report_failure
 from solvers._registry import get_solver
-from solvers._solution import ConvergenceError, ConvergenceWarning, Solution
-
-OnFailure = Literal["warn", "raise", "ignore"]
+from solvers._solution import Solution
 
 
 def solve(
@@ -94,16 +92,6 @@ def solve(
     if isinstance(progress, ToleranceTest):
         report_failure(solution, on_failure)
     return solution
-
-
-def report_failure(solution: Solution, on_failure: OnFailure, what: str = "The fixed-point solve") -> None:
-    """Warn or raise, as asked, if a sample of ``solution`` failed."""
-    if on_failure == "ignore" or not bool(solution.failed.any()):
-        return
-    message = f"{what} did not converge for every sample.\n{solution.summary()}"
-    if on_failure == "raise":
-        raise ConvergenceError(message, solution)
-    warnings.warn(message, ConvergenceWarning, stacklevel=3)
 
 
 def check_options(rtol: float | None, atol: float | None, max_steps: int, on_failure: str) -> None:

@@ -313,6 +313,10 @@ def test_refusals():
         Implicit(solver=GMRES())
     with pytest.raises(TypeError, match="must be a linear solver such as .*got Picard"):
         Implicit(linear_solver=Picard())
+    with pytest.raises(ValueError, match=r"Unrolled\(\) needs gradients through the steps .* of NewtonKrylov"):
+        FixedPointLayer(TanhMap(), solver="newton_krylov", backward="unrolled")
+    with pytest.raises(ValueError, match=r"Unrolled\(\) needs gradients through the steps"):
+        fixed_point(torch.cos, x, solver="newton_krylov", backward="unrolled")
     with pytest.raises(TypeError, match="Options go with a name"):
         get_backward(Implicit(), linear_solver=GMRES())
     with pytest.raises(ValueError, match="zeros like the first input, which must be a tensor; got a dict"):

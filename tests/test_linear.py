@@ -1,10 +1,10 @@
-"""GMRES against dense linear algebra, and its statuses."""
+"""The linear solvers against dense linear algebra, and their statuses."""
 
 import pytest
 import torch
 
 from solvers import ConvergenceError, ConvergenceWarning, Status
-from solvers.linear import GMRES, linear_solve
+from solvers.linear import GMRES, BiCGStab, NeumannSeries, linear_solve
 
 
 def systems(dtype, batch=8, size=24):
@@ -139,3 +139,72 @@ def test_refusals():
         GMRES(rtol=-1)
     with pytest.raises(TypeError, match="no option 'tol'"):
         GMRES(tol=1e-3)
+
+
+# BiCGStab and the Neumann series.
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=str)
+def test_bicgstab_agrees_with_dense_solves(dtype, rtol):
+    a, b = systems(dtype)
+    a = a + torch.eye(24, dtype=dtype)
+    solution = linear_solve(product(a), b, BiCGStab(rtol=rtol), on_failure="raise", history=True)
+    exact = torch.linalg.solve(a, b)
+    assert ((solution.value - exact).norm(dim=1) <= rtol * torch.linalg.cond(a) * exact.norm(dim=1)).all()
+    true_residual = (b - product(a)(solution.value)).norm(dim=1) / b.norm(dim=1)
+    assert torch.allclose(solution.residual, true_residual, rtol=1e-2, atol=1e-7 if dtype == torch.float32 else 1e-15)
+    assert len(solution.num_steps.unique()) > 1
+    assert len(solution.history) >= int(solution.num_steps.max())
+
+
+def test_bicgstab_of_a_system_alone_and_among_harder_ones():
+    a, b = systems(torch.float64)
+    a = a + torch.eye(24)
+    together = linear_solve(product(a), b, BiCGStab(rtol=1e-8))
+    for i in range(8):
+        alone = linear_solve(product(a[i : i + 1]), b[i : i + 1], BiCGStab(rtol=1e-8))
+        assert torch.allclose(alone.value[0], together.value[i], rtol=1e-6)
+        assert abs(int(alone.num_steps[0]) - int(together.num_steps[i])) <= 1
+
+
+def test_bicgstab_failures():
+    """A skew operator has no progress along the residual; a singular one no solution; nan stays with its sample."""
+    skew = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    failed = linear_solve(lambda x: x @ skew.T, torch.tensor([[1.0, 0.0]]).double(), BiCGStab(), on_failure="ignore")
+    assert Status(int(failed.status)) in (Status.BREAKDOWN, Status.STAGNATED)
+    d = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
+    b = torch.tensor([[1.0, 1, 0], [0, 0, 1], [torch.nan, 0, 0]], dtype=torch.float64)
+    solution = linear_solve(lambda x: d * x, b, BiCGStab(), on_failure="ignore")
+    assert solution.status.tolist() == [Status.CONVERGED, Status.BREAKDOWN, Status.NONFINITE]
+    assert torch.allclose(solution.value[0], torch.tensor([1, 0.5, 0], dtype=torch.float64))
+    with pytest.warns(ConvergenceWarning, match="MAX_STEPS"):
+        linear_solve(product(systems(torch.float64)[0]), systems(torch.float64)[1], BiCGStab(max_steps=2))
+
+
+@pytest.mark.parametrize("terms", [1, 2, 7])
+def test_neumann_series_is_its_sum(terms):
+    generator = torch.Generator().manual_seed(0)
+    j = torch.randn(3, 5, 5, generator=generator, dtype=torch.float64) / 8
+    b = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    solution = linear_solve(
+        lambda x: x - product(j)(x), b, NeumannSeries(terms=terms), history=True, on_failure="raise"
+    )
+    expected = sum(product(torch.linalg.matrix_power(j, i))(b) for i in range(terms))
+    assert torch.allclose(solution.value, expected, rtol=1e-12)
+    assert solution.num_evals == terms - 1
+    assert (solution.status == Status.UNTESTED).all()
+    last = product(torch.linalg.matrix_power(j, terms - 1))(b)
+    assert torch.allclose(solution.residual, last.norm(dim=1) / b.norm(dim=1))
+
+
+def test_neumann_series_tends_to_the_solution():
+    j = 0.5 * torch.eye(4, dtype=torch.float64)
+    b = torch.ones(2, 4, dtype=torch.float64)
+    assert torch.allclose(linear_solve(lambda x: x - product(j)(x), b, NeumannSeries(terms=60)).value, 2 * b)
+
+
+def test_refusals_of_bicgstab_and_neumann():
+    with pytest.raises(ValueError, match=r"NeumannSeries\(terms=...\) must be a positive integer, got 0"):
+        NeumannSeries(terms=0)
+    with pytest.raises(ValueError, match="BiCGStab tolerances must be >= 0, got rtol=-1"):
+        BiCGStab(rtol=-1)

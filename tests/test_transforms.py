@@ -83,8 +83,6 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 def test_transforms_agree_with_unrolling(transform):
     x, w = torch.randn(2, 3), torch.randn(3, 3) / 4
@@ -93,7 +91,6 @@ def test_transforms_agree_with_unrolling(transform):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")
 def test_gradcheck_with_forward_mode():
     inputs = (torch.randn(2, 3, requires_grad=True), (torch.randn(3, 3) / 4).requires_grad_())
     assert gradcheck(implicit_limit, inputs, check_forward_ad=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from solvers import Solution, Solver, solve
+from solvers._failure import OnFailure
 from solvers._hyperparameters import Hyperparameters
-from solvers._solve import OnFailure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,9 @@ class SolveOptions:
 
 class Backward(Hyperparameters, abc.ABC):
     """A backward mode: a frozen, keyword-only dataclass of its hyperparameters, independent of the solver."""
+
+    def check(self, solver: Solver) -> None:
+        """Raise a ValueError that names both if this mode cannot go with a solver."""
 
     @abc.abstractmethod
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:

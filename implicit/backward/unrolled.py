@@ -6,7 +6,7 @@ from typing import Any
 
 from implicit._parametrized import modules_used_by, parametrized_slots, substituted
 from implicit.backward._base import Backward, SolveOptions
-from solvers import Solution
+from solvers import Solution, Solver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,13 @@ class Unrolled(Backward):
     steps, as the published iMixer trains, and for a solve to tolerance close to :class:`implicit.Implicit`'s.
     Memory and backward time grow with the number of steps. No extra call of the map. The start gets a gradient too.
     """
+
+    def check(self, solver: Solver) -> None:
+        if not solver.differentiable:
+            raise ValueError(
+                f"{self!r} needs gradients through the steps of the solver, and none flow through those of {solver!r}. "
+                "Use the implicit backward mode, or Picard, Anderson or Broyden."
+            )
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
         slots = parametrized_slots(modules_used_by(f))

@@ -1,0 +1,90 @@
+"""What Krylov methods share: cycles from the true residual until every system is done."""
+
+import abc
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from solvers._convergence import ACTIVE, relative, rms_norm
+from solvers._hyperparameters import require_positive_int
+from solvers._solution import Status
+from solvers.linear._base import FlatMatvec, LinearResult, LinearSolver
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KrylovSolver(LinearSolver):
+    """A method that runs in cycles, each from the residual ``b - A x`` computed anew.
+
+    So the status and the residual do not rest on a recurrence, and rounding in one is mended by the next cycle.
+
+    Args:
+        max_steps: Most steps in all.
+        rtol: A sample is done when ``norm(b - A x) <= atol + rtol * norm(b)`` in the root mean square norm.
+        atol: Absolute tolerance.
+    """
+
+    max_steps: int = 100
+    rtol: float = 1e-5
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive_int(self, "max_steps", self.max_steps)
+        if not (self.rtol >= 0 and self.atol >= 0):
+            raise ValueError(
+                f"{type(self).__name__} tolerances must be >= 0, got rtol={self.rtol!r}, atol={self.atol!r}."
+            )
+
+    @abc.abstractmethod
+    def cycle(
+        self, matvec: FlatMatvec, r: Tensor, tolerance: Tensor, norm_b: Tensor, history: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reduce the residual ``r`` (B, D) towards ``tolerance`` (B,), of zero rows nothing is asked.
+
+        Appends a relative residual estimate (B,) a step to ``history``, which has at most ``max_steps`` entries.
+
+        Returns:
+            The correction of x (B, D); (B,) bool, which samples broke down short of the tolerance; (B,) int64, the
+            steps that each sample took.
+        """
+
+    def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
+        norm_b = rms_norm(b)  # (B,)
+        if tolerance is None:
+            tolerance = self.atol + self.rtol * norm_b
+        x, r = torch.zeros_like(b), b
+        error = norm_b
+        status = torch.full_like(norm_b, ACTIVE, dtype=torch.int8)
+        status = status.masked_fill(norm_b <= tolerance, Status.CONVERGED)
+        status = status.masked_fill(~norm_b.isfinite(), Status.NONFINITE)
+        num_steps = torch.zeros_like(norm_b, dtype=torch.int64)
+        history: list[Tensor] = []
+        while len(history) < self.max_steps and bool((status == ACTIVE).any()):
+            active = status == ACTIVE
+            # A finished sample joins the products with a zero vector and comes out with a zero correction.
+            start = torch.where(active.unsqueeze(1), r, 0.0)
+            correction, broken, steps = self.cycle(matvec, start, tolerance, norm_b, history)
+            candidate = x + correction
+            new_r = b - matvec(candidate)
+            new_error = rms_norm(new_r)
+            improved = active & (new_error < error)
+            x = torch.where(improved.unsqueeze(1), candidate, x)
+            r = torch.where(improved.unsqueeze(1), new_r, r)
+            num_steps = num_steps + torch.where(active, steps, 0)
+            # The later line wins.
+            status = status.masked_fill(active & ~(new_error < 0.999 * error), Status.STAGNATED)
+            status = status.masked_fill(active & broken, Status.BREAKDOWN)
+            status = status.masked_fill(active & ~new_error.isfinite(), Status.NONFINITE)
+            error = torch.where(improved, new_error, error)
+            status = status.masked_fill(active & (error <= tolerance), Status.CONVERGED)
+        status = status.masked_fill(status == ACTIVE, Status.MAX_STEPS)
+        # A start of zero that nothing finite was found to improve on is no answer.
+        lost = (status == Status.NONFINITE) & ~(error < norm_b)
+        return LinearResult(
+            x=x.masked_fill(lost.unsqueeze(1), math.nan),
+            status=status,
+            residual=relative(error, norm_b),
+            num_steps=num_steps,
+            history=torch.stack(history) if history else norm_b.new_zeros(0, norm_b.shape[0]),
+        )

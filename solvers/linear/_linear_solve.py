@@ -1,0 +1,70 @@
+"""Linear solves of batches and pytrees."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers._batching import Layout
+from solvers._failure import OnFailure, report_failure
+from solvers._solution import Solution
+from solvers.linear._base import LinearSolver
+from solvers.linear.gmres import GMRES
+
+
+def linear_solve(
+    matvec: Callable[[Any], Any],
+    b: Any,
+    solver: LinearSolver | None = None,
+    *,
+    batch_dims: int = 1,
+    history: bool = False,
+    on_failure: OnFailure = "warn",
+) -> Solution:
+    """Solve the linear systems ``matvec(x) = b``, one a sample. No gradients flow through the steps.
+
+    Args:
+        matvec: A linear map of something like ``b`` to something like ``b``, which does not mix samples.
+        b: The right-hand sides: a tensor or a pytree of tensors.
+        solver: A linear solver; ``GMRES()`` by default. It holds the tolerances.
+        batch_dims: How many leading dimensions of ``b`` index independent systems; 0 is one system.
+        history: Keep the residuals of every step.
+        on_failure: "warn", "raise" a ConvergenceError that carries the solution, or "ignore".
+
+    Returns:
+        A :class:`solvers.Solution`; its residual is ``norm(b - A x) / norm(b)``.
+
+    Raises:
+        ConvergenceError: A sample failed and ``on_failure="raise"``.
+        TypeError, ValueError: ``b`` or what ``matvec`` returns is unfit.
+
+    Example:
+        >>> import torch
+        >>> from solvers.linear import GMRES, linear_solve
+        >>> a = torch.tensor([[2.0, 1.0], [0.0, 4.0]])
+        >>> linear_solve(lambda x: x @ a.T, torch.tensor([[4.0, 4.0]]), GMRES()).value
+        tensor([[1.5000, 1.0000]])
+    """
+    layout = Layout(b, batch_dims)
+    num_evals = 0
+
+    def flat_matvec(x: Tensor) -> Tensor:
+        nonlocal num_evals
+        num_evals += 1
+        output = matvec(layout.unpack(x))
+        layout.check(output, "matvec")
+        return layout.pack(output)
+
+    with torch.no_grad():
+        result = (solver or GMRES()).run(flat_matvec, layout.pack(b))
+    solution = Solution(
+        value=layout.unpack(result.x),
+        status=layout.unpack_batch(result.status),
+        residual=layout.unpack_batch(result.residual),
+        num_steps=layout.unpack_batch(result.num_steps),
+        num_evals=num_evals,
+        history=layout.unpack_batch(result.history) if history else None,
+    )
+    report_failure(solution, on_failure, "The linear solve")
+    return solution

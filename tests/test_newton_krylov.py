@@ -1,0 +1,111 @@
+"""Newton-Krylov on the problem bank, where Picard converges and where it cannot."""
+
+import pytest
+import torch
+
+from implicit import fixed_point
+from solvers import NewtonKrylov, Status, solve
+from solvers.linear import GMRES, BiCGStab
+from solvers.testing import BANK
+
+PROBLEMS = ["linear 0.5", "linear 0.9", "linear 0.99", "rotation", "planes", "cos", "cos, marginal", "tanh", "mixed"]
+PROBLEMS += ["expansive", "H-equation", "contractive 2x2", "alex"]
+SOLVERS = [NewtonKrylov(), NewtonKrylov(forcing=0.01), NewtonKrylov(linear_solver=BiCGStab(max_steps=40))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("solver", SOLVERS, ids=["eisenstat-walker", "forcing", "bicgstab"])
+def test_finds_the_fixed_point(solver, problem, dtype):
+    bank = BANK[problem](dtype)
+    rtol = 1e-5 if dtype == torch.float32 else 1e-10
+    calls = 0
+
+    def f(z):
+        nonlocal calls
+        calls += 1
+        return bank.f(z)
+
+    solution = solve(f, bank.z0, solver, rtol=rtol, atol=0, on_failure="raise")
+    assert calls == solution.num_evals
+    assert int(solution.num_steps.max()) <= 8
+    # The error is a residual times the condition of I - J, 100 or so on linear 0.99.
+    error = (solution.value - bank.solution).norm() / bank.solution.norm()
+    assert error < 200 * rtol
+
+
+def test_a_linear_map_takes_one_step():
+    bank = BANK["expansive"](torch.float64)
+    solution = solve(bank.f, bank.z0, NewtonKrylov(forcing=1e-12), rtol=1e-10, atol=0, on_failure="raise")
+    assert solution.num_steps.tolist() == [2] * 4  # the first is the evaluation at the start
+    assert torch.allclose(solution.value, bank.solution, rtol=1e-8)
+
+
+def test_converges_quadratically():
+    # z = z - (z^2 - 2): Newton's method for the square root of 2.
+    history = solve(
+        lambda z: z - (z * z - 2),
+        torch.full((1, 1), 2.0, dtype=torch.float64),
+        NewtonKrylov(forcing=1e-12),
+        rtol=1e-14,
+        atol=0,
+        history=True,
+    ).history.flatten()
+    assert len(history) <= 6
+    assert history[3] < history[2] ** 1.8
+    assert history[4] < history[3] ** 1.8
+
+
+def test_backtracking_saves_a_step_that_is_too_long():
+    """On z = z - atan(z) full Newton steps diverge from |z| > 1.39; each sample shortens its own."""
+    z0 = torch.tensor([[0.5], [3.0], [20.0]], dtype=torch.float64)
+    solution = solve(lambda z: z - torch.atan(z), z0, NewtonKrylov(), rtol=0, atol=1e-10, on_failure="raise")
+    assert (solution.value.abs() < 1e-9).all()
+    alone = solve(lambda z: z - torch.atan(z), z0[:1], NewtonKrylov(), rtol=0, atol=1e-10)
+    assert torch.equal(alone.value[0], solution.value[0])
+    assert alone.num_steps[0] == solution.num_steps[0]
+
+
+def test_a_nan_sample_leaves_the_others_exact():
+    bank = BANK["expansive"](torch.float64)
+    poison = torch.zeros(4, 1, dtype=torch.float64)
+    poison[2] = torch.nan
+    solution = solve(lambda z: bank.f(z) + poison, bank.z0, NewtonKrylov(), rtol=1e-10, atol=0, on_failure="ignore")
+    expected = solve(bank.f, bank.z0, NewtonKrylov(), rtol=1e-10, atol=0)
+    good = [0, 1, 3]
+    assert Status(int(solution.status[2])) is Status.NONFINITE
+    assert torch.equal(solution.value[good], expected.value[good])
+
+
+def test_gradient_by_the_implicit_mode():
+    """Its products by forward mode work inside the autograd.Function, where PyTorch switches forward mode off."""
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    z, solution = fixed_point(
+        lambda z, x: 3 * torch.sin(z) + x,
+        x.detach() * 0 + 2,
+        x,
+        solver="newton_krylov",
+        rtol=1e-12,
+        return_solution=True,
+    )
+    assert solution.converged.all()
+    z.sum().backward()
+    assert torch.allclose(x.grad, 1 / (1 - 3 * torch.cos(z)), rtol=1e-4)
+
+
+def test_pytrees_batch_dims_and_fixed_steps():
+    bank = BANK["expansive"](torch.float64)
+    one = solve(bank.f, bank.z0, NewtonKrylov(), batch_dims=0, rtol=1e-10, on_failure="raise")
+    assert torch.allclose(one.value, bank.solution, rtol=1e-6)
+    tree = solve(lambda z: {"z": bank.f(z["z"])}, {"z": bank.z0}, NewtonKrylov(), rtol=1e-10, on_failure="raise")
+    assert torch.allclose(tree.value["z"], bank.solution, rtol=1e-6)
+    fixed = solve(bank.f, bank.z0, NewtonKrylov(), rtol=None, atol=None, max_steps=7)
+    assert torch.allclose(fixed.value, bank.solution, rtol=1e-6)
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match="must be a linear solver such as .*got 3"):
+        NewtonKrylov(linear_solver=3)
+    with pytest.raises(ValueError, match=r"forcing=...\) must be in \(0, 1\) or None, got 1.0"):
+        NewtonKrylov(forcing=1.0)
+    assert NewtonKrylov(linear_solver=GMRES()) == NewtonKrylov(linear_solver=GMRES())
