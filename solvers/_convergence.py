@@ -97,24 +97,26 @@ class ToleranceTest:
         """Take in one step's iterate and its image, both (B, D); True when every sample is done."""
         self._step += 1
         with torch.no_grad():
-            error = rms_norm(fz - z)  # (B,)
-            scale = rms_norm(fz)  # (B,)
+            # Plain norms: the root of the size cancels in all but atol.
+            error = torch.linalg.vector_norm(fz - z, dim=1)  # (B,)
+            scale = torch.linalg.vector_norm(fz, dim=1)  # (B,)
             residual = relative(error, scale)
+            bound = self._rtol * scale
+            if self._atol:
+                bound = bound + self._atol * math.sqrt(z.shape[1])
             if self._step == 1:
                 self._start(error, scale, fz)
             improved = residual < self.residual
-            met = error <= self._atol + self._rtol * scale
             # In most steps nothing happens to any sample but a smaller residual; one look at the host settles that.
             # A nan compares false, so it is never ordinary.
-            ordinary = improved & ~met & (error < self._limit)
-            if not self.any_done and bool(ordinary.all()):
+            if not self.any_done and bool((improved & (error > bound) & (error < self._limit)).all()):
                 if self._history is not None:
                     self._history.append(residual)
                 self.residual = residual
-                self._best_step.fill_(self._step)
+                self._all_improved_at = self._step
                 self.value = fz
                 return False
-            taken = self._settle(residual, error, improved, met)
+            taken = self._settle(residual, error, improved, error <= bound)
         self.value = torch.where(taken.unsqueeze(1), fz, self.value)
         return not self._any_active
 
@@ -124,6 +126,7 @@ class ToleranceTest:
         self.status = torch.full_like(error, ACTIVE, dtype=torch.int8)
         self.num_steps = torch.zeros_like(error, dtype=torch.int64)
         self._best_step = torch.zeros_like(self.num_steps)
+        self._all_improved_at = 0
         self._limit = DIVERGENCE_FACTOR * (error + scale)
 
     def _settle(self, residual: Tensor, error: Tensor, improved: Tensor, met: Tensor) -> Tensor:
@@ -132,7 +135,7 @@ class ToleranceTest:
         met = met & active
         taken = met | (improved & active)
         self.residual = torch.where(taken, residual, self.residual)
-        self._best_step = torch.where(taken, self._step, self._best_step)
+        self._best_step = torch.where(taken, self._step, self._best_step.clamp_min(self._all_improved_at))
         if self._history is not None:
             self._history.append(torch.where(active, residual, self.residual))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 def store(block: Tensor | None, slot: int, vector: Tensor, capacity: int) -> Tensor:
     """Put ``vector`` (B, D) at ``slot`` of ``block`` (B, m, D), growing the block to at most ``capacity`` slots.
 
-    Writes in place when no gradient is recorded; builds a new block when one is, because autograd keeps the old one.
+    Writes in place where no gradient is recorded; builds a new block where one is, because autograd keeps the old one.
 
     Args:
         block: What an earlier call returned; None at first.
@@ -15,7 +15,7 @@ def store(block: Tensor | None, slot: int, vector: Tensor, capacity: int) -> Ten
         vector: (B, D).
         capacity: The most slots there will ever be.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (vector.requires_grad or (block is not None and block.requires_grad)):
         row = vector.unsqueeze(1)
         return row if block is None else torch.cat((block[:, :slot], row, block[:, slot + 1 :]), dim=1)
     if block is None or slot >= block.shape[1]:
@@ -30,7 +30,8 @@ def store(block: Tensor | None, slot: int, vector: Tensor, capacity: int) -> Ten
 
 def dot(block: Tensor, vector: Tensor) -> Tensor:
     """(B, m, D), (B, D) -> (B, m) inner products."""
-    return torch.bmm(block, vector.unsqueeze(2)).squeeze(2)
+    # A row times a matrix: several times faster on the CPU than the same matrix times a column.
+    return torch.bmm(vector.unsqueeze(1), block.transpose(1, 2)).squeeze(1)
 
 
 def combine(block: Tensor, coefficients: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from solvers._base import FlatMapping, Solver, State
 from solvers._hyperparameters import require_damping, require_positive_int
-from solvers._small_systems import back_substitute, inverse_or_zero
+from solvers._small_systems import back_substitute, eliminate, inverse_or_zero
 from solvers._window import combine, dot, store
 
 
@@ -85,67 +85,57 @@ class Anderson(Solver):
         dg_block = store(state.dg, slot, dg, self.memory)
         n = min(state.steps + 1, self.memory)
         row = dot(dg_block[:, :n], dg)  # (B, n)
-        gram = _replace_row_and_column(state.gram, slot, row)
+        gram = _with_row_and_column(state.gram, slot, row)
         return AndersonState(z=z, fz=fz, steps=state.steps + 1, df=df_block, dg=dg_block, gram=gram)
 
     def _coefficients(self, dg: Tensor, gram: Tensor, g: Tensor, next_slot: int) -> Tensor:
-        """gamma (B, n). The columns go in newest first, so that of two dependent ones the older is left out."""
-        if self.least_squares == "qr":
-            gamma = _least_squares_qr(dg.roll(-next_slot, dims=1).flip(1), g)
-        else:
-            ordered = gram.roll((-next_slot, -next_slot), dims=(1, 2)).flip(1, 2)
-            gamma = _least_squares_gram(ordered, dot(dg, g).roll(-next_slot, dims=1).flip(1))
-        return gamma.flip(1).roll(next_slot, dims=1)
+        """gamma (B, n), eliminated newest first, so that of two dependent columns the older is left out."""
+        n = gram.shape[1]
+        order = [(next_slot - 1 - i) % n for i in range(n)]
+        solve = _least_squares_qr if self.least_squares == "qr" else _least_squares_gram
+        return solve(dg, gram, g, order)
 
 
-def _replace_row_and_column(gram: Tensor | None, slot: int, row: Tensor) -> Tensor:
+def _with_row_and_column(gram: Tensor | None, slot: int, row: Tensor) -> Tensor:
     """The symmetric (B, n, n) matrix with row and column ``slot`` set to ``row`` (B, n); it may grow by one."""
     if gram is None:
         return row.unsqueeze(2)
-    above, below = gram[:, :slot], gram[:, slot + 1 :]
-    kept = torch.cat((above, below), dim=1)  # (B, n - 1, n or n - 1)
-    others = torch.cat((row[:, :slot], row[:, slot + 1 :]), dim=1).unsqueeze(2)
-    kept = torch.cat((kept[:, :, :slot], others, kept[:, :, slot + 1 :]), dim=2)
-    return torch.cat((kept[:, :slot], row.unsqueeze(1), kept[:, slot:]), dim=1)
+    n = row.shape[1]
+    if n > gram.shape[1]:
+        gram = torch.nn.functional.pad(gram, (0, 1, 0, 1))
+    at_slot = torch.arange(n, device=row.device) == slot
+    gram = torch.where(at_slot.view(n, 1), row.unsqueeze(1), gram)
+    return torch.where(at_slot, row.unsqueeze(2), gram)
 
 
-def _least_squares_gram(gram: Tensor, rhs: Tensor) -> Tensor:
-    """Minimize ``|b - A x|`` from ``gram = A'A`` (B, n, n) and ``rhs = A'b`` (B, n) by elimination.
+def _least_squares_gram(columns: Tensor, gram: Tensor, rhs: Tensor, order: list[int]) -> Tensor:
+    """Minimize ``|b - A x|`` for the columns of A as (B, n, D), their Gram matrix (B, n, n), and b as (B, D).
 
     The columns are scaled to unit length, so the pivot of a column is the squared sine of its angle to the columns
     before it. Rounding in the Gram matrix makes pivots near n * eps meaningless; such a column gets the coefficient 0.
     """
-    n = gram.shape[1]
-    scale = inverse_or_zero(gram.diagonal(dim1=1, dim2=2).sqrt(), 0.0)  # (B, n)
-    matrix = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-    vector = rhs * scale
-    threshold = 8 * n * torch.finfo(gram.dtype).eps
-    rows = []
-    for _ in range(n):
-        inverse = inverse_or_zero(matrix[:, 0, :1], threshold)  # (B, 1)
-        row, value = matrix[:, 0, 1:], vector[:, :1]
-        rows.append((inverse, row, value))
-        factor = row * inverse  # (B, columns left); the matrix is symmetric
-        matrix = matrix[:, 1:, 1:] - factor.unsqueeze(2) * row.unsqueeze(1)
-        vector = vector[:, 1:] - factor * value
-    return back_substitute(rows) * scale
+    squares = gram.diagonal(dim1=1, dim2=2)  # (B, n)
+    # A column that has vanished counts as dependent. Its root is not taken: the gradient there is infinite.
+    usable = squares > torch.finfo(gram.dtype).tiny
+    scale = torch.where(usable, torch.where(usable, squares, 1.0).rsqrt(), 0.0)
+    scaled = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+    threshold = 8 * len(order) * torch.finfo(gram.dtype).eps
+    return eliminate(scaled, dot(columns, rhs) * scale, order, threshold) * scale
 
 
-def _least_squares_qr(columns: Tensor, rhs: Tensor) -> Tensor:
-    """Minimize ``|b - A x|`` for the columns of A as (B, n, D) and b as (B, D) by modified Gram-Schmidt.
-
-    Like :func:`_least_squares_gram`, but a column is dependent only when the sine itself is near n * eps.
-    """
-    n = columns.shape[1]
+def _least_squares_qr(columns: Tensor, gram: Tensor, rhs: Tensor, order: list[int]) -> Tensor:
+    """The same by modified Gram-Schmidt; a column is dependent only when the sine itself is near n * eps."""
+    columns = columns[:, order]
     scale = inverse_or_zero(torch.linalg.vector_norm(columns, dim=2), 0.0)  # (B, n)
     columns = columns * scale.unsqueeze(2)
-    threshold = 8 * n * torch.finfo(rhs.dtype).eps
+    threshold = 8 * len(order) * torch.finfo(rhs.dtype).eps
     rows = []
-    for _ in range(n):
+    for _ in order:
         inverse = inverse_or_zero(torch.linalg.vector_norm(columns[:, 0], dim=1, keepdim=True), threshold)  # (B, 1)
         q = columns[:, 0] * inverse  # (B, D)
         row, value = dot(columns[:, 1:], q), (rhs * q).sum(dim=1, keepdim=True)
         rows.append((inverse, row, value))
         columns = columns[:, 1:] - row.unsqueeze(2) * q.unsqueeze(1)
         rhs = rhs - value * q
-    return back_substitute(rows) * scale
+    x = back_substitute(rows) * scale
+    return torch.stack([x[:, order.index(slot)] for slot in range(len(order))], dim=1)
