@@ -3,7 +3,7 @@
 from solvers._base import Solver, State
 from solvers._registry import get_solver
 from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, Status
-from solvers._solve import solve
+from solvers._solve import Iteration, solve
 from solvers.anderson import Anderson
 from solvers.broyden import Broyden
 from solvers.newton_krylov import NewtonKrylov
@@ -14,6 +14,7 @@ __all__ = [
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
+    "Iteration",
     "NewtonKrylov",
     "Picard",
     "Solution",

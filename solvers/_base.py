@@ -7,16 +7,22 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from solvers._batching import Layout
 from solvers._hyperparameters import Hyperparameters
 
 FlatMapping = Callable[[Tensor], Tensor]
 
+# Which dimension of each argument indexes the samples, as in torch.func.vmap.
+InDims = int | None | tuple[int | None, ...]
+
 
 @dataclasses.dataclass
 class State:
     """What every solver's state holds; a method adds what it remembers.
+
+    Every tensor in a state has the samples as its first dimension, also in dataclasses within it.
 
     Attributes:
         z: (B, D) the iterate.
@@ -31,9 +37,10 @@ class Solver(Hyperparameters, abc.ABC):
     """A fixed-point method: a frozen, keyword-only dataclass of its hyperparameters.
 
     A solver works on a flat problem: ``f`` maps (B, D) to (B, D), each row a problem of its own, and a row of the new
-    state must depend on that row alone. It does no stopping test, keeps nothing on ``self`` and may reuse the memory
-    of the state that it is given. Tolerances, per-sample stopping, failures, the best iterate and the history belong
-    to :func:`solvers.solve`, which drives every solver in the same way.
+    state must depend on that row alone. It does no stopping test and keeps nothing on ``self``. Of the state that it is
+    given it may reuse the memory, but for that of ``z`` and ``fz``, which the caller and ``f`` may hold. Tolerances,
+    per-sample stopping, failures, the best iterate and the history belong to :func:`solvers.solve`, which drives every
+    solver in the same way. :class:`solvers.testing.SolverConformance` tests all this on any solver.
 
     Attributes:
         differentiable: Whether gradients flow through the steps; the unrolled backward modes refuse a solver whose
@@ -69,6 +76,36 @@ class FlatMap:
         """
         self._done, self._value = done.unsqueeze(1), value
 
+    def check_in_dims(self, in_dims: InDims) -> None:
+        """Raise a ValueError unless every argument has the samples where ``in_dims`` says."""
+        for number, (arg, dim) in enumerate(zip(self._args, self._dims(in_dims), strict=True)):
+            for leaf in tree_leaves(arg):
+                if dim is None or not isinstance(leaf, Tensor):
+                    continue
+                if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != self._layout.batch_size:
+                    raise ValueError(
+                        f"compact=True takes dimension {dim} of argument {number} for the {self._layout.batch_size} "
+                        f"samples, but its shape is {tuple(leaf.shape)}. Say in in_dims which dimension it is, or None."
+                    )
+
+    def take_samples(self, keep: Tensor, in_dims: InDims) -> None:
+        """From now on the batch is the samples at the positions ``keep`` (n,)."""
+
+        def take(arg: Any, dim: int | None) -> Any:
+            return arg if dim is None else tree_map_only(Tensor, lambda leaf: leaf.index_select(dim, keep), arg)
+
+        self._args = tuple(take(arg, dim) for arg, dim in zip(self._args, self._dims(in_dims), strict=True))
+        self._layout = self._layout.resized(len(keep))
+        self._done = self._value = None
+
+    def _dims(self, in_dims: InDims) -> tuple[int | None, ...]:
+        """One entry an argument."""
+        if not isinstance(in_dims, tuple):
+            return (in_dims,) * len(self._args)
+        if len(in_dims) != len(self._args):
+            raise ValueError(f"in_dims must have one entry for each of the {len(self._args)} args, got {in_dims!r}.")
+        return in_dims
+
     def __call__(self, z: Tensor) -> Tensor:
         if self._done is not None and self._value is not None:
             z = torch.where(self._done, self._value, z)
@@ -86,3 +123,13 @@ class FlatMap:
                 )
         self._layout.check(output)
         return self._layout.pack(output)
+
+
+def take_samples(state: Any, keep: Tensor) -> Any:
+    """A solver's state for the samples at the positions ``keep`` (n,) alone."""
+    if isinstance(state, Tensor):
+        return state.index_select(0, keep)
+    if dataclasses.is_dataclass(state) and not isinstance(state, type):
+        fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        return dataclasses.replace(state, **{name: take_samples(value, keep) for name, value in fields.items()})
+    return state

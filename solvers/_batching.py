@@ -1,5 +1,6 @@
 """How a pytree of batched tensors becomes one (B, D) matrix for the solvers, and back."""
 
+import copy
 import math
 from typing import Any
 
@@ -61,6 +62,14 @@ class Layout:
         for dtype in self.dtypes:
             if dtype == torch.float64:
                 self.dtype = dtype
+
+    def resized(self, batch_size: int) -> "Layout":
+        """The same with another number of samples; for one batch dimension."""
+        other = copy.copy(self)
+        other.batch_size = batch_size
+        other.batch_shape = torch.Size((batch_size,))
+        other.shapes = [torch.Size((batch_size, *shape[1:])) for shape in self.shapes]
+        return other
 
     def pack(self, tree: Any) -> Tensor:
         """A pytree like z0 -> (B, D) in the dtype of the algebra. Views where it can."""

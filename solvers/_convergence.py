@@ -1,5 +1,6 @@
 """The stopping tests of the driver loop: which samples are done, why, and the best value of each."""
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -30,6 +31,17 @@ def relative(error: Tensor, scale: Tensor) -> Tensor:
     return error / scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
 
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a stopping test has to say of every sample; fields as in :class:`solvers.Solution`, on (B, D) and (B,)."""
+
+    value: Tensor
+    status: Tensor
+    residual: Tensor | None
+    num_steps: Tensor
+    history: Tensor | None
+
+
 class FixedSteps:
     """No test: every sample takes all the steps. Nothing is copied to the host, so that it compiles to one graph.
 
@@ -44,9 +56,9 @@ class FixedSteps:
         self.residual: Tensor | None = None
         self._step = 0
 
-    def update(self, z: Tensor, fz: Tensor) -> bool:
+    def update(self, step: int, z: Tensor, fz: Tensor) -> bool:
         """Take in one step's iterate and its image, both (B, D); never done."""
-        self._step += 1
+        self._step = step
         self.value = fz
         if self._history is not None:
             with torch.no_grad():
@@ -54,16 +66,20 @@ class FixedSteps:
                 self._history.append(self.residual)
         return False
 
-    def finish(self) -> None:
-        """All steps are taken."""
+    def outcome(self) -> Outcome:
+        """Where the samples stand after the steps taken so far."""
         batch = self.value.shape[:1]
-        self.status = self.value.new_full(batch, Status.UNTESTED, dtype=torch.int8)
-        self.num_steps = self.value.new_full(batch, self._step, dtype=torch.int64)
+        return Outcome(
+            value=self.value,
+            status=self.value.new_full(batch, Status.UNTESTED, dtype=torch.int8),
+            residual=self.residual,
+            num_steps=self.value.new_full(batch, self._step, dtype=torch.int64),
+            history=None if self._history is None else torch.stack(self._history),
+        )
 
-    @property
-    def history(self) -> Tensor | None:
-        """(steps, B), or None."""
-        return None if self._history is None else torch.stack(self._history)
+
+# What ToleranceTest knows of each sample and a solution tells.
+_PER_SAMPLE = ("value", "status", "residual", "num_steps")
 
 
 class ToleranceTest:
@@ -91,11 +107,15 @@ class ToleranceTest:
         self._atol = atol
         self._history: list[Tensor] | None = [] if keep_history else None
         self._step = 0
+        self._all_improved_at = 0
         self.any_done = False
+        # After drop_done: which samples of the batch are left, and the attributes of all of them.
+        self._rows: Tensor | None = None
+        self._aside: dict[str, Tensor] = {}
 
-    def update(self, z: Tensor, fz: Tensor) -> bool:
+    def update(self, step: int, z: Tensor, fz: Tensor) -> bool:
         """Take in one step's iterate and its image, both (B, D); True when every sample is done."""
-        self._step += 1
+        first, self._step = self._step == 0, step
         with torch.no_grad():
             # Plain norms: the root of the size cancels in all but atol.
             error = torch.linalg.vector_norm(fz - z, dim=1)  # (B,)
@@ -104,14 +124,13 @@ class ToleranceTest:
             bound = self._rtol * scale
             if self._atol:
                 bound = bound + self._atol * math.sqrt(z.shape[1])
-            if self._step == 1:
+            if first:
                 self._start(error, scale, fz)
             improved = residual < self.residual
             # In most steps nothing happens to any sample but a smaller residual; one look at the host settles that.
             # A nan compares false, so it is never ordinary.
             if not self.any_done and bool((improved & (error > bound) & (error < self._limit)).all()):
-                if self._history is not None:
-                    self._history.append(residual)
+                self._record(residual)
                 self.residual = residual
                 self._all_improved_at = self._step
                 self.value = fz
@@ -126,7 +145,6 @@ class ToleranceTest:
         self.status = torch.full_like(error, ACTIVE, dtype=torch.int8)
         self.num_steps = torch.zeros_like(error, dtype=torch.int64)
         self._best_step = torch.zeros_like(self.num_steps)
-        self._all_improved_at = 0
         self._limit = DIVERGENCE_FACTOR * (error + scale)
 
     def _settle(self, residual: Tensor, error: Tensor, improved: Tensor, met: Tensor) -> Tensor:
@@ -136,8 +154,7 @@ class ToleranceTest:
         taken = met | (improved & active)
         self.residual = torch.where(taken, residual, self.residual)
         self._best_step = torch.where(taken, self._step, self._best_step.clamp_min(self._all_improved_at))
-        if self._history is not None:
-            self._history.append(torch.where(active, residual, self.residual))
+        self._record(torch.where(active, residual, self.residual))
 
         # The later line wins: what is not finite is no matter of stagnation.
         status = self.status
@@ -157,13 +174,39 @@ class ToleranceTest:
         """(B,) bool: which samples have stopped."""
         return self.status != ACTIVE
 
-    def finish(self) -> None:
-        """The steps are used up: what is still active failed."""
-        active = self.status == ACTIVE
-        self.num_steps = torch.where(active, self._step, self.num_steps)
-        self.status = self.status.masked_fill(active, Status.MAX_STEPS)
+    def drop_done(self) -> Tensor:
+        """Put the finished samples aside; from now on updates are of the others alone.
 
-    @property
-    def history(self) -> Tensor | None:
-        """(steps, B), or None."""
-        return None if self._history is None else torch.stack(self._history)
+        Returns:
+            (n,) the positions of those, among the samples that were left before.
+        """
+        keep = (~self.done).nonzero().squeeze(1)
+        self._aside = {name: self._whole(name) for name in _PER_SAMPLE}
+        self._rows = keep if self._rows is None else self._rows[keep]
+        for name in (*_PER_SAMPLE, "_best_step", "_limit"):
+            setattr(self, name, getattr(self, name)[keep])
+        self.any_done = False
+        return keep
+
+    def outcome(self) -> Outcome:
+        """Where the samples stand; one that is still active has not made it within the steps taken."""
+        active = self.status == ACTIVE
+        return Outcome(
+            value=self._whole("value"),
+            status=self._merged("status", self.status.masked_fill(active, Status.MAX_STEPS)),
+            residual=self._whole("residual"),
+            num_steps=self._merged("num_steps", torch.where(active, self._step, self.num_steps)),
+            history=None if self._history is None else torch.stack(self._history),
+        )
+
+    def _record(self, residual: Tensor) -> None:
+        """Keep one step's residuals, of all samples."""
+        if self._history is not None:
+            self._history.append(self._merged("residual", residual))
+
+    def _whole(self, name: str) -> Tensor:
+        """An attribute for all samples, those put aside too."""
+        return self._merged(name, getattr(self, name))
+
+    def _merged(self, name: str, current: Tensor) -> Tensor:
+        return current if self._rows is None else self._aside[name].index_copy(0, self._rows, current)

@@ -13,7 +13,11 @@ class Hyperparameters:
     """
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        names = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+        if not dataclasses.is_dataclass(cls):
+            raise TypeError(
+                f"{cls.__name__} is no dataclass. Put @dataclasses.dataclass(frozen=True, kw_only=True) above it."
+            )
+        names = [field.name for field in dataclasses.fields(cls) if field.init]
         known = ", ".join(names) or "none"
         if args:
             raise TypeError(f"{cls.__name__} takes keyword arguments only, got {args!r}. Its options: {known}.")

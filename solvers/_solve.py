@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from solvers._base import FlatMap, Solver
+from solvers._base import FlatMap, InDims, Solver, take_samples
 from solvers._batching import Layout
 from solvers._convergence import FixedSteps, ToleranceTest
 from solvers._failure import OnFailure, report_failure
+from solvers._hyperparameters import require_positive_int
 from solvers._registry import get_solver
 from solvers._solution import Solution
+
+# The part of a batch that must be finished before the rest is copied together.
+COMPACT_SHARE = 0.25
 
 
 def solve(
@@ -22,6 +26,9 @@ def solve(
     max_steps: int = 50,
     batch_dims: int = 1,
     history: bool = False,
+    check_every: int = 1,
+    compact: bool = False,
+    in_dims: InDims = 0,
     on_failure: OnFailure = "warn",
 ) -> Solution:
     """Find ``z = f(z, *args)`` for a batch of independent problems.
@@ -42,6 +49,14 @@ def solve(
         max_steps: Most steps to take. The call of ``f`` at ``z0`` is the first.
         batch_dims: How many leading dimensions of the state index independent problems; 0 is one problem.
         history: Keep the residual of every step (also with a fixed number of steps).
+        check_every: Test for convergence at every so many steps (and the first and last) instead of at each. Between
+            tests nothing waits for the device; a sample may take up to so many steps more, and ``history`` holds the
+            tested ones.
+        compact: Take finished samples out of the call of ``f``, once there are enough of them, instead of only holding
+            them. Pays where ``f`` is dear and some samples take much longer. All that ``f`` needs of each sample must
+            then come through ``args``.
+        in_dims: With ``compact``, which dimension of each of ``args`` indexes the samples, as in ``torch.func.vmap``:
+            an int or None for all, or a tuple with one for each; None where it has none.
         on_failure: What to do when a sample fails: "warn", "raise" a ConvergenceError that carries the solution, or
             "ignore". ``solution.status`` says what happened in any case.
 
@@ -59,39 +74,126 @@ def solve(
         >>> solution.value.flatten()
         tensor([0.7391, 0.7391, 0.7391])
     """
-    solver = get_solver(solver)
     check_options(rtol, atol, max_steps, on_failure)
-    layout = Layout(z0, batch_dims)
-    flat_map = FlatMap(f, args, layout)
-    progress: FixedSteps | ToleranceTest
-    if rtol is None and atol is None:
-        progress = FixedSteps(keep_history=history)
-    else:
-        progress = ToleranceTest(rtol or 0.0, atol or 0.0, keep_history=history)
-
-    state = solver.init(flat_map, layout.pack(z0))
-    done = progress.update(state.z, state.fz)
-    for _ in range(max_steps - 1):
-        if done:
-            break
-        if progress.any_done:
-            flat_map.freeze(progress.done, progress.value.detach())
-        state = solver.step(flat_map, state)
-        done = progress.update(state.z, state.fz)
-    progress.finish()
-
-    solution = Solution(
-        value=layout.unpack(progress.value),
-        status=layout.unpack_batch(progress.status),
-        residual=None if progress.residual is None else layout.unpack_batch(progress.residual),
-        num_steps=layout.unpack_batch(progress.num_steps),
-        num_evals=flat_map.num_evals,
-        history=None if progress.history is None else layout.unpack_batch(progress.history),
-        state=state,
+    iteration = Iteration(
+        f,
+        z0,
+        solver,
+        args=args,
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        batch_dims=batch_dims,
+        history=history,
+        check_every=check_every,
+        compact=compact,
+        in_dims=in_dims,
     )
-    if isinstance(progress, ToleranceTest):
+    while not iteration.done:
+        iteration.step()
+    solution = iteration.solution()
+    if rtol is not None or atol is not None:
         report_failure(solution, on_failure)
     return solution
+
+
+class Iteration:
+    """A solve that is driven by hand; :func:`solve` is a loop over one.
+
+    The first evaluation of the map, which counts as step 1, is made at construction.
+
+    Args:
+        f: As in :func:`solve`, and so on.
+
+    Attributes:
+        state: The solver's state, on the flattened (B, D) problem.
+        num_steps: Steps taken so far.
+        done: Whether every sample has stopped, or the steps are used up.
+
+    Example:
+        >>> import torch
+        >>> from solvers import Iteration
+        >>> iteration = Iteration(torch.cos, torch.ones(1, 1), "picard", rtol=1e-3)
+        >>> while not iteration.done:
+        ...     iteration.step()
+        >>> iteration.num_steps, iteration.solution().value
+        (18, tensor([[0.7388]]))
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        z0: Any,
+        solver: Solver | str = "anderson",
+        *,
+        args: tuple[Any, ...] = (),
+        rtol: float | None = 1e-4,
+        atol: float | None = 1e-6,
+        max_steps: int = 50,
+        batch_dims: int = 1,
+        history: bool = False,
+        check_every: int = 1,
+        compact: bool = False,
+        in_dims: InDims = 0,
+    ) -> None:
+        self._solver = get_solver(solver)
+        check_options(rtol, atol, max_steps, "ignore")
+        require_positive_int(self, "check_every", check_every)
+        if compact and batch_dims != 1:
+            raise ValueError(f"compact=True needs batch_dims=1, so that samples can leave the batch; got {batch_dims}.")
+        self._layout = Layout(z0, batch_dims)
+        self._map = FlatMap(f, args, self._layout)
+        if compact:
+            self._map.check_in_dims(in_dims)
+        self._in_dims = in_dims
+        self._max_steps = max_steps
+        self._check_every = check_every
+        self._compact = compact
+        self._progress: FixedSteps | ToleranceTest
+        if rtol is None and atol is None:
+            self._progress = FixedSteps(keep_history=history)
+        else:
+            self._progress = ToleranceTest(rtol or 0.0, atol or 0.0, keep_history=history)
+        self.num_steps = 1
+        self.state = self._solver.init(self._map, self._layout.pack(z0))
+        self.done = self._progress.update(1, self.state.z, self.state.fz) or max_steps == 1
+
+    def step(self) -> None:
+        """Take one step, and test for convergence if one is due; does nothing once the iteration is done."""
+        if self.done:
+            return
+        if self._progress.any_done:
+            self._set_finished_apart(self._progress)
+        self.num_steps += 1
+        self.state = self._solver.step(self._map, self.state)
+        last = self.num_steps == self._max_steps
+        due = last or self.num_steps % self._check_every == 0 or isinstance(self._progress, FixedSteps)
+        if due:
+            self.done = self._progress.update(self.num_steps, self.state.z, self.state.fz) or last
+
+    def solution(self) -> Solution:
+        """The solution as it stands; a sample that is still active counts as MAX_STEPS."""
+        outcome = self._progress.outcome()
+        unpack_batch = self._layout.unpack_batch
+        return Solution(
+            value=self._layout.unpack(outcome.value),
+            status=unpack_batch(outcome.status),
+            residual=None if outcome.residual is None else unpack_batch(outcome.residual),
+            num_steps=unpack_batch(outcome.num_steps),
+            num_evals=self._map.num_evals,
+            history=None if outcome.history is None else unpack_batch(outcome.history),
+            state=self.state,
+        )
+
+    def _set_finished_apart(self, progress: FixedSteps | ToleranceTest) -> None:
+        """Keep what is finished from the map: out of its call if enough is, else held at its value."""
+        assert isinstance(progress, ToleranceTest)
+        if self._compact and int(progress.done.sum()) >= COMPACT_SHARE * len(progress.done):
+            keep = progress.drop_done()
+            self.state = take_samples(self.state, keep)
+            self._map.take_samples(keep, self._in_dims)
+        else:
+            self._map.freeze(progress.done, progress.value.detach())
 
 
 def check_options(rtol: float | None, atol: float | None, max_steps: int, on_failure: str) -> None:
