@@ -117,7 +117,7 @@ class Iteration:
         >>> while not iteration.done:
         ...     iteration.step()
         >>> iteration.num_steps, iteration.solution().value
-        (18, tensor([[0.7388]]))
+        (18, tensor([[0.7393]]))
     """
 
     def __init__(
