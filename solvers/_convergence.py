@@ -135,7 +135,9 @@ class ToleranceTest:
                 self._all_improved_at = self._step
                 self.value = fz
                 return False
-            taken = self._settle(residual, error, improved, error <= bound)
+            # An infinite norm is below an infinite bound, and no answer.
+            met = (error <= bound) & bound.isfinite()
+            taken = self._settle(residual, error, improved, met)
         self.value = torch.where(taken.unsqueeze(1), fz, self.value)
         return not self._any_active
 

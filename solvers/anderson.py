@@ -90,10 +90,11 @@ class Anderson(Solver):
 
     def _coefficients(self, dg: Tensor, gram: Tensor, g: Tensor, next_slot: int) -> Tensor:
         """gamma (B, n), eliminated newest first, so that of two dependent columns the older is left out."""
-        n = gram.shape[1]
-        order = [(next_slot - 1 - i) % n for i in range(n)]
-        solve = _least_squares_qr if self.least_squares == "qr" else _least_squares_gram
-        return solve(dg, gram, g, order)
+        if self.least_squares == "gram":
+            n = gram.shape[1]
+            return _least_squares_gram(dg, gram, g, [(next_slot - 1 - i) % n for i in range(n)])
+        newest_first = dg.roll(-next_slot, dims=1).flip(1)
+        return _least_squares_qr(newest_first, g).flip(1).roll(next_slot, dims=1)
 
 
 def _with_row_and_column(gram: Tensor | None, slot: int, row: Tensor) -> Tensor:
@@ -123,19 +124,18 @@ def _least_squares_gram(columns: Tensor, gram: Tensor, rhs: Tensor, order: list[
     return eliminate(scaled, dot(columns, rhs) * scale, order, threshold) * scale
 
 
-def _least_squares_qr(columns: Tensor, gram: Tensor, rhs: Tensor, order: list[int]) -> Tensor:
-    """The same by modified Gram-Schmidt; a column is dependent only when the sine itself is near n * eps."""
-    columns = columns[:, order]
+def _least_squares_qr(columns: Tensor, rhs: Tensor) -> Tensor:
+    """The same by modified Gram-Schmidt in the order of the columns; dependent is a sine near n * eps itself."""
+    n = columns.shape[1]
     scale = inverse_or_zero(torch.linalg.vector_norm(columns, dim=2), 0.0)  # (B, n)
     columns = columns * scale.unsqueeze(2)
-    threshold = 8 * len(order) * torch.finfo(rhs.dtype).eps
+    threshold = 8 * n * torch.finfo(rhs.dtype).eps
     rows = []
-    for _ in order:
+    for _ in range(n):
         inverse = inverse_or_zero(torch.linalg.vector_norm(columns[:, 0], dim=1, keepdim=True), threshold)  # (B, 1)
         q = columns[:, 0] * inverse  # (B, D)
         row, value = dot(columns[:, 1:], q), (rhs * q).sum(dim=1, keepdim=True)
         rows.append((inverse, row, value))
         columns = columns[:, 1:] - row.unsqueeze(2) * q.unsqueeze(1)
         rhs = rhs - value * q
-    x = back_substitute(rows) * scale
-    return torch.stack([x[:, order.index(slot)] for slot in range(len(order))], dim=1)
+    return back_substitute(rows) * scale

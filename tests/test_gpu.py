@@ -1,0 +1,152 @@
+"""What must hold on a CUDA device: the same answers, no needless waiting, mixed precision, compilation, graphs."""
+
+import copy
+import types
+
+import pytest
+import torch
+from small_models import relative_error, small, trained_somewhat
+from torch import nn
+from torch.nn import functional as F
+
+from implicit import FixedPointLayer, Implicit, spectral_norm
+from solvers import Anderson, Broyden, NewtonKrylov, Picard, solve
+from solvers.linear import GMRES
+from solvers.testing import BANK
+
+pytestmark = pytest.mark.gpu
+
+SOLVERS = [Picard(), Anderson(), Anderson(least_squares="qr"), Broyden(), Broyden(memory=4)]
+FIXED = {"rtol": None, "atol": None, "max_steps": 6}
+
+
+class Map(nn.Module):
+    def __init__(self, size=32):
+        super().__init__()
+        self.linear = spectral_norm(nn.Linear(size, size), coeff=0.8)
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(z)) + x
+
+
+@pytest.fixture
+def no_waiting():
+    """Any copy to the host, or wait for the device, is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS[:4], NewtonKrylov()], ids=str)
+@pytest.mark.parametrize("problem", ["linear 0.9", "tanh", "H-equation"])
+def test_same_answers_as_on_the_cpu(solver, problem):
+    bank = BANK[problem](torch.float64)
+    options = {"rtol": 1e-9, "atol": 0, "max_steps": 500, "on_failure": "raise"}
+    here = solve(bank.f, bank.z0, solver, **options)
+    there = solve(_moved(bank.f), bank.z0.cuda(), solver, **options)
+    assert there.value.is_cuda
+    assert torch.allclose(there.value.cpu(), here.value, rtol=1e-6)
+    assert (there.num_steps.cpu() - here.num_steps).abs().max() <= 2
+
+
+def _moved(f):
+    """The same map on CUDA tensors: what it closes over is moved."""
+    cells = [cell.cell_contents for cell in f.__closure__ or ()]
+    moved = [c.cuda() if isinstance(c, torch.Tensor) else c for c in cells]
+    closure = tuple(types.CellType(c) for c in moved)
+    return types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, closure)
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_fixed_steps_do_not_wait_for_the_device(solver):
+    layer = FixedPointLayer(Map().cuda(), solver=solver, backward="unrolled", **FIXED)
+    layer(torch.randn(16, 32, device="cuda")).sum().backward()
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_an_imixer_step_does_not_wait_for_the_device():
+    model = small().cuda()
+    F.cross_entropy(
+        model(torch.randn(4, 3, 16, 16, device="cuda")), torch.zeros(4, dtype=torch.long, device="cuda")
+    ).backward()
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_implicit_gradients_are_those_of_the_cpu(solver):
+    layer = FixedPointLayer(
+        Map().double().eval(),
+        solver=solver,
+        backward=Implicit(linear_solver=GMRES(rtol=1e-12)),
+        rtol=1e-12,
+        max_steps=300,
+    )
+    twin = copy.deepcopy(layer).cuda()
+    x = torch.randn(16, 32, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    twin(x.cuda()).square().sum().backward()
+    for here, there in zip(layer.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(there.grad.cpu(), here.grad, rtol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"backward": "implicit", "n_iter": 20, "rtol": 1e-2}], ids=["paper", "implicit"]
+)
+def test_mixed_precision(dtype, options):
+    """Gradients under autocast, with loss scaling, are near those of float32."""
+    model = trained_somewhat(small(**options)).cuda().eval()
+    x, y = torch.randn(16, 3, 16, 16, device="cuda"), torch.arange(16, device="cuda") % 5
+    gradients = {}
+    for enabled in (False, True):
+        model.zero_grad()
+        scaler = torch.amp.GradScaler("cuda", enabled=enabled and dtype == torch.float16, init_scale=1024.0)
+        with torch.autocast("cuda", dtype=dtype, enabled=enabled):
+            loss = F.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+        gradients[enabled] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]) / scale
+    assert relative_error(gradients[True], gradients[False]) < 0.05
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PyTorch's own, while it compiles
+def test_compiles_with_inductor():
+    layer = FixedPointLayer(Map().cuda().eval(), backward="unrolled", **FIXED)
+    model = trained_somewhat(small()).cuda().eval()
+    x = torch.randn(2, 3, 16, 16, device="cuda")
+    assert torch.allclose(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-3)
+    z = torch.randn(16, 32, device="cuda")
+    assert torch.allclose(torch.compile(layer)(z), layer(z), atol=1e-4)
+
+
+def test_fixed_steps_can_be_captured_in_a_graph():
+    layer = FixedPointLayer(Map().cuda().eval(), solver="anderson", **FIXED)
+    x = torch.randn(16, 32, device="cuda")
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                layer(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            z = layer(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.allclose(z, layer(x), atol=1e-5)
+
+
+def test_training_on_the_gpu(tmp_path):
+    from accelerate.state import AcceleratorState
+
+    from imixer.training import load_data, train
+    from imixer.training_config import TrainingConfig
+
+    config = TrainingConfig(device="cuda", amp=True, epochs=2, batch_size=128, output=str(tmp_path / "run"))
+    AcceleratorState._reset_state(True)
+    try:
+        result = train(config, load_data(config), progress=False)
+    finally:
+        AcceleratorState._reset_state(True)
+    assert result.metrics[-1].test_top1 > 30
+    assert next(result.model.parameters()).is_cuda
