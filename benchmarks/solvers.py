@@ -9,6 +9,7 @@ ratio to that of as many bare calls of f, "ours" how many times faster ours is.
 
 import argparse
 import functools
+import os
 import platform
 import statistics
 import sys
@@ -19,6 +20,9 @@ from collections.abc import Callable
 if not __package__:
     # Started by its path, it would be imported in the place of the package of the same name.
     sys.exit("Start it as a module: python -m benchmarks.solvers")
+
+# As in examples/train_imixer.py: PyTorch's threads should not wait for each other in a long busy loop.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch import Tensor

@@ -48,7 +48,7 @@ class ExplicitMap:
         self._autocast = AutocastMode.current(tree_leaves(z0)[0].device.type)
 
     def __call__(self, z: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The leaves of ``f(z, *args)`` for the leaves of z, in the dtypes of z."""
+        """The leaves of ``f(z, *args)`` for the leaves of z; under autocast in the dtypes of z."""
         arguments = list(self._arguments)
         n, m = len(self._tensor_positions), len(self._slots)
         for position, tensor in zip(self._tensor_positions, tensors[:n], strict=True):
@@ -65,7 +65,9 @@ class ExplicitMap:
             raise ValueError(
                 f"f must return the structure of the state: got {spec} for a state of structure {self._state_spec}."
             )
-        return [leaf.to(like.dtype) for leaf, like in zip(leaves, z, strict=True)]
+        if self._autocast.enabled:
+            leaves = [leaf.to(like.dtype) for leaf, like in zip(leaves, z, strict=True)]
+        return leaves
 
     @property
     def resolution(self) -> float:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -48,8 +47,6 @@ class FixedSteps:
     Args:
         keep_history: Compute and keep the residual of every step.
     """
-
-    any_done: Literal[False] = False
 
     def __init__(self, *, keep_history: bool) -> None:
         self._history: list[Tensor] | None = [] if keep_history else None

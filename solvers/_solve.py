@@ -162,7 +162,7 @@ class Iteration:
         """Take one step, and test for convergence if one is due; does nothing once the iteration is done."""
         if self.done:
             return
-        if self._progress.any_done:
+        if isinstance(self._progress, ToleranceTest) and self._progress.any_done:
             self._set_finished_apart(self._progress)
         self.num_steps += 1
         self.state = self._solver.step(self._map, self.state)
@@ -185,9 +185,8 @@ class Iteration:
             state=self.state,
         )
 
-    def _set_finished_apart(self, progress: FixedSteps | ToleranceTest) -> None:
+    def _set_finished_apart(self, progress: ToleranceTest) -> None:
         """Keep what is finished from the map: out of its call if enough is, else held at its value."""
-        assert isinstance(progress, ToleranceTest)
         if self._compact and int(progress.done.sum()) >= COMPACT_SHARE * len(progress.done):
             keep = progress.drop_done()
             self.state = take_samples(self.state, keep)

@@ -328,6 +328,10 @@ def test_refusals():
             FixedPointLayer(lambda z, x: z[:, :2], backward=backward)(x)
         with pytest.raises(ValueError, match="must return the structure of the state"):
             FixedPointLayer(lambda z, x: (z, x), backward=backward)(x)
+        with pytest.raises(TypeError, match="got torch.float32 for a state of torch.float64"):
+            FixedPointLayer(lambda z, x: x.float(), backward=backward)(x)
+        with pytest.raises(RuntimeError, match="changed its argument z in place"):
+            FixedPointLayer(lambda z, x: z.mul_(0.5) + x, backward=backward)(x)
 
 
 def test_status_of_each_sample():
