@@ -30,6 +30,12 @@ def relative(error: Tensor, scale: Tensor) -> Tensor:
     return error / scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
 
+def _underflow(x: Tensor) -> float:
+    """Where the squares in a norm begin to lose digits to underflow."""
+    info = torch.finfo(x.dtype)
+    return float((info.tiny / info.eps) ** 0.5)
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a stopping test has to say of every sample; fields as in :class:`solvers.Solution`, on (B, D) and (B,)."""
@@ -97,6 +103,7 @@ class ToleranceTest:
     num_steps: Tensor
     _best_step: Tensor
     _limit: Tensor
+    _start_z: Tensor  # (B, D)
     _any_active: bool
 
     def __init__(self, rtol: float, atol: float, *, keep_history: bool) -> None:
@@ -122,7 +129,7 @@ class ToleranceTest:
             if self._atol:
                 bound = bound + self._atol * math.sqrt(z.shape[1])
             if first:
-                self._start(error, scale, fz)
+                self._start(error, scale, z, fz)
             improved = residual < self.residual
             # In most steps nothing happens to any sample but a smaller residual; one look at the host settles that.
             # A nan compares false, so it is never ordinary.
@@ -132,14 +139,15 @@ class ToleranceTest:
                 self._all_improved_at = self._step
                 self.value = fz
                 return False
-            # An infinite norm is below an infinite bound, and no answer.
-            met = (error <= bound) & bound.isfinite()
-            taken = self._settle(residual, error, improved, met)
+            # Norms whose squares overflow or underflow compare as they should not: neither is an answer.
+            meaningful = bound.isfinite() & ((scale > _underflow(scale)) | (fz == z).all(dim=1))
+            taken = self._settle(residual, error, improved, (error <= bound) & meaningful)
         self.value = torch.where(taken.unsqueeze(1), fz, self.value)
         return not self._any_active
 
-    def _start(self, error: Tensor, scale: Tensor, fz: Tensor) -> None:
+    def _start(self, error: Tensor, scale: Tensor, z: Tensor, fz: Tensor) -> None:
         self.value = fz
+        self._start_z = z
         self.residual = torch.full_like(error, math.inf)
         self.status = torch.full_like(error, ACTIVE, dtype=torch.int8)
         self.num_steps = torch.zeros_like(error, dtype=torch.int64)
@@ -173,6 +181,11 @@ class ToleranceTest:
         """(B,) bool: which samples have stopped."""
         return self.status != ACTIVE
 
+    def held(self) -> Tensor:
+        """(B, D) what the map is to be called with for samples that have stopped: always finite, if z0 was."""
+        lost = (self.status == Status.NONFINITE) & ~self.residual.isfinite()
+        return torch.where(lost.unsqueeze(1), self._start_z, self.value).detach()
+
     def drop_done(self) -> Tensor:
         """Put the finished samples aside; from now on updates are of the others alone.
 
@@ -182,7 +195,7 @@ class ToleranceTest:
         keep = (~self.done).nonzero().squeeze(1)
         self._aside = {name: self._whole(name) for name in _PER_SAMPLE}
         self._rows = keep if self._rows is None else self._rows[keep]
-        for name in (*_PER_SAMPLE, "_best_step", "_limit"):
+        for name in (*_PER_SAMPLE, "_best_step", "_limit", "_start_z"):
             setattr(self, name, getattr(self, name)[keep])
         self.any_done = False
         return keep

@@ -192,7 +192,7 @@ class Iteration:
             self.state = take_samples(self.state, keep)
             self._map.take_samples(keep, self._in_dims)
         else:
-            self._map.freeze(progress.done, progress.value.detach())
+            self._map.freeze(progress.done, progress.held())
 
 
 def check_options(rtol: float | None, atol: float | None, max_steps: int, on_failure: str) -> None:

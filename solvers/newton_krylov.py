@@ -73,6 +73,7 @@ class NewtonKrylov(Solver):
             raise ValueError(f"NewtonKrylov(forcing=...) must be in (0, 1) or None, got {self.forcing!r}.")
 
     def init(self, f: FlatMapping, z0: Tensor) -> NewtonKrylovState:
+        z0 = z0.contiguous()  # forward mode refuses expanded tensors
         fz = f(z0)
         error = rms_norm(fz - z0)
         return NewtonKrylovState(z=z0, fz=fz, error=error, forcing=torch.full_like(error, self.forcing or 0.5))

@@ -82,6 +82,32 @@ def test_a_sample_that_turns_nan_keeps_its_best_value():
     assert all(z.isfinite().all() for z in calls)
 
 
+def test_a_sample_lost_at_once_is_held_at_its_start():
+    seen = []
+
+    def f(z):
+        seen.append(z.clone())
+        return torch.where(torch.tensor([[True], [False]]), 0.5 * z + 1, math.nan)
+
+    solution = solve(f, torch.full((2, 1), 3.0), Picard(), rtol=1e-6, on_failure="ignore")
+    assert solution.value[1].isnan().all()
+    assert all(z[1].item() == 3.0 for z in seen)
+
+
+def test_sizes_at_the_limits_of_the_dtype():
+    """Squares that overflow or underflow in a norm do not pass for convergence."""
+    for size in (1e-25, 1e-21, 1e-15, 1.0, 1e15):
+        solution = solve(
+            lambda z, s=size: 0.5 * z + s, torch.zeros(2, 4), Picard(), rtol=1e-4, atol=0, on_failure="ignore"
+        )
+        if solution.converged.all():
+            assert torch.allclose(solution.value, torch.full((2, 4), 2 * size), rtol=1e-3, atol=0)
+        else:
+            assert size < 1e-18
+    huge = solve(lambda z: 0.5 * z + 1e25, torch.zeros(2, 4), Picard(), rtol=1e-4, atol=0, on_failure="ignore")
+    assert not huge.converged.any()
+
+
 @all_solvers
 def test_finished_samples_are_frozen(solver):
     """f sees the value of a finished sample from then on, whatever the solver makes of the others."""

@@ -1,5 +1,6 @@
 """What a solver is tested and measured with."""
 
+from solvers.testing.conformance import SolverConformance
 from solvers.testing.problems import BANK, BankProblem
 
-__all__ = ["BANK", "BankProblem"]
+__all__ = ["BANK", "BankProblem", "SolverConformance"]

@@ -1,0 +1,85 @@
+"""That a solution says the truth about the solve."""
+
+import warnings
+
+import torch
+
+from solvers._convergence import relative, rms_norm
+from solvers._solution import ConvergenceError, ConvergenceWarning, Status
+from solvers._solve import solve
+from solvers.testing.conformance._base import RTOL, ConformanceTests, require
+from solvers.testing.row_contractions import RowContractions
+
+
+class ReportTests(ConformanceTests):
+    """Statuses, residuals and histories are those of the iterates; failures are reported as asked."""
+
+    def test_converged_means_a_small_residual(self) -> None:
+        """The residual of every converged sample, computed anew from the map, is within the tolerance."""
+        problem = RowContractions.make()
+        for rtol in (1e-3, RTOL):
+            solution = self._solve(problem, problem.start, rtol=rtol)
+            # The value is the image of the iterate that was judged, and the map contracts by `rate` in this norm.
+            error = rms_norm(problem(solution.value) - solution.value)
+            bound = problem.rate.squeeze(1) * rtol * rms_norm(solution.value) * (1 + 1e-6)
+            require(
+                (error <= bound).all(),
+                f"{self._yours} ends CONVERGED at rtol={rtol:.0e}, but the values have residuals of up to "
+                f"{float(relative(error, rms_norm(solution.value)).max()):.1e}. Is fz in its states the result of "
+                "calling f with z?",
+            )
+
+    def test_too_few_steps_are_reported(self) -> None:
+        """A sample short of the tolerance after ``max_steps`` says so."""
+        problem = RowContractions.make()
+        solution = solve(problem, problem.start, self.solver, rtol=0, atol=0, max_steps=3, on_failure="ignore")
+        require(
+            (solution.status == Status.MAX_STEPS).all() and (solution.num_steps == 3).all(),
+            f"{self._yours} ends with status {solution.status.tolist()} after {solution.num_steps.tolist()} steps, "
+            "where max_steps=3 is too few.",
+        )
+
+    def test_history_is_the_residual_of_every_step(self) -> None:
+        """The history holds the relative residuals of the iterates; the value is the image of the best of them."""
+        problem = RowContractions.make()
+        solution = self._solve(problem, problem.start, rtol=1e-4, history=True)
+        history, residual = solution.history, solution.residual
+        assert history is not None
+        assert residual is not None
+        steps = int(solution.num_steps.max())
+        require(
+            history.shape == (steps, 6),
+            f"{self._yours} leaves a history of shape {tuple(history.shape)} where {steps} steps were taken on 6 "
+            "samples.",
+        )
+        iterates = self._iterates(problem, problem.start, steps)
+        replayed = torch.stack([relative(rms_norm(fz - z), rms_norm(fz)) for z, fz in iterates])  # (steps, 6)
+        for sample, taken in enumerate(solution.num_steps.tolist()):
+            require(
+                torch.allclose(history[:taken, sample], replayed[:taken, sample], rtol=1e-6, atol=0),
+                f"{self._yours} leaves the history {history[:taken, sample].tolist()}, but its init and step called "
+                f"directly have the residuals {replayed[:taken, sample].tolist()}.",
+            )
+            best = int(history[:taken, sample].argmin())
+            require(
+                bool(residual[sample] == history[best, sample])
+                and torch.allclose(solution.value[sample], iterates[best][1][sample], rtol=1e-6, atol=1e-9),
+                f"{self._yours} does not return the image of its best iterate, that of step {best + 1} of {taken}.",
+            )
+
+    def test_failures_are_reported_as_asked(self) -> None:
+        """``on_failure``: a warning, an error that carries the solution, or silence."""
+        problem = RowContractions.make()
+        modes = {"warn": ConvergenceWarning, "raise": ConvergenceError, "ignore": None}
+        for mode, expected in modes.items():
+            got: type | None = None
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", ConvergenceWarning)
+                try:
+                    solve(problem, problem.start, self.solver, rtol=0, atol=0, max_steps=2, on_failure=mode)  # type: ignore[arg-type]
+                except (ConvergenceWarning, ConvergenceError) as failure:
+                    got = type(failure)
+            require(
+                got is expected,
+                f"{self._yours} fails with {got} at on_failure={mode!r}, where {expected} is expected.",
+            )

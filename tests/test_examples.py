@@ -1,0 +1,39 @@
+"""The examples do what they say; examples/train_imixer.py has a file of tests of its own."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_quickstart_is_that_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    _, program = (ROOT / "examples" / "quickstart.py").read_text("utf-8").split('"""\n\n', 1)
+    # The tests of the documentation run the README's.
+    assert f"```python\n{program}```" in (ROOT / "README.md").read_text("utf-8")
+    assert run("quickstart", capsys).startswith("accuracy 100%\nsolved 500 of 500 samples in ")
+
+
+def test_custom_solver_is_as_fast_as_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = re.findall(r"^(\w+) +(\d+) +(\d+) +(\S+)$", run("custom_solver", capsys), re.MULTILINE)
+    steps = {name: int(most) for name, _, most, _ in rows}
+    assert list(steps) == ["Picard", "Aitken", "Anderson"]
+    assert steps["Aitken"] < steps["Picard"] / 2.5
+    assert steps["Aitken"] < steps["Anderson"] * 1.2
+    assert all(float(residual) <= 1e-8 for *_, residual in rows)
+
+
+def test_custom_solver_conforms() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/custom_solver.py"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"^\d+ passed in ", result.stdout, re.MULTILINE)
