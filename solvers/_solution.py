@@ -76,6 +76,8 @@ class Solution:
         status: (B,) int8, one :class:`Status` per sample.
         residual: (B,) relative residual ``norm(f(z) - z) / norm(f(z))`` of that iterate (linear:
             ``norm(b - A x) / norm(b)``); None when a fixed number of steps was taken without ``history=True``.
+        change: (B,) root mean square of ``f(z) - z`` at that iterate, the length of the last step in the units of the
+            state; None where the residual is, and for a linear solve.
         num_steps: (B,) int64, the step at which each sample stopped. The first evaluation of f counts as step 1.
         num_evals: Number of calls of f (of the matrix-vector product) for the whole batch.
         history: (steps really taken, B) residuals when ``history=True``, else None. A stopped sample repeats its
@@ -90,6 +92,7 @@ class Solution:
     num_steps: Tensor
     num_evals: int
     history: Tensor | None = None
+    change: Tensor | None = None
     state: Any = dataclasses.field(default=None, repr=False)
     adjoint: "Solution | None" = dataclasses.field(default=None, repr=False)
 
@@ -102,6 +105,41 @@ class Solution:
     def failed(self) -> Tensor:
         """(B,) bool: which samples were tested and did not meet the tolerance."""
         return (self.status != Status.CONVERGED) & (self.status != Status.UNTESTED)
+
+    def error_bound(self, contraction: float | Tensor) -> Tensor:
+        """How far the value can be from the fixed point, given that the map contracts.
+
+        If ``norm(f(x) - f(y)) <= q norm(x - y)`` for all x and y, then by Banach's theorem
+
+            norm(value - fixed point) <= q / (1 - q) * norm(f(z) - z).
+
+        Rounding in the map comes on top. The bound is certain only if q is: a bound on the map's Lipschitz constant in
+        the Euclidean norm, such as a product of spectral norms and of the largest slopes of activations.
+
+        Args:
+            contraction: q in [0, 1), one for all samples or (B,).
+
+        Returns:
+            (B,) bounds on the root mean square error.
+
+        Raises:
+            ValueError: q is not in [0, 1), or the solution has no residual.
+
+        Example:
+            >>> import torch
+            >>> from solvers import solve
+            >>> solution = solve(lambda z: 0.5 * z + 1, torch.zeros(1, 1), "picard", rtol=1e-3)
+            >>> float((solution.value - 2).abs()) <= float(solution.error_bound(0.5)) * (1 + 1e-6)
+            True
+        """
+        q = torch.as_tensor(contraction)
+        if not bool(((q >= 0) & (q < 1)).all()):
+            raise ValueError(f"error_bound needs a contraction factor in [0, 1), got {contraction!r}.")
+        if self.change is None:
+            raise ValueError(
+                "This solution has no residual, so nothing bounds its error. Solve to a tolerance or with history=True."
+            )
+        return q / (1 - q) * self.change
 
     def raise_if_failed(self) -> None:
         """Raise :class:`ConvergenceError`, with this solution on it, if any sample failed."""

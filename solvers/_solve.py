@@ -5,7 +5,7 @@ from typing import Any
 
 from solvers._base import FlatMap, InDims, Solver, take_samples
 from solvers._batching import Layout
-from solvers._convergence import FixedSteps, ToleranceTest
+from solvers._convergence import FixedSteps, ToleranceTest, rms_norm
 from solvers._failure import OnFailure, report_failure
 from solvers._hyperparameters import require_positive_int
 from solvers._registry import get_solver
@@ -175,10 +175,15 @@ class Iteration:
         """The solution as it stands; a sample that is still active counts as MAX_STEPS."""
         outcome = self._progress.outcome()
         unpack_batch = self._layout.unpack_batch
+        residual = change = None
+        if outcome.residual is not None:
+            residual = unpack_batch(outcome.residual)
+            change = unpack_batch(outcome.residual * rms_norm(outcome.value.detach()))
         return Solution(
             value=self._layout.unpack(outcome.value),
             status=unpack_batch(outcome.status),
-            residual=None if outcome.residual is None else unpack_batch(outcome.residual),
+            residual=residual,
+            change=change,
             num_steps=unpack_batch(outcome.num_steps),
             num_evals=self._map.num_evals,
             history=None if outcome.history is None else unpack_batch(outcome.history),

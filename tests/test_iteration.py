@@ -1,4 +1,4 @@
-"""Testing now and then, taking finished samples out of the batch, and stepping by hand."""
+"""Testing now and then, taking finished samples out of the batch, stepping by hand, and bounds of the error."""
 
 import itertools
 
@@ -149,3 +149,28 @@ def test_a_look_in_between_changes_nothing():
         iteration.step()
     assert iteration.solution().converged.all()
     assert (early.status == Status.MAX_STEPS).all()
+
+
+@all_solvers
+@pytest.mark.parametrize("rtol", [1e-2, 1e-6])
+def test_error_bound_holds(solver, rtol):
+    f, args = easy_to_hard()
+    z0 = torch.zeros_like(args[1])
+    exact = solve(f, z0, Anderson(), args=args, rtol=1e-14, atol=1e-14, max_steps=2000, on_failure="ignore").value
+    solution = solve(f, z0, solver, args=args, rtol=rtol, atol=0, max_steps=2000)
+    error = (solution.value - exact).square().mean(dim=1).sqrt()
+    bound = solution.error_bound(args[0].squeeze(1))  # |sin'| <= 1, so that c_i is the factor of sample i
+    assert (error <= bound + 1e-12).all()
+    assert (bound < 1e4 * rtol).all()
+
+
+def test_error_bound_needs_a_contraction_and_a_residual():
+    solution = solve(torch.cos, torch.ones(2, 1), Picard(), rtol=1e-3)
+    assert torch.allclose(solution.change, (solution.value * solution.residual.unsqueeze(1)).squeeze(1))
+    with pytest.raises(ValueError, match=r"contraction factor in \[0, 1\), got 1.0"):
+        solution.error_bound(1.0)
+    fixed = solve(torch.cos, torch.ones(2, 1), Picard(), rtol=None, atol=None, max_steps=3)
+    with pytest.raises(ValueError, match="has no residual"):
+        fixed.error_bound(0.9)
+    watched = solve(torch.cos, torch.ones(2, 1), Picard(), rtol=None, atol=None, max_steps=3, history=True)
+    assert watched.error_bound(0.9).shape == (2,)
