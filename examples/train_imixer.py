@@ -41,9 +41,9 @@ EPILOG = """\
 examples:
   %(prog)s
       digits, with the defaults
-  %(prog)s path/to/cifar10 --epochs 6 --amp
+  %(prog)s path/to/cifar10 --epochs 6
       images laid out as path/to/cifar10/train/<class>/*.jpg and path/to/cifar10/test/<class>/*.jpg; CIFAR-10 itself
-      takes about seven minutes on two cores that compute in bfloat16, and reaches 68%%
+      takes about seven minutes on two cores, and reaches 68%%
   %(prog)s path/to/images --model imixer_s16_224 --amp --batch-size 128 --h_ratio 2 --n_iter 2
       a model of the paper, in mixed precision
 """

@@ -69,6 +69,8 @@ class IMLP(nn.Module):
         inner = int(state * h_ratio)
         if inner < 1:
             raise ValueError(f"h_ratio={h_ratio!r} leaves the block of a state of size {state} no inner layer.")
+        if not isinstance(n_iter, int) or n_iter < 1:
+            raise ValueError(f"n_iter, the number of solver steps, must be a positive integer, got {n_iter!r}.")
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)

@@ -141,7 +141,7 @@ def test_refusals():
         small(solver="newton")
     with pytest.raises(ValueError, match="h_ratio=0.0 leaves the block"):
         small(h_ratio=0.0)
-    with pytest.raises(ValueError, match="max_steps must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="n_iter, the number of solver steps, must be a positive integer, got 0"):
         small(n_iter=0)
 
 
