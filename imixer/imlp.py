@@ -36,7 +36,8 @@ class IMLP(nn.Module):
         coeff: Bound on the spectral norms of ``sn1`` and ``sn2``.
         solver: A solver or its name.
         backward: A backward mode or its name.
-        rtol: Relative tolerance of the solve, or None for a fixed number of steps.
+        rtol: Relative tolerance of the solve, or None for a fixed number of steps. Rows that do not reach it in
+            ``n_iter`` steps are a ``solvers.ConvergenceWarning``.
         device: Where the parameters are made.
         dtype: Of the parameters.
 
@@ -90,8 +91,6 @@ class IMLP(nn.Module):
             rtol=rtol,
             atol=None if rtol is None else 0.0,
             max_steps=n_iter,
-            # Few steps of a solve to tolerance are the user's choice; record_solutions tells how far they get.
-            on_failure="ignore",
         )
         self.register_load_state_dict_pre_hook(_translate_on_load)  # type: ignore[no-untyped-call]
 

@@ -54,7 +54,7 @@ def test_a_nan_sample_marks_itself_and_leaves_the_others_exact(solver):
         return problem.f(z.repeat(16, 1))[:8] + x
 
     reference = solve(lambda z: problem.f(z.repeat(16, 1))[:8], problem.z0[:8], solver, rtol=1e-8, atol=0)
-    with pytest.warns(ConvergenceWarning, match="1 of 8 samples NONFINITE"):
+    with pytest.warns(ConvergenceWarning, match="NONFINITE: .*inf or nan"):
         solution = solve(poisoned, problem.z0[:8], solver, rtol=1e-8, atol=0)
     others = [i for i in range(8) if i != 3]
     assert reference.converged.all()
@@ -94,20 +94,6 @@ def test_a_sample_lost_at_once_is_held_at_its_start():
     assert all(z[1].item() == 3.0 for z in seen)
 
 
-def test_sizes_at_the_limits_of_the_dtype():
-    """Squares that overflow or underflow in a norm do not pass for convergence."""
-    for size in (1e-25, 1e-21, 1e-15, 1.0, 1e15):
-        solution = solve(
-            lambda z, s=size: 0.5 * z + s, torch.zeros(2, 4), Picard(), rtol=1e-4, atol=0, on_failure="ignore"
-        )
-        if solution.converged.all():
-            assert torch.allclose(solution.value, torch.full((2, 4), 2 * size), rtol=1e-3, atol=0)
-        else:
-            assert size < 1e-18
-    huge = solve(lambda z: 0.5 * z + 1e25, torch.zeros(2, 4), Picard(), rtol=1e-4, atol=0, on_failure="ignore")
-    assert not huge.converged.any()
-
-
 @all_solvers
 def test_finished_samples_are_frozen(solver):
     """f sees the value of a finished sample from then on, whatever the solver makes of the others."""
@@ -142,7 +128,7 @@ def test_accelerated_solvers_solve_the_expansive_map(solver):
 @all_solvers
 def test_too_few_steps(solver):
     problem = BANK["linear 0.9"](torch.float64)
-    with pytest.warns(ConvergenceWarning, match="64 of 64 samples MAX_STEPS .*Raise max_steps"):
+    with pytest.warns(ConvergenceWarning, match="MAX_STEPS: .*Raise max_steps"):
         solution = solve(problem.f, problem.z0, solver, rtol=1e-10, max_steps=3)
     assert (solution.status == Status.MAX_STEPS).all()
     assert (solution.num_steps == 3).all()
@@ -169,6 +155,16 @@ def test_on_failure_raise_carries_the_solution():
         warnings.simplefilter("error")
         ignored = solve(problem.f, problem.z0, Picard(), max_steps=3, on_failure="ignore")
     assert ignored.failed.all()
+
+
+def test_the_warning_is_the_same_every_time():
+    """So that Python shows it once for each place, not at every step of a training."""
+    texts = set()
+    for samples in (1, 5):
+        with pytest.warns(ConvergenceWarning) as caught:
+            solve(lambda z: 0.9 * z + 1, torch.zeros(samples, 1), Picard(), max_steps=samples + 2)
+        texts.add(str(caught[0].message))
+    assert len(texts) == 1
 
 
 def test_best_iterate_is_returned():

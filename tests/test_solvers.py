@@ -250,3 +250,17 @@ def test_solvers_are_frozen_values():
     assert len({Picard(), Picard(), Broyden()}) == 2
     with pytest.raises(AttributeError):
         Picard().damping = 0.5
+
+
+def test_sizes_at_the_limits_of_the_dtype():
+    """Squares that overflow or underflow in a norm do not pass for convergence."""
+    for size in (1e-25, 1e-21, 1e-15, 1.0, 1e15):
+        solution = solve(
+            lambda z, s=size: 0.5 * z + s, torch.zeros(2, 4), Picard(), rtol=1e-4, atol=0, on_failure="ignore"
+        )
+        if solution.converged.all():
+            assert torch.allclose(solution.value, torch.full((2, 4), 2 * size), rtol=1e-3, atol=0)
+        else:
+            assert size < 1e-18
+    huge = solve(lambda z: 0.5 * z + 1e25, torch.zeros(2, 4), Picard(), rtol=1e-4, atol=0, on_failure="ignore")
+    assert not huge.converged.any()

@@ -57,7 +57,7 @@ def test_digits_need_no_arguments_but_speed(main: Main, capsys: pytest.CaptureFi
 
 def test_folder_of_images_with_the_papers_flags(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_digit_tree(tmp_path / "shapes", test="val")
-    flags = "--img-size 8 --patch-size 2 --h_ratio 1 --n_iter 3 --n_power 4 --coeff 0.8 --drop-path 0.1 "
+    flags = "--img-size 8 --patch-size 2 --h_ratio 1 --n_iter 30 --n_power 4 --coeff 0.8 --drop-path 0.1 "
     flags += "--solver anderson --rtol 1e-3 --backward implicit --batch-size 16 --smoothing 0 --sched constant "
     flags += "--output here"
     assert main(["shapes", *TINY, *flags.split()]) == 0
@@ -71,7 +71,7 @@ def test_folder_of_images_with_the_papers_flags(main: Main, tmp_path: Path, caps
         "num_blocks": 1,
         "embed_dim": 16,
         "h_ratio": 1.0,
-        "n_iter": 3,
+        "n_iter": 30,
         "n_power": 4,
         "coeff": 0.8,
         "solver": "anderson",
