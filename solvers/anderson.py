@@ -8,7 +8,7 @@ from torch import Tensor
 
 from solvers._base import FlatMapping, Solver, State
 from solvers._hyperparameters import require_damping, require_positive_int
-from solvers._small_systems import back_substitute, eliminate, inverse_or_zero
+from solvers._small_systems import back_substitute, inverse_or_zero
 from solvers._window import combine, dot, store
 
 
@@ -40,9 +40,9 @@ class Anderson(Solver):
     The default choice: on a linear map it is as fast as GMRES with the same memory, and near a fixed point every
     smooth map is linear. Costs one call of ``f`` a step and 2 * memory + 5 vectors of the state's size.
 
-    The columns are scaled to unit length and eliminated from the newest to the oldest. A column that depends on newer
-    ones to working precision is left out, for that sample alone: there is no ridge, no sample is singular, and nothing
-    raises. (The textbook drops the oldest columns until a condition number is small enough.)
+    The columns are scaled to unit length, sample by sample, before anything is compared or added: columns that depend
+    on each other to working precision share a coefficient ("gram"), or the older is left out ("qr"). No sample is
+    singular, and nothing raises. (The textbook drops the oldest columns until a condition number is small enough.)
 
     Args:
         memory: How many differences to keep. 5 is a good start, 10 pays on slowly converging maps.
@@ -89,10 +89,10 @@ class Anderson(Solver):
         return AndersonState(z=z, fz=fz, steps=state.steps + 1, df=df_block, dg=dg_block, gram=gram)
 
     def _coefficients(self, dg: Tensor, gram: Tensor, g: Tensor, next_slot: int) -> Tensor:
-        """gamma (B, n), eliminated newest first, so that of two dependent columns the older is left out."""
+        """gamma (B, n)."""
         if self.least_squares == "gram":
-            n = gram.shape[1]
-            return _least_squares_gram(dg, gram, g, [(next_slot - 1 - i) % n for i in range(n)])
+            return _least_squares_gram(dg, gram, g)
+        # The newest first, so that of two dependent columns the older is left out.
         newest_first = dg.roll(-next_slot, dims=1).flip(1)
         return _least_squares_qr(newest_first, g).flip(1).roll(next_slot, dims=1)
 
@@ -109,19 +109,23 @@ def _with_row_and_column(gram: Tensor | None, slot: int, row: Tensor) -> Tensor:
     return torch.where(at_slot, row.unsqueeze(2), gram)
 
 
-def _least_squares_gram(columns: Tensor, gram: Tensor, rhs: Tensor, order: list[int]) -> Tensor:
+def _least_squares_gram(columns: Tensor, gram: Tensor, rhs: Tensor) -> Tensor:
     """Minimize ``|b - A x|`` for the columns of A as (B, n, D), their Gram matrix (B, n, n), and b as (B, D).
 
-    The columns are scaled to unit length, so the pivot of a column is the squared sine of its angle to the columns
-    before it. Rounding in the Gram matrix makes pivots near n * eps meaningless; such a column gets the coefficient 0.
+    The columns are scaled to unit length, so that rounding in the Gram matrix is about n * eps, and as much is added to
+    its diagonal: what that changes is rounding anyway, and dependent columns share their coefficient.
     """
+    n = gram.shape[1]
+    info = torch.finfo(gram.dtype)
     squares = gram.diagonal(dim1=1, dim2=2)  # (B, n)
-    # A column that has vanished counts as dependent. Its root is not taken: the gradient there is infinite.
-    usable = squares > torch.finfo(gram.dtype).tiny
+    # A column that has vanished gets the coefficient 0. Its root is not taken: the gradient there is infinite.
+    usable = squares > info.tiny
     scale = torch.where(usable, torch.where(usable, squares, 1.0).rsqrt(), 0.0)
-    scaled = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-    threshold = 8 * len(order) * torch.finfo(gram.dtype).eps
-    return eliminate(scaled, dot(columns, rhs) * scale, order, threshold) * scale
+    ridge = torch.eye(n, dtype=gram.dtype, device=gram.device) * (8 * n * info.eps)
+    scaled = gram * scale.unsqueeze(1) * scale.unsqueeze(2) + ridge
+    # The variant that does not check, which would wait for the device: the matrices are regular, or not finite.
+    solution: Tensor = torch.linalg.solve_ex(scaled, dot(columns, rhs) * scale)[0]
+    return solution * scale
 
 
 def _least_squares_qr(columns: Tensor, rhs: Tensor) -> Tensor:
