@@ -9,8 +9,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from implicit._autocast import AutocastMode
 from implicit._parametrized import modules_used_by, parametrized_slots, substituted
+from solvers._autocast import AutocastMode
 
 
 def transform_active() -> bool:

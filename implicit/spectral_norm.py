@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils import parametrize
 
-from implicit._autocast import without_autocast
+from solvers._autocast import without_autocast
 
 # Power iterations from a random start. A start is settled once, so its cost does not matter; the iterations in
 # training start where the last ones ended.

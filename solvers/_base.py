@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from solvers._autocast import AutocastMode
 from solvers._batching import Layout
 from solvers._hyperparameters import Hyperparameters
 
@@ -65,6 +66,8 @@ class FlatMap:
         self._f = f
         self._args = args
         self._layout = layout
+        # The driver switches autocast off for the solver's algebra; f runs in the mode that it was given in.
+        self._autocast = AutocastMode.current(layout.device.type)
         self._done: Tensor | None = None
         self._value: Tensor | None = None
         self.num_evals = 0
@@ -111,6 +114,14 @@ class FlatMap:
             z = torch.where(self._done, self._value, z)
         argument = self._layout.unpack(z)
         self.num_evals += 1
+        if self._autocast.enabled:
+            with self._autocast.in_force():
+                output = self._checked_call(argument, z)
+        else:
+            output = self._checked_call(argument, z)
+        return self._layout.pack(output)
+
+    def _checked_call(self, argument: Any, z: Tensor) -> Any:
         if torch.compiler.is_compiling() or z.is_inference():
             output = self._f(argument, *self._args)
         else:
@@ -122,7 +133,7 @@ class FlatMap:
                     "instead of z += ..., torch.relu(z) instead of torch.relu_(z)."
                 )
         self._layout.check(output)
-        return self._layout.pack(output)
+        return output
 
 
 def take_samples(state: Any, keep: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from solvers._autocast import without_autocast
 from solvers._base import FlatMap, InDims, Solver, take_samples
 from solvers._batching import Layout
 from solvers._convergence import FixedSteps, ToleranceTest, rms_norm
@@ -155,13 +156,18 @@ class Iteration:
         else:
             self._progress = ToleranceTest(rtol or 0.0, atol or 0.0, keep_history=history)
         self.num_steps = 1
-        self.state = self._solver.init(self._map, self._layout.pack(z0))
-        self.done = self._progress.update(1, self.state.z, self.state.fz) or max_steps == 1
+        with without_autocast(self._layout.device.type):
+            self.state = self._solver.init(self._map, self._layout.pack(z0))
+            self.done = self._progress.update(1, self.state.z, self.state.fz) or max_steps == 1
 
     def step(self) -> None:
         """Take one step, and test for convergence if one is due; does nothing once the iteration is done."""
         if self.done:
             return
+        with without_autocast(self._layout.device.type):
+            self._step()
+
+    def _step(self) -> None:
         if isinstance(self._progress, ToleranceTest) and self._progress.any_done:
             self._set_finished_apart(self._progress)
         self.num_steps += 1

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad
 from torch.nn.utils import parametrizations
 
 from implicit import FixedPointLayer, Implicit, spectral_norm
+from solvers import solve
 from solvers.linear import GMRES
 
 all_backwards = pytest.mark.parametrize("backward", ["unrolled", "implicit"])
@@ -94,6 +95,27 @@ def test_autocast(backward):
 
     exact = gradients(False)
     assert (gradients(True) - exact).norm() < 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("solver", ["anderson", "broyden", "newton_krylov"])
+def test_the_algebra_is_float32_under_autocast(solver):
+    """f runs in bfloat16; what the solver computes from its results does not."""
+    seen = []
+
+    def f(z, x):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return torch.tanh(z @ weight) + x
+
+    weight, x = torch.randn(16, 16) / 8, torch.randn(8, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = solve(f, x, solver, args=(x,), rtol=None, atol=None, max_steps=5).state
+        # Exact products of what was stored: rounded to bfloat16 they would be off by a part in a hundred.
+        if solver == "anderson":
+            dg = state.dg[:, : state.gram.shape[1]].double()
+            assert torch.allclose(state.gram.double(), dg @ dg.transpose(1, 2), rtol=1e-4, atol=1e-9)
+        assert torch.is_autocast_enabled("cpu")
+    assert all(seen)
+    assert state.z.dtype == state.fz.dtype == torch.float32
 
 
 def test_half_precision_layer():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solvers._autocast import AutocastMode, without_autocast
 from solvers._batching import Layout
 from solvers._failure import OnFailure, report_failure
 from solvers._solution import Solution
@@ -47,16 +48,18 @@ def linear_solve(
         tensor([[1.5000, 1.0000]])
     """
     layout = Layout(b, batch_dims)
+    autocast = AutocastMode.current(layout.device.type)
     num_evals = 0
 
     def flat_matvec(x: Tensor) -> Tensor:
         nonlocal num_evals
         num_evals += 1
-        output = matvec(layout.unpack(x))
-        layout.check(output, "matvec")
+        with autocast.in_force():
+            output = matvec(layout.unpack(x))
+            layout.check(output, "matvec")
         return layout.pack(output)
 
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(layout.device.type):
         result = (solver or GMRES()).run(flat_matvec, layout.pack(b))
     solution = Solution(
         value=layout.unpack(result.x),
