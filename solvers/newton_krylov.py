@@ -81,8 +81,7 @@ class NewtonKrylov(Solver):
     @torch.no_grad()
     def step(self, f: FlatMapping, state: NewtonKrylovState) -> NewtonKrylovState:
         def product(v: Tensor) -> Tensor:
-            jv: Tensor = torch.func.jvp(f, (state.z,), (v,))[1]
-            return v - jv
+            return v - _jvp(f, state.z, v)
 
         g = state.fz - state.z
         s = self.linear_solver.run(product, g, tolerance=state.forcing * state.error).x
@@ -114,3 +113,13 @@ class NewtonKrylov(Solver):
         floor = _GAMMA * state.forcing**_ALPHA
         wanted = torch.where(floor > 0.1, torch.maximum(wanted, floor), wanted)
         return torch.where(wanted.isfinite(), wanted, _LARGEST_FORCING).clamp(1e-6, _LARGEST_FORCING)
+
+
+def _jvp(f: FlatMapping, z: Tensor, v: Tensor) -> Tensor:
+    """The product of the Jacobian of ``f`` at z with v."""
+    if not torch.is_inference_mode_enabled():
+        product: Tensor = torch.func.jvp(f, (z,), (v,))[1]
+        return product
+    # In PyTorch 2.11 forward mode gives zeros under inference mode, without a word.
+    with torch.inference_mode(False), torch.no_grad():
+        return _jvp(f, z.clone(), v.clone())
