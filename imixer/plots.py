@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from imixer.run_folder import write_atomically
 
 TRAIN_COLOR, TEST_COLOR = "#c8781e", "#1f5fa8"
 
@@ -57,6 +59,6 @@ def plot_curves(curves: Path, image: Path, *, title: str) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
 
-    temporary = image.with_name(f".{image.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
-    os.replace(temporary, image)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
+    write_atomically(image, content.getbuffer())

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from implicit._parametrized import modules_used_by, parametrized_slots, substituted
 from solvers._autocast import AutocastMode
+from solvers._batching import check_structure
 
 
 def transform_active() -> bool:
@@ -61,10 +62,7 @@ class ExplicitMap:
             else:
                 output = self._f(*inputs)
         leaves, spec = tree_flatten(output)
-        if spec != self._state_spec:
-            raise ValueError(
-                f"f must return the structure of the state: got {spec} for a state of structure {self._state_spec}."
-            )
+        check_structure(spec, self._state_spec, "f")
         if self._autocast.enabled:
             leaves = [leaf.to(like.dtype) for leaf, like in zip(leaves, z, strict=True)]
         return leaves
@@ -72,7 +70,7 @@ class ExplicitMap:
     @property
     def resolution(self) -> float:
         """Relative rounding that autocast puts on the map beyond that of the state's dtype; 0 without autocast."""
-        return torch.finfo(self._autocast.dtype).eps if self._autocast.enabled else 0.0
+        return 0.0 if self._autocast.dtype is None else torch.finfo(self._autocast.dtype).eps
 
     def first_call(self, z0: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The map at z0, and the leaf tensors requiring grad that f used beyond its arguments."""

@@ -6,8 +6,7 @@ from typing import Any, Literal, overload
 import torch
 
 from implicit._explicit_map import transform_active
-from implicit._parametrized import modules_used_by, parametrized_slots, substituted
-from implicit.backward import Backward, SolveOptions, get_backward
+from implicit.backward import Backward, SolveOptions, Unrolled, get_backward
 from solvers import Solution, Solver, get_solver
 from solvers._failure import OnFailure
 
@@ -109,10 +108,7 @@ def fixed_point(
         on_failure=on_failure,
     )
     mode.check(options.solver)
-    if torch.is_grad_enabled() or transform_active():
-        solution = mode.solve(f, z0, args, options)
-    else:
-        slots = parametrized_slots(modules_used_by(f))
-        with substituted(slots, [getattr(module, name) for module, name in slots]):
-            solution = options.solve(f, z0, args)
+    if not (torch.is_grad_enabled() or transform_active()):
+        mode = Unrolled()  # with no derivative to take, the plain solve
+    solution = mode.solve(f, z0, args, options)
     return (solution.value, solution) if return_solution else solution.value

@@ -8,26 +8,35 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class AutocastMode:
-    """Whether autocast is on for a device type, and to which dtype."""
+    """Whether autocast is on for a device type, and to which dtype; None where it is off."""
 
     device_type: str
-    enabled: bool
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     @classmethod
     def current(cls, device_type: str) -> "AutocastMode":
         """The mode in force."""
-        if device_type == "meta":  # torch.amp.is_autocast_available would tell, but does not compile in PyTorch 2.11
-            return cls(device_type, False, torch.float32)
-        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+        return cls(device_type, _dtype_in_force(device_type))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether autocast is on."""
+        return self.dtype is not None
 
     def in_force(self) -> contextlib.AbstractContextManager[object]:
-        """A context in which this mode is in force."""
-        if self == AutocastMode.current(self.device_type):
+        """A context in which this mode is in force. Cheap where it already is: it stands around every call of a map."""
+        if self.dtype is _dtype_in_force(self.device_type):
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """A context in which autocast is off for a device type."""
-    return dataclasses.replace(AutocastMode.current(device_type), enabled=False).in_force()
+    return AutocastMode(device_type, None).in_force()
+
+
+def _dtype_in_force(device_type: str) -> torch.dtype | None:
+    # For meta torch.amp.is_autocast_available would tell, but that does not compile in PyTorch 2.11.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)

@@ -114,26 +114,17 @@ class FlatMap:
             z = torch.where(self._done, self._value, z)
         argument = self._layout.unpack(z)
         self.num_evals += 1
-        if self._autocast.enabled:
-            with self._autocast.in_force():
-                output = self._checked_call(argument, z)
-        else:
-            output = self._checked_call(argument, z)
+        versioned = not (torch.compiler.is_compiling() or z.is_inference())
+        version = z._version if versioned else 0
+        with self._autocast.in_force():
+            output = self._f(argument, *self._args)
+            self._layout.check(output)
+        if versioned and z._version != version:
+            raise RuntimeError(
+                "f changed its argument z in place, so the iterate is lost. Write out of place: z = z + ... "
+                "instead of z += ..., torch.relu(z) instead of torch.relu_(z)."
+            )
         return self._layout.pack(output)
-
-    def _checked_call(self, argument: Any, z: Tensor) -> Any:
-        if torch.compiler.is_compiling() or z.is_inference():
-            output = self._f(argument, *self._args)
-        else:
-            version = z._version
-            output = self._f(argument, *self._args)
-            if z._version != version:
-                raise RuntimeError(
-                    "f changed its argument z in place, so the iterate is lost. Write out of place: z = z + ... "
-                    "instead of z += ..., torch.relu(z) instead of torch.relu_(z)."
-                )
-        self._layout.check(output)
-        return output
 
 
 def take_samples(state: Any, keep: Tensor) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 
 class Layout:
@@ -97,10 +97,7 @@ class Layout:
         Under autocast another floating-point dtype is accepted: the state keeps its own.
         """
         leaves, spec = tree_flatten(output)
-        if spec != self._spec:
-            raise ValueError(
-                f"{name} must return the structure of the state: got {spec} for a state of structure {self._spec}."
-            )
+        check_structure(spec, self._spec, name)
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"{name} must return tensors, got a {type(leaf).__name__}.")
@@ -118,3 +115,11 @@ class Layout:
                     f"{name} must return the dtype of the state: got {leaf.dtype} for a state of {dtype}. Convert z0 "
                     "or the output of the map."
                 )
+
+
+def check_structure(found: TreeSpec, expected: TreeSpec, name: str) -> None:
+    """Raise a ValueError unless what ``name`` returned has the structure of the state."""
+    if found != expected:
+        raise ValueError(
+            f"{name} must return the structure of the state: got {found} for a state of structure {expected}."
+        )

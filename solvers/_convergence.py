@@ -104,7 +104,6 @@ class ToleranceTest:
     _best_step: Tensor
     _limit: Tensor
     _start_z: Tensor  # (B, D)
-    _any_active: bool
 
     def __init__(self, rtol: float, atol: float, *, keep_history: bool) -> None:
         self._rtol = rtol
@@ -112,7 +111,8 @@ class ToleranceTest:
         self._history: list[Tensor] | None = [] if keep_history else None
         self._step = 0
         self._all_improved_at = 0
-        self.any_done = False
+        # How many of the samples that are left have stopped, on the host.
+        self.num_done = 0
         # After drop_done: which samples of the batch are left, and the attributes of all of them.
         self._rows: Tensor | None = None
         self._aside: dict[str, Tensor] = {}
@@ -133,7 +133,7 @@ class ToleranceTest:
             improved = residual < self.residual
             # In most steps nothing happens to any sample but a smaller residual; one look at the host settles that.
             # A nan compares false, so it is never ordinary.
-            if not self.any_done and bool((improved & (error > bound) & (error < self._limit)).all()):
+            if not self.num_done and bool((improved & (error > bound) & (error < self._limit)).all()):
                 self._record(residual)
                 self.residual = residual
                 self._all_improved_at = self._step
@@ -143,7 +143,7 @@ class ToleranceTest:
             meaningful = bound.isfinite() & ((scale > _underflow(scale)) | (fz == z).all(dim=1))
             taken = self._settle(residual, error, improved, (error <= bound) & meaningful)
         self.value = torch.where(taken.unsqueeze(1), fz, self.value)
-        return not self._any_active
+        return self.num_done == len(self.status)
 
     def _start(self, error: Tensor, scale: Tensor, z: Tensor, fz: Tensor) -> None:
         self.value = fz
@@ -171,9 +171,7 @@ class ToleranceTest:
         self.status = status.masked_fill(met, Status.CONVERGED)
 
         self.num_steps = torch.where(active, self._step, self.num_steps)
-        done = self.done
-        self.any_done, all_done = torch.stack((done.any(), done.all())).tolist()
-        self._any_active = not all_done
+        self.num_done = int(self.done.sum())
         return taken
 
     @property
@@ -197,7 +195,7 @@ class ToleranceTest:
         self._rows = keep if self._rows is None else self._rows[keep]
         for name in (*_PER_SAMPLE, "_best_step", "_limit", "_start_z"):
             setattr(self, name, getattr(self, name)[keep])
-        self.any_done = False
+        self.num_done = 0
         return keep
 
     def outcome(self) -> Outcome:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from solvers._base import Solver
+from solvers._names import resolve
 from solvers.anderson import Anderson
 from solvers.broyden import Broyden
 from solvers.newton_krylov import NewtonKrylov
@@ -32,12 +33,4 @@ def get_solver(solver: Solver | str, **options: Any) -> Solver:
         >>> get_solver("anderson", memory=10)
         Anderson(memory=10, damping=1.0, least_squares='gram')
     """
-    if isinstance(solver, Solver):
-        if options:
-            raise TypeError(f"Options go with a name, but {solver!r} is a solver already: got {sorted(options)}.")
-        return solver
-    if not isinstance(solver, str):
-        raise TypeError(f"A solver must be a solvers.Solver object or a name, got {solver!r}.")
-    if solver not in _SOLVERS:
-        raise ValueError(f"There is no solver {solver!r}. The known ones: {', '.join(_SOLVERS)}.")
-    return _SOLVERS[solver](**options)
+    return resolve(solver, options, Solver, _SOLVERS, "solver")

@@ -155,6 +155,8 @@ class Iteration:
             self._progress = FixedSteps(keep_history=history)
         else:
             self._progress = ToleranceTest(rtol or 0.0, atol or 0.0, keep_history=history)
+        # Finished samples, of those in the call of f, that it is held from.
+        self._num_apart = 0
         self.num_steps = 1
         with without_autocast(self._layout.device.type):
             self.state = self._solver.init(self._map, self._layout.pack(z0))
@@ -168,7 +170,7 @@ class Iteration:
             self._step()
 
     def _step(self) -> None:
-        if isinstance(self._progress, ToleranceTest) and self._progress.any_done:
+        if isinstance(self._progress, ToleranceTest) and self._progress.num_done > self._num_apart:
             self._set_finished_apart(self._progress)
         self.num_steps += 1
         self.state = self._solver.step(self._map, self.state)
@@ -198,12 +200,13 @@ class Iteration:
 
     def _set_finished_apart(self, progress: ToleranceTest) -> None:
         """Keep what is finished from the map: out of its call if enough is, else held at its value."""
-        if self._compact and int(progress.done.sum()) >= COMPACT_SHARE * len(progress.done):
+        if self._compact and progress.num_done >= COMPACT_SHARE * len(progress.done):
             keep = progress.drop_done()
             self.state = take_samples(self.state, keep)
             self._map.take_samples(keep, self._in_dims)
         else:
             self._map.freeze(progress.done, progress.held())
+        self._num_apart = progress.num_done
 
 
 def check_options(rtol: float | None, atol: float | None, max_steps: int, on_failure: str) -> None:

@@ -22,11 +22,7 @@ all_solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.ke
 all_backwards = pytest.mark.parametrize("backward", BACKWARDS.values(), ids=BACKWARDS.keys())
 
 
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 class TanhMap(nn.Module):

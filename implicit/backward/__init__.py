@@ -5,6 +5,7 @@ from typing import Any
 from implicit.backward._base import Backward, SolveOptions
 from implicit.backward.implicit import Implicit
 from implicit.backward.unrolled import Unrolled
+from solvers._names import resolve
 
 __all__ = ["Backward", "Implicit", "SolveOptions", "Unrolled", "get_backward"]
 
@@ -27,12 +28,4 @@ def get_backward(backward: Backward | str, **options: Any) -> Backward:
         >>> get_backward("unrolled")
         Unrolled()
     """
-    if isinstance(backward, Backward):
-        if options:
-            raise TypeError(f"Options go with a name, but {backward!r} is a mode already: got {sorted(options)}.")
-        return backward
-    if not isinstance(backward, str):
-        raise TypeError(f"A backward mode must be an implicit.Backward object or a name, got {backward!r}.")
-    if backward not in _BACKWARDS:
-        raise ValueError(f"There is no backward mode {backward!r}. The known ones: {', '.join(_BACKWARDS)}.")
-    return _BACKWARDS[backward](**options)
+    return resolve(backward, options, Backward, _BACKWARDS, "backward mode")
