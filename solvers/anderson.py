@@ -17,12 +17,14 @@ class AndersonState(State):
     """What Anderson remembers of its last n <= memory steps; slot i of each block belongs to the same step.
 
     Attributes:
+        g: (B, D) the residual ``f(z) - z``.
         steps: Steps taken after the first, on the host.
         df: (B, m, D) differences of ``f(z)``.
-        dg: (B, m, D) differences of the residual ``g = f(z) - z``.
+        dg: (B, m, D) differences of ``g``.
         gram: (B, n, n) inner products of the residual differences.
     """
 
+    g: Tensor
     steps: int = 0
     df: Tensor | None = None
     dg: Tensor | None = None
@@ -67,26 +69,35 @@ class Anderson(Solver):
         require_damping(self, self.damping)
 
     def init(self, f: FlatMapping, z0: Tensor) -> AndersonState:
-        return AndersonState(z=z0, fz=f(z0))
+        fz = f(z0)
+        return AndersonState(z=z0, fz=fz, g=fz - z0)
 
     def step(self, f: FlatMapping, state: AndersonState) -> AndersonState:
-        g = state.fz - state.z  # (B, D)
+        z = self.propose(state)
+        return self.absorb(state, z, f(z))
+
+    def propose(self, state: AndersonState) -> Tensor:
+        """The next iterate (B, D)."""
         z = state.fz if self.damping == 1.0 else state.z.lerp(state.fz, self.damping)
         if state.df is not None and state.dg is not None and state.gram is not None:
             n = state.gram.shape[1]
-            gamma = self._coefficients(state.dg[:, :n], state.gram, g, state.steps % self.memory)
+            gamma = self._coefficients(state.dg[:, :n], state.gram, state.g, state.steps % self.memory)
             z = z - combine(state.df[:, :n], gamma)
             if self.damping != 1.0:
                 z = z + (1.0 - self.damping) * combine(state.dg[:, :n], gamma)
-        fz = f(z)
-        dg = fz - z - g
+        return z
+
+    def absorb(self, state: AndersonState, z: Tensor, fz: Tensor) -> AndersonState:
+        """The state at any z (B, D) with its image ``fz``, which remembers the differences from ``state``."""
+        g = fz - z
+        dg = g - state.g
         slot = state.steps % self.memory
         df_block = store(state.df, slot, fz - state.fz, self.memory)
         dg_block = store(state.dg, slot, dg, self.memory)
         n = min(state.steps + 1, self.memory)
         row = dot(dg_block[:, :n], dg)  # (B, n)
         gram = _with_row_and_column(state.gram, slot, row)
-        return AndersonState(z=z, fz=fz, steps=state.steps + 1, df=df_block, dg=dg_block, gram=gram)
+        return AndersonState(z=z, fz=fz, g=g, steps=state.steps + 1, df=df_block, dg=dg_block, gram=gram)
 
     def _coefficients(self, dg: Tensor, gram: Tensor, g: Tensor, next_slot: int) -> Tensor:
         """gamma (B, n)."""
