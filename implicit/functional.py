@@ -7,8 +7,9 @@ import torch
 
 from implicit._explicit_map import transform_active
 from implicit.backward import Backward, SolveOptions, Unrolled, get_backward
-from solvers import Solution, Solver, get_solver
+from solvers import Solution, Solver, Stopping, get_solver
 from solvers._failure import OnFailure
+from solvers._stopping import ATOL, RTOL, get_stopping
 
 
 @overload
@@ -18,8 +19,9 @@ def fixed_point(
     *args: Any,
     solver: Solver | str = ...,
     backward: Backward | str = ...,
-    rtol: float | None = ...,
-    atol: float | None = ...,
+    rtol: Any = ...,
+    atol: Any = ...,
+    stopping: Stopping | None = ...,
     max_steps: int = ...,
     batch_dims: int = ...,
     history: bool = ...,
@@ -35,8 +37,9 @@ def fixed_point(
     *args: Any,
     solver: Solver | str = ...,
     backward: Backward | str = ...,
-    rtol: float | None = ...,
-    atol: float | None = ...,
+    rtol: Any = ...,
+    atol: Any = ...,
+    stopping: Stopping | None = ...,
     max_steps: int = ...,
     batch_dims: int = ...,
     history: bool = ...,
@@ -51,8 +54,9 @@ def fixed_point(
     *args: Any,
     solver: Solver | str = "anderson",
     backward: Backward | str = "implicit",
-    rtol: float | None = 1e-4,
-    atol: float | None = 1e-6,
+    rtol: Any = RTOL,
+    atol: Any = ATOL,
+    stopping: Stopping | None = None,
     max_steps: int = 50,
     batch_dims: int = 1,
     history: bool = False,
@@ -74,6 +78,7 @@ def fixed_point(
         backward: A backward mode such as ``Implicit()``, or its name.
         rtol: As in :func:`solvers.solve`.
         atol: As in :func:`solvers.solve`.
+        stopping: As in :func:`solvers.solve`.
         max_steps: As in :func:`solvers.solve`.
         batch_dims: As in :func:`solvers.solve`.
         history: As in :func:`solvers.solve`.
@@ -100,8 +105,7 @@ def fixed_point(
     mode = get_backward(backward)
     options = SolveOptions(
         solver=get_solver(solver),
-        rtol=rtol,
-        atol=atol,
+        stopping=get_stopping(rtol, atol, stopping),
         max_steps=max_steps,
         batch_dims=batch_dims,
         history=history,

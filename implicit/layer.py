@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from implicit.backward import Backward, get_backward
 from implicit.functional import fixed_point
-from solvers import Solution, Solver, get_solver
+from solvers import Solution, Solver, Stopping, get_solver
 from solvers._failure import OnFailure
 from solvers._solve import check_options
+from solvers._stopping import ATOL, RTOL, get_stopping
 
 
 class FixedPointLayer(nn.Module):
@@ -27,6 +28,7 @@ class FixedPointLayer(nn.Module):
         init: Makes the start from the inputs; by default zeros like the first input.
         rtol: Relative tolerance; with ``rtol=None, atol=None`` exactly ``max_steps`` steps are taken, untested.
         atol: Absolute tolerance, on the root mean square over a sample's entries.
+        stopping: In the place of both tolerances, a :class:`solvers.Stopping`.
         max_steps: Most steps to take.
         batch_dims: How many leading dimensions of the state index independent problems.
         on_failure: "warn", "raise" or "ignore".
@@ -49,8 +51,9 @@ class FixedPointLayer(nn.Module):
         solver: Solver | str = "anderson",
         backward: Backward | str = "implicit",
         init: Callable[..., Any] | None = None,
-        rtol: float | None = 1e-4,
-        atol: float | None = 1e-6,
+        rtol: Any = RTOL,
+        atol: Any = ATOL,
+        stopping: Stopping | None = None,
         max_steps: int = 50,
         batch_dims: int = 1,
         on_failure: OnFailure = "warn",
@@ -58,7 +61,8 @@ class FixedPointLayer(nn.Module):
         super().__init__()
         if not callable(f):
             raise TypeError(f"FixedPointLayer(f) must be given a callable, got {f!r}.")
-        check_options(rtol, atol, max_steps, on_failure)
+        check_options(max_steps, on_failure)
+        get_stopping(rtol, atol, stopping)  # raises for what is unfit
         self.f = f
         self.solver = get_solver(solver)
         self.backward = get_backward(backward)
@@ -66,6 +70,7 @@ class FixedPointLayer(nn.Module):
         self.init = init
         self.rtol = rtol
         self.atol = atol
+        self.stopping = stopping
         self.max_steps = max_steps
         self.batch_dims = batch_dims
         self.on_failure = on_failure
@@ -93,6 +98,7 @@ class FixedPointLayer(nn.Module):
             backward=self.backward,
             rtol=self.rtol,
             atol=self.atol,
+            stopping=self.stopping,
             max_steps=self.max_steps,
             batch_dims=self.batch_dims,
             history=self._observer is not None,
@@ -115,13 +121,8 @@ class FixedPointLayer(nn.Module):
         return torch.zeros_like(inputs[0])
 
     def extra_repr(self) -> str:
-        shown = {
-            "solver": self.solver,
-            "backward": self.backward,
-            "rtol": self.rtol,
-            "atol": self.atol,
-            "max_steps": self.max_steps,
-        }
+        tolerances = {"rtol": self.rtol, "atol": self.atol} if self.stopping is None else {"stopping": self.stopping}
+        shown = {"solver": self.solver, "backward": self.backward, **tolerances, "max_steps": self.max_steps}
         if self.batch_dims != 1:
             shown["batch_dims"] = self.batch_dims
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())

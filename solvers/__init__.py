@@ -4,6 +4,7 @@ from solvers._base import Solver, State
 from solvers._registry import get_solver
 from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from solvers._solve import Iteration, solve
+from solvers._stopping import Stopping
 from solvers.anderson import Anderson
 from solvers.broyden import Broyden
 from solvers.newton_krylov import NewtonKrylov
@@ -21,6 +22,7 @@ __all__ = [
     "Solver",
     "State",
     "Status",
+    "Stopping",
     "get_solver",
     "solve",
 ]

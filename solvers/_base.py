@@ -72,6 +72,12 @@ class FlatMap:
         self._value: Tensor | None = None
         self.num_evals = 0
 
+    @property
+    def eps(self) -> float:
+        """The relative rounding error of what f returns: that of the coarsest dtype of the state, or of autocast."""
+        dtypes = [*self._layout.dtypes, *((self._autocast.dtype,) if self._autocast.dtype else ())]
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
     def freeze(self, done: Tensor, value: Tensor) -> None:
         """From now on call f with the rows of ``value`` (B, D) where ``done`` (B,), whatever the solver asks for.
 

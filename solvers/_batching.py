@@ -27,7 +27,7 @@ class Layout:
     def __init__(self, z0: Any, batch_dims: int) -> None:
         if not isinstance(batch_dims, int) or isinstance(batch_dims, bool) or batch_dims < 0:
             raise ValueError(f"batch_dims must be an integer >= 0, got {batch_dims!r}.")
-        leaves, self._spec = tree_flatten(z0)
+        leaves, self.spec = tree_flatten(z0)
         if not leaves:
             raise ValueError(f"The state has no tensors: z0 = {z0!r}.")
         for leaf in leaves:
@@ -85,7 +85,7 @@ class Layout:
             column.reshape(shape).to(dtype)
             for column, shape, dtype in zip(columns, self.shapes, self.dtypes, strict=True)
         ]
-        return tree_unflatten(leaves, self._spec)
+        return tree_unflatten(leaves, self.spec)
 
     def unpack_batch(self, per_sample: Tensor) -> Tensor:
         """(..., B) with one entry a sample -> (..., *batch shape)."""
@@ -97,7 +97,7 @@ class Layout:
         Under autocast another floating-point dtype is accepted: the state keeps its own.
         """
         leaves, spec = tree_flatten(output)
-        check_structure(spec, self._spec, name)
+        check_structure(spec, self.spec, name)
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"{name} must return tensors, got a {type(leaf).__name__}.")

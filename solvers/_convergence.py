@@ -6,34 +6,19 @@ import math
 import torch
 from torch import Tensor
 
+from solvers._norms import relative, rms_norm
 from solvers._solution import Status
+from solvers._stopping import Measure, Stopping
 
 # A sample still being solved. Not a Status: no solution ever carries it.
 ACTIVE = -1
 
-# A residual this many times the size of the first iterate's image means divergence: far above the transients of
-# convergent iterations, far below overflow in float32.
-DIVERGENCE_FACTOR = 1e6
+# A relative residual of so many eps is at the precision floor, where rounding in the map decides; on the problem bank
+# it ends at 3 eps or below.
+FLOOR = 32
 
-# Steps in which the best residual of a sample does not improve before it counts as stagnated.
-PATIENCE = 50
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """(B, D) -> (B,) root mean square of each row, so that tolerances do not depend on D."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=1)
-    return norm / math.sqrt(max(x.shape[1], 1))
-
-
-def relative(error: Tensor, scale: Tensor) -> Tensor:
-    """``error / scale``, 0 where both are 0."""
-    return error / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-
-
-def _underflow(x: Tensor) -> float:
-    """Where the squares in a norm begin to lose digits to underflow."""
-    info = torch.finfo(x.dtype)
-    return float((info.tiny / info.eps) ** 0.5)
+# Steps without a smaller residual after which a sample that is at the floor ends there.
+FLOOR_PATIENCE = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +28,8 @@ class Outcome:
     value: Tensor
     status: Tensor
     residual: Tensor | None
+    change: Tensor | None
+    error_estimate: Tensor | None
     num_steps: Tensor
     history: Tensor | None
 
@@ -72,45 +59,63 @@ class FixedSteps:
     def outcome(self) -> Outcome:
         """Where the samples stand after the steps taken so far."""
         batch = self.value.shape[:1]
+        change = None if self.residual is None else self.residual * rms_norm(self.value.detach())
         return Outcome(
             value=self.value,
             status=self.value.new_full(batch, Status.UNTESTED, dtype=torch.int8),
             residual=self.residual,
+            change=change,
+            error_estimate=None,
             num_steps=self.value.new_full(batch, self._step, dtype=torch.int64),
             history=None if self._history is None else torch.stack(self._history),
         )
 
 
 # What ToleranceTest knows of each sample and a solution tells.
-_PER_SAMPLE = ("value", "status", "residual", "num_steps")
+_PER_SAMPLE = ("value", "status", "residual", "error_ratio", "num_steps")
 
 
 class ToleranceTest:
     """Follows every sample: its best value and residual, its status, the step it stopped at.
 
-    A sample that has stopped, well or badly, keeps its value; later updates do not touch it.
+    A sample that has stopped, well or badly, keeps its value; later updates do not touch it. In most steps nothing
+    happens to any sample but a smaller residual: one look at the host settles that, and the rest is put off.
 
     Args:
-        rtol: Relative tolerance.
-        atol: Absolute tolerance, on the root mean square of ``f(z) - z``.
+        stopping: When a sample is done.
+        measure: The norms and bounds for its state.
+        eps: The relative rounding error of the map.
         keep_history: Keep the residuals of every step.
     """
 
     # Set by the first update.
-    value: Tensor  # (B, D)
-    status: Tensor  # (B,), as all below
+    status: Tensor  # (B,), as all below but those that are (B, D)
     residual: Tensor
+    error_ratio: Tensor
     num_steps: Tensor
+    done: Tensor
+    _value: Tensor  # (B, D)
     _best_step: Tensor
     _limit: Tensor
     _start_z: Tensor  # (B, D)
+    _z: Tensor  # (B, D) the latest iterate and its image, and those before
+    _fz: Tensor
+    _earlier_z: Tensor
+    _earlier_fz: Tensor
 
-    def __init__(self, rtol: float, atol: float, *, keep_history: bool) -> None:
-        self._rtol = rtol
-        self._atol = atol
+    def __init__(self, stopping: Stopping, measure: Measure, eps: float, *, keep_history: bool) -> None:
+        self._measure = measure
+        self._patience = stopping.patience
+        self._max_growth = stopping.max_growth
+        self._floor = FLOOR * eps
+        self._least_patience = min(self._patience, FLOOR_PATIENCE)
         self._history: list[Tensor] | None = [] if keep_history else None
         self._step = 0
+        # The last step in which every sample that was left improved, so that its image is the best value of all.
         self._all_improved_at = 0
+        self._newest: Tensor | None = None  # (B, D) that image, until it is merged into the values
+        # No sample can have run out of patience before this step.
+        self._stale_at = 0
         # How many of the samples that are left have stopped, on the host.
         self.num_done = 0
         # After drop_done: which samples of the batch are left, and the attributes of all of them.
@@ -121,63 +126,93 @@ class ToleranceTest:
         """Take in one step's iterate and its image, both (B, D); True when every sample is done."""
         first, self._step = self._step == 0, step
         with torch.no_grad():
-            # Plain norms: the root of the size cancels in all but atol.
-            error = torch.linalg.vector_norm(fz - z, dim=1)  # (B,)
-            scale = torch.linalg.vector_norm(fz, dim=1)  # (B,)
-            residual = relative(error, scale)
-            bound = self._rtol * scale
-            if self._atol:
-                bound = bound + self._atol * math.sqrt(z.shape[1])
+            error, scale = self._measure.parts(fz - z), self._measure.parts(fz)
+            whole, whole_scale = self._measure.whole(error), self._measure.whole(scale)
+            residual = relative(whole, whole_scale)  # (B,)
             if first:
-                self._start(error, scale, z, fz)
+                self._start(whole, whole_scale, z, fz)
+            self._earlier_z, self._earlier_fz, self._z, self._fz = self._z, self._fz, z, fz
             improved = residual < self.residual
-            # In most steps nothing happens to any sample but a smaller residual; one look at the host settles that.
-            # A nan compares false, so it is never ordinary.
-            if not self.num_done and bool((improved & (error > bound) & (error < self._limit)).all()):
-                self._record(residual)
-                self.residual = residual
-                self._all_improved_at = self._step
-                self.value = fz
+            # A nan compares false, so it is never open.
+            still_open = self._measure.exceeds(error, scale) & (whole < self._limit)
+            ordinary = improved & still_open
+            if bool((ordinary | self.done if self.num_done else ordinary).all()):
+                self.residual = torch.where(self.done, self.residual, residual) if self.num_done else residual
+                self._record(self.residual)
+                self._all_improved_at = step
+                self._stale_at = step + self._least_patience
+                if self.num_done:
+                    self._newest = fz
+                else:
+                    self._value = fz
                 return False
-            # Norms whose squares overflow or underflow compare as they should not: neither is an answer.
-            meaningful = bound.isfinite() & ((scale > _underflow(scale)) | (fz == z).all(dim=1))
-            taken = self._settle(residual, error, improved, (error <= bound) & meaningful)
-        self.value = torch.where(taken.unsqueeze(1), fz, self.value)
+        value = self.value  # before any sample ends
+        with torch.no_grad():
+            active = ~self.done
+            taken = active & improved
+            if step >= self._stale_at or bool((active & ~still_open).any()):
+                met = active & self._measure.met(error, scale, z, fz)
+                taken = taken | met
+                self._take(taken, residual)
+                self._stop(met, whole)
+            else:
+                self._take(taken, residual)
+        self._value = torch.where(taken.unsqueeze(1), fz, value)
         return self.num_done == len(self.status)
 
     def _start(self, error: Tensor, scale: Tensor, z: Tensor, fz: Tensor) -> None:
-        self.value = fz
-        self._start_z = z
+        self._value = self._fz = fz
+        self._start_z = self._z = z
         self.residual = torch.full_like(error, math.inf)
+        self.error_ratio = torch.full_like(error, math.nan)
         self.status = torch.full_like(error, ACTIVE, dtype=torch.int8)
+        self.done = torch.zeros_like(error, dtype=torch.bool)
         self.num_steps = torch.zeros_like(error, dtype=torch.int64)
         self._best_step = torch.zeros_like(self.num_steps)
-        self._limit = DIVERGENCE_FACTOR * (error + scale)
+        self._limit = self._max_growth * (error + scale)
 
-    def _settle(self, residual: Tensor, error: Tensor, improved: Tensor, met: Tensor) -> Tensor:
-        """Decide sample by sample; returns (B,) which of them take the new value."""
-        active = self.status == ACTIVE
-        met = met & active
-        taken = met | (improved & active)
+    def _take(self, taken: Tensor, residual: Tensor) -> None:
+        """Give the samples that are ``taken`` (B,) their new residual."""
+        self._record(torch.where(self.done, self.residual, residual))
         self.residual = torch.where(taken, residual, self.residual)
         self._best_step = torch.where(taken, self._step, self._best_step.clamp_min(self._all_improved_at))
-        self._record(torch.where(active, residual, self.residual))
 
+    def _stop(self, met: Tensor, error: Tensor) -> None:
+        """Decide of each sample whether it ends here, and how."""
+        active = ~self.done
+        waited = self._step - self._best_step
         # The later line wins: what is not finite is no matter of stagnation.
         status = self.status
-        status = status.masked_fill(active & (self._step - self._best_step >= PATIENCE), Status.STAGNATED)
+        status = status.masked_fill(active & (waited >= self._patience), Status.STAGNATED)
+        at_floor = (self.residual <= self._floor) & (waited >= FLOOR_PATIENCE)
+        status = status.masked_fill(active & at_floor, Status.PRECISION_FLOOR)
         status = status.masked_fill(active & (error > self._limit), Status.DIVERGED)
         status = status.masked_fill(active & ~error.isfinite(), Status.NONFINITE)
         self.status = status.masked_fill(met, Status.CONVERGED)
-
         self.num_steps = torch.where(active, self._step, self.num_steps)
+        self.error_ratio = torch.where(active, self._secant_ratio(), self.error_ratio)
+        self.done = self.status != ACTIVE
         self.num_done = int(self.done.sum())
-        return taken
+        if self.num_done < len(self.done):
+            oldest = self._best_step.masked_fill(self.done, self._step).min()
+            self._stale_at = int(oldest) + self._least_patience
+
+    def _secant_ratio(self) -> Tensor:
+        """(B,) how much longer f(z) changed than f(z) - z did in the last step: near a solution, error over residual.
+
+        There f(z) - z* = J (J - I)^-1 (f(z) - z), and the same matrix takes the change of f(z) - z to that of f(z).
+        """
+        df = self._fz - self._earlier_fz
+        dg = df - (self._z - self._earlier_z)
+        return self._measure.norm(df) / self._measure.norm(dg)
 
     @property
-    def done(self) -> Tensor:
-        """(B,) bool: which samples have stopped."""
-        return self.status != ACTIVE
+    def value(self) -> Tensor:
+        """(B, D) the image of the best iterate of each sample."""
+        if self._newest is not None:
+            newest, self._newest = self._newest, None
+            self._value = torch.where(self.done.unsqueeze(1), self._value, newest) if self.num_done else newest
+        return self._value
 
     def held(self) -> Tensor:
         """(B, D) what the map is to be called with for samples that have stopped: always finite, if z0 was."""
@@ -193,19 +228,28 @@ class ToleranceTest:
         keep = (~self.done).nonzero().squeeze(1)
         self._aside = {name: self._whole(name) for name in _PER_SAMPLE}
         self._rows = keep if self._rows is None else self._rows[keep]
-        for name in (*_PER_SAMPLE, "_best_step", "_limit", "_start_z"):
+        self._value = self.value[keep]
+        for name in (*_PER_SAMPLE[1:], "done", "_best_step", "_limit", "_start_z", "_z", "_fz"):
             setattr(self, name, getattr(self, name)[keep])
         self.num_done = 0
         return keep
 
     def outcome(self) -> Outcome:
         """Where the samples stand; one that is still active has not made it within the steps taken."""
-        active = self.status == ACTIVE
+        status = self.status.masked_fill(~self.done, Status.MAX_STEPS)
+        num_steps = self.num_steps.masked_fill(~self.done, self._step)
+        value, residual = self._whole("value"), self._whole("residual")
+        with torch.no_grad():
+            ratio = torch.where(self.done, self.error_ratio, self._secant_ratio())
+            change = residual * self._measure.norm(value)
+            estimate = self._merged("error_ratio", ratio) * change
         return Outcome(
-            value=self._whole("value"),
-            status=self._merged("status", self.status.masked_fill(active, Status.MAX_STEPS)),
-            residual=self._whole("residual"),
-            num_steps=self._merged("num_steps", torch.where(active, self._step, self.num_steps)),
+            value=value,
+            status=self._merged("status", status),
+            residual=residual,
+            change=change,
+            error_estimate=estimate.masked_fill(change == 0, 0.0),
+            num_steps=self._merged("num_steps", num_steps),
             history=None if self._history is None else torch.stack(self._history),
         )
 

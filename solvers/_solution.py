@@ -28,8 +28,8 @@ class Status(enum.IntEnum):
     )
     STAGNATED = (
         2,
-        "The residual stopped decreasing above the tolerance. The tolerance may be below what the dtype can resolve "
-        "(loosen it or use float64), or the iteration cycles (use another solver, or damping).",
+        "The residual stopped decreasing above the tolerance. The iteration cycles (use another solver, or damping), "
+        "or the map loses many digits to rounding (loosen the tolerance, or use float64).",
     )
     DIVERGED = (
         3,
@@ -49,6 +49,11 @@ class Status(enum.IntEnum):
     UNTESTED = (
         6,
         "A fixed number of steps was asked for (rtol=None, atol=None), so convergence was not tested.",
+    )
+    PRECISION_FLOOR = (
+        7,
+        "The residual is a few rounding errors of the dtype and gets no smaller: the answer is as good as the dtype "
+        "allows, and the tolerance asks for more. Loosen rtol or atol, or use a wider dtype (also in autocast).",
     )
 
 
@@ -76,8 +81,12 @@ class Solution:
         status: (B,) int8, one :class:`Status` per sample.
         residual: (B,) relative residual ``norm(f(z) - z) / norm(f(z))`` of that iterate (linear:
             ``norm(b - A x) / norm(b)``); None when a fixed number of steps was taken without ``history=True``.
-        change: (B,) root mean square of ``f(z) - z`` at that iterate, the length of the last step in the units of the
-            state; None where the residual is, and for a linear solve.
+        change: (B,) ``norm(f(z) - z)`` at that iterate, in the units of the state and the norm of the stopping test
+            (root mean square by default); None where the residual is, and for a linear solve.
+        error_estimate: (B,) an estimate, no bound, of ``norm(value - fixed point)``: ``change`` times the ratio of the
+            changes of f(z) and of f(z) - z in the sample's last step, which near the solution is the ratio of error
+            and residual in that direction. 0 where the residual is 0, nan after a single step; None where ``change``
+            is, and after a fixed number of steps.
         num_steps: (B,) int64, the step at which each sample stopped. The first evaluation of f counts as step 1.
         num_evals: Number of calls of f (of the matrix-vector product) for the whole batch.
         history: (steps really taken, B) residuals when ``history=True``, else None. A stopped sample repeats its
@@ -93,6 +102,7 @@ class Solution:
     num_evals: int
     history: Tensor | None = None
     change: Tensor | None = None
+    error_estimate: Tensor | None = None
     state: Any = dataclasses.field(default=None, repr=False)
     adjoint: "Solution | None" = dataclasses.field(default=None, repr=False)
 
@@ -114,13 +124,14 @@ class Solution:
             norm(value - fixed point) <= q / (1 - q) * norm(f(z) - z).
 
         Rounding in the map comes on top. The bound is certain only if q is: a bound on the map's Lipschitz constant in
-        the Euclidean norm, such as a product of spectral norms and of the largest slopes of activations.
+        the norm of the stopping test; in the Euclidean norm, and so in the root mean square, such as a product of
+        spectral norms and of the largest slopes of activations. Without q there is ``error_estimate``.
 
         Args:
             contraction: q in [0, 1), one for all samples or (B,).
 
         Returns:
-            (B,) bounds on the root mean square error.
+            (B,) bounds on the error, in the norm of the stopping test (root mean square by default).
 
         Raises:
             ValueError: q is not in [0, 1), or the solution has no residual.

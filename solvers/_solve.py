@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from solvers._autocast import without_autocast
 from solvers._base import FlatMap, InDims, Solver, take_samples
 from solvers._batching import Layout
-from solvers._convergence import FixedSteps, ToleranceTest, rms_norm
+from solvers._convergence import FixedSteps, ToleranceTest
 from solvers._failure import OnFailure, report_failure
 from solvers._hyperparameters import require_positive_int
 from solvers._registry import get_solver
 from solvers._solution import Solution
+from solvers._stopping import ATOL, RTOL, Measure, Stopping, get_stopping
 
 # The part of a batch that must be finished before the rest is copied together.
 COMPACT_SHARE = 0.25
@@ -22,8 +25,9 @@ def solve(
     solver: Solver | str = "anderson",
     *,
     args: tuple[Any, ...] = (),
-    rtol: float | None = 1e-4,
-    atol: float | None = 1e-6,
+    rtol: Any = RTOL,
+    atol: Any = ATOL,
+    stopping: Stopping | None = None,
     max_steps: int = 50,
     batch_dims: int = 1,
     history: bool = False,
@@ -35,9 +39,9 @@ def solve(
     """Find ``z = f(z, *args)`` for a batch of independent problems.
 
     A sample has converged when ``norm(f(z) - z) <= atol + rtol * norm(f(z))``, where the norm is the root mean square
-    over the sample's entries. Converged and failed samples are frozen, so that a sample's answer does not depend on
-    its batch mates. Gradients flow through the steps if grad mode is on; for other backward modes see
-    :func:`implicit.fixed_point`.
+    over the sample's entries, or another one that ``stopping`` names. Converged and failed samples are frozen, so that
+    a sample's answer does not depend on its batch mates. Gradients flow through the steps if grad mode is on; for other
+    backward modes see :func:`implicit.fixed_point`.
 
     Args:
         f: The map. Takes the state and ``args``, returns something like the state.
@@ -45,8 +49,11 @@ def solve(
         solver: A solver such as ``Anderson(memory=5)``, or its name.
         args: Further arguments of ``f``, the same in every call.
         rtol: Relative tolerance. With ``rtol=None, atol=None`` exactly ``max_steps`` steps are taken and nothing is
-            tested: no residual, no copy to the host, status UNTESTED. If only one is None it counts as 0.
-        atol: Absolute tolerance, in the units of the state.
+            tested: no residual, no copy to the host, status UNTESTED. If only one is None it counts as 0. A pytree of
+            numbers like the state makes the test leaf by leaf.
+        atol: Absolute tolerance, in the units of the state; likewise.
+        stopping: In the place of both tolerances, a :class:`Stopping` with these and more: the norm, and when there is
+            no more hope.
         max_steps: Most steps to take. The call of ``f`` at ``z0`` is the first.
         batch_dims: How many leading dimensions of the state index independent problems; 0 is one problem.
         history: Keep the residual of every step (also with a fixed number of steps).
@@ -75,7 +82,7 @@ def solve(
         >>> solution.value.flatten()
         tensor([0.7391, 0.7391, 0.7391])
     """
-    check_options(rtol, atol, max_steps, on_failure)
+    check_options(max_steps, on_failure)
     iteration = Iteration(
         f,
         z0,
@@ -83,6 +90,7 @@ def solve(
         args=args,
         rtol=rtol,
         atol=atol,
+        stopping=stopping,
         max_steps=max_steps,
         batch_dims=batch_dims,
         history=history,
@@ -93,7 +101,7 @@ def solve(
     while not iteration.done:
         iteration.step()
     solution = iteration.solution()
-    if rtol is not None or atol is not None:
+    if iteration.tested:
         report_failure(solution, on_failure)
     return solution
 
@@ -110,6 +118,7 @@ class Iteration:
         state: The solver's state, on the flattened (B, D) problem.
         num_steps: Steps taken so far.
         done: Whether every sample has stopped, or the steps are used up.
+        tested: Whether convergence is tested, as it is but for a fixed number of steps.
 
     Example:
         >>> import torch
@@ -128,8 +137,9 @@ class Iteration:
         solver: Solver | str = "anderson",
         *,
         args: tuple[Any, ...] = (),
-        rtol: float | None = 1e-4,
-        atol: float | None = 1e-6,
+        rtol: Any = RTOL,
+        atol: Any = ATOL,
+        stopping: Stopping | None = None,
         max_steps: int = 50,
         batch_dims: int = 1,
         history: bool = False,
@@ -138,7 +148,8 @@ class Iteration:
         in_dims: InDims = 0,
     ) -> None:
         self._solver = get_solver(solver)
-        check_options(rtol, atol, max_steps, "ignore")
+        check_options(max_steps)
+        stopping = get_stopping(rtol, atol, stopping)
         require_positive_int(self, "check_every", check_every)
         if compact and batch_dims != 1:
             raise ValueError(f"compact=True needs batch_dims=1, so that samples can leave the batch; got {batch_dims}.")
@@ -151,10 +162,12 @@ class Iteration:
         self._check_every = check_every
         self._compact = compact
         self._progress: FixedSteps | ToleranceTest
-        if rtol is None and atol is None:
+        self.tested = stopping is not None
+        if stopping is None:
             self._progress = FixedSteps(keep_history=history)
         else:
-            self._progress = ToleranceTest(rtol or 0.0, atol or 0.0, keep_history=history)
+            measure = Measure(stopping, self._layout)
+            self._progress = ToleranceTest(stopping, measure, self._map.eps, keep_history=history)
         # Finished samples, of those in the call of f, that it is held from.
         self._num_apart = 0
         self.num_steps = 1
@@ -182,19 +195,19 @@ class Iteration:
     def solution(self) -> Solution:
         """The solution as it stands; a sample that is still active counts as MAX_STEPS."""
         outcome = self._progress.outcome()
-        unpack_batch = self._layout.unpack_batch
-        residual = change = None
-        if outcome.residual is not None:
-            residual = unpack_batch(outcome.residual)
-            change = unpack_batch(outcome.residual * rms_norm(outcome.value.detach()))
+
+        def unpack(per_sample: Tensor | None) -> Tensor | None:
+            return None if per_sample is None else self._layout.unpack_batch(per_sample)
+
         return Solution(
             value=self._layout.unpack(outcome.value),
-            status=unpack_batch(outcome.status),
-            residual=residual,
-            change=change,
-            num_steps=unpack_batch(outcome.num_steps),
+            status=self._layout.unpack_batch(outcome.status),
+            residual=unpack(outcome.residual),
+            change=unpack(outcome.change),
+            error_estimate=unpack(outcome.error_estimate),
+            num_steps=self._layout.unpack_batch(outcome.num_steps),
             num_evals=self._map.num_evals,
-            history=None if outcome.history is None else unpack_batch(outcome.history),
+            history=unpack(outcome.history),
             state=self.state,
         )
 
@@ -209,11 +222,8 @@ class Iteration:
         self._num_apart = progress.num_done
 
 
-def check_options(rtol: float | None, atol: float | None, max_steps: int, on_failure: str) -> None:
+def check_options(max_steps: int, on_failure: str = "ignore") -> None:
     """Raise a ValueError for the first option that is unfit."""
-    for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        if tolerance is not None and not tolerance >= 0:
-            raise ValueError(f"{name} must be a number >= 0 or None, got {tolerance!r}.")
     if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
         raise ValueError(f"max_steps must be a positive integer, got {max_steps!r}.")
     if on_failure not in ("warn", "raise", "ignore"):

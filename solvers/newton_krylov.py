@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from solvers._base import FlatMapping, Solver, State
-from solvers._convergence import rms_norm
+from solvers._norms import rms_norm
 from solvers.linear import GMRES, LinearSolver
 
 # Eisenstat and Walker's choice 2: gamma, alpha, and the largest forcing term.

@@ -5,18 +5,19 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from solvers import Solution, Solver, solve
+from torch.utils._pytree import TreeSpec
+
+from solvers import Solution, Solver, Stopping, solve
 from solvers._failure import OnFailure
 from solvers._hyperparameters import Hyperparameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SolveOptions:
-    """The options of :func:`solvers.solve`, together."""
+    """The options of :func:`solvers.solve`, together; ``stopping`` is None for a fixed number of steps."""
 
     solver: Solver
-    rtol: float | None
-    atol: float | None
+    stopping: Stopping | None
     max_steps: int
     batch_dims: int
     history: bool
@@ -25,7 +26,14 @@ class SolveOptions:
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Solution:
         """``solvers.solve`` with these options."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.stopping is None:
+            options.update(rtol=None, atol=None)
         return solve(f, z0, args=args, **options)
+
+    def for_leaves(self, spec: TreeSpec, batch_dims: int) -> "SolveOptions":
+        """The same for the list of the leaves of a state of this structure, with so many batch dimensions."""
+        stopping = None if self.stopping is None else self.stopping.flattened(spec)
+        return dataclasses.replace(self, stopping=stopping, batch_dims=batch_dims)
 
 
 class Backward(Hyperparameters, abc.ABC):

@@ -57,7 +57,7 @@ class Implicit(Backward):
             def tree_map(z: list[Tensor]) -> list[Tensor]:
                 return map_(z, tensors)
 
-            solution = dataclasses.replace(options, batch_dims=batch_dims).solve(first.before(tree_map), list(z0))
+            solution = options.for_leaves(spec, batch_dims).solve(first.before(tree_map), list(z0))
             found.append(solution)
             return list(solution.value)
 

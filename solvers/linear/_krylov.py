@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from solvers._convergence import ACTIVE, relative, rms_norm
+from solvers._convergence import ACTIVE
 from solvers._hyperparameters import require_positive_int
+from solvers._norms import relative, rms_norm
 from solvers._solution import Status
 from solvers.linear._base import FlatMatvec, LinearResult, LinearSolver
 

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from solvers._convergence import relative, rms_norm
+from solvers._norms import relative, rms_norm
 from solvers._small_systems import inverse_or_zero
 from solvers.linear._base import FlatMatvec
 from solvers.linear._krylov import KrylovSolver

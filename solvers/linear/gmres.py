@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from solvers._convergence import relative
 from solvers._hyperparameters import require_positive_int
+from solvers._norms import relative
 from solvers._small_systems import back_substitute, inverse_or_zero
 from solvers._window import combine, dot, store
 from solvers.linear._base import FlatMatvec

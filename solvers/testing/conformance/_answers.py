@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers._convergence import rms_norm
+from solvers._norms import rms_norm
 from solvers._solve import solve
 from solvers.testing.conformance._base import ConformanceTests, Counted, require
 from solvers.testing.problems import BANK

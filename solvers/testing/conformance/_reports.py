@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from solvers._convergence import relative, rms_norm
+from solvers._norms import relative, rms_norm
 from solvers._solution import ConvergenceError, ConvergenceWarning, Status
 from solvers._solve import solve
 from solvers.testing.conformance._base import RTOL, ConformanceTests, require

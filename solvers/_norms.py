@@ -1,0 +1,23 @@
+"""Norms of the rows of a (B, D) problem, whole or leaf by leaf of the state that it was packed from."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """(B, D) -> (B,) root mean square of each row, so that tolerances do not depend on D."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return norm / math.sqrt(max(x.shape[1], 1))
+
+
+def relative(error: Tensor, scale: Tensor) -> Tensor:
+    """``error / scale``, 0 where both are 0."""
+    return error / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+def underflow(x: Tensor) -> float:
+    """Where the squares in a norm begin to lose digits to underflow."""
+    info = torch.finfo(x.dtype)
+    return float((info.tiny / info.eps) ** 0.5)
