@@ -127,6 +127,40 @@ def expansive(dtype: torch.dtype) -> BankProblem:
     return BankProblem(lambda z: torch.addmm(b, z, a.T), torch.zeros_like(b), solution.to(dtype))
 
 
+def conv(dtype: torch.dtype, *, batch: int = 16) -> BankProblem:
+    """``x + conv(relu(conv(relu(z))))`` on images of 16 x 16 with 16 channels, both operators of norm 0.95."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, 16, 16, 16)
+    x = _normal(shape, generator)
+    w1, w2 = (_normal((16, 16, 3, 3), generator) for _ in range(2))
+    w1, w2 = (0.95 * w / _conv_norm(w, shape[1:], generator) for w in (w1, w2))
+
+    def block(z: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        h = F.conv2d(F.relu(z.view(shape)), w1, padding=1)
+        return (x + F.conv2d(F.relu(h), w2, padding=1)).flatten(1)
+
+    z0 = torch.zeros(batch, 16 * 16 * 16, dtype=torch.float64)
+    solution = _limit(lambda z: block(z, x, w1, w2), z0, 200)
+    x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
+    return BankProblem(lambda z: block(z, x, w1, w2), z0.to(dtype), solution.to(dtype))
+
+
+def adjoint(dtype: torch.dtype, *, size: int = 10_000) -> BankProblem:
+    """``A z + 0.1 z^2 = p`` with A tridiagonal (-1, 10, -1), as the map ``z + p - A z - 0.1 z^2``, which expands.
+
+    Anderson converges on it and not on its adjoint (NLsolve.jl, issue 273); Newton-Krylov needs few products.
+    """
+    p = _normal((1, size), torch.Generator().manual_seed(0))
+
+    def neighbours(z: Tensor) -> Tensor:
+        return F.pad(z[:, 1:], (0, 1)) + F.pad(z[:, :-1], (1, 0))
+
+    # The same equation as a contraction.
+    solution = _limit(lambda z: (p + neighbours(z) - 0.1 * z * z) / 10, torch.zeros_like(p), 200)
+    p = p.to(dtype)
+    return BankProblem(lambda z: p + neighbours(z) - 9 * z - 0.1 * z * z, torch.zeros_like(p), solution.to(dtype))
+
+
 def h_equation(dtype: torch.dtype) -> BankProblem:
     """Chandrasekhar's H-equation, 512 unknowns, c = 0.99 (Toth and Kelley 2015, section 4.1)."""
     n = 512
@@ -175,6 +209,8 @@ BANK: dict[str, Callable[[torch.dtype], BankProblem]] = {
     "imlp": imlp,
     "mixed": mixed,
     "expansive": expansive,
+    "conv": conv,
+    "adjoint": adjoint,
     "H-equation": h_equation,
     "contractive 2x2": contractive_2x2,
     "alex": alex,
@@ -191,6 +227,15 @@ def _symmetric(size: int, generator: torch.Generator) -> Tensor:
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def _conv_norm(weight: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """The operator norm of a convolution of images of ``shape`` with zero padding, by power iteration."""
+    image = _normal((1, *shape), generator)
+    for _ in range(300):
+        image = image / image.norm()
+        image = F.conv_transpose2d(F.conv2d(image, weight, padding=1), weight, padding=1)
+    return image.norm().sqrt()
 
 
 def _limit(f: Callable[[Tensor], Tensor], z: Tensor, steps: int) -> Tensor:
