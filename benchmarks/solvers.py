@@ -1,21 +1,30 @@
-"""Calls of the map and time of each solver on the problem bank, beside torchdeq where it is installed.
+"""Calls of the map and time of each solver on the problem bank, beside torchdeq and jaxopt where they are installed.
 
 python -m benchmarks.solvers [--threads 2] [--repeats 7]
 
 Every row solves the same problem from the same start to 1e-5 relative in float32, with at most 200 calls of f; the
-worst sample's residual is computed afterwards, in the same way for all. Time is the median of the repeats; "/ f" is its
-ratio to that of as many bare calls of f, "ours" how many times faster ours is.
+worst sample's residual is computed afterwards, in the same way for all, and a method that has not converged counts as
+infinitely slow. Time is the median of the repeats; those of ours and of torchdeq alternate. "/ f" is the ratio to as
+many bare calls of f, "ours" how many times faster ours is. jaxopt's Anderson acceleration is one compiled loop over the
+batch, run in a process of its own. Below the table: geometric means, and what ``compact=True`` saves.
 """
 
 import argparse
+import dataclasses
 import functools
+import inspect
+import json
+import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 if not __package__:
     # Started by its path, it would be imported in the place of the package of the same name.
@@ -24,6 +33,7 @@ if not __package__:
 # As in examples/train_imixer.py: PyTorch's threads should not wait for each other in a long busy loop.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,27 +88,133 @@ def torchdeq(problem: BankProblem) -> dict[str, Callable[[], Result]]:
     }
 
 
-def median_ms(run: Callable[[], object], repeats: int) -> float:
-    """Median time of one call after one to warm up, in milliseconds."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+@dataclasses.dataclass
+class Row:
+    """Calls of f, the median time in milliseconds, and the worst sample's relative residual."""
+
+    calls: int
+    ms: float
+    residual: float
+
+    @property
+    def converged(self) -> bool:
+        """Whether it met the tolerance, but for the last iterate being one step further."""
+        return self.residual <= 1.5 * RTOL
 
 
-def describe(problem: BankProblem, run: Callable[[], Result], repeats: int) -> tuple[int, float, float]:
-    """Calls of f, milliseconds, and the worst sample's relative residual."""
-    value, calls = run()
-    image = problem.f(value)
-    residual = ((image - value).norm(dim=1) / image.norm(dim=1)).max().item()
-    return calls, median_ms(run, repeats), residual
+def measure(problem: BankProblem, runs: list[Callable[[], Result]], repeats: int) -> list[Row]:
+    """One row for each of several ways to solve the problem, run in turns."""
+    rows = []
+    for run in runs:
+        value, calls = run()
+        image = problem.f(value)
+        rows.append(Row(calls, math.nan, ((image - value).norm(dim=1) / image.norm(dim=1)).max().item()))
+    for row, ms in zip(rows, medians_ms(runs, repeats), strict=True):
+        row.ms = ms
+    return rows
+
+
+def medians_ms(runs: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Median times in milliseconds, taken in turns after a first call of each."""
+    times: list[list[float]] = [[] for _ in runs]
+    for repeat in range(repeats + 1):
+        for run, series in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if repeat:
+                series.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(series) for series in times]
+
+
+def jaxopt(problems: dict[str, BankProblem], repeats: int) -> dict[str, Row]:
+    """Rows of jaxopt's Anderson acceleration by "problem/memory"; empty when it is not installed."""
+    arrays = {}
+    for name, problem in problems.items():
+        arrays[f"{name}/z0"] = problem.z0.numpy()
+        for tensor, value in inspect.getclosurevars(problem.f).nonlocals.items():
+            arrays[f"{name}/{tensor}"] = value.numpy()
+    options = {"problems": [*problems], "memories": [5, 10], "rtol": RTOL, "max_calls": MAX_CALLS, "repeats": repeats}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "problems.npz")
+        np.savez(file, allow_pickle=False, options=json.dumps(options), **arrays)
+        script = Path(__file__).with_name("jaxopt_anderson.py")
+        done = subprocess.run([sys.executable, script, file], capture_output=True, text=True)
+    if done.returncode:
+        print(f"no jaxopt: {done.stderr.strip().splitlines()[-1]}")
+        return {}
+    return {name: Row(**row) for name, row in json.loads(done.stdout).items()}
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """The geometric mean of some ratios; nan of none."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(statistics.fmean(logs)) if logs else math.nan
+
+
+def table(problems: dict[str, BankProblem], repeats: int) -> None:
+    """The table, and the geometric means below it."""
+    from_jax = jaxopt(problems, repeats)
+    peers = [f"   {name:>8} {'ms':>8} {'residual':>9} {'ours':>6}" for name in ("torchdeq", "jaxopt")]
+    print(f"{'problem':<12} {'solver':<12} {'calls':>5} {'ms':>8} {'/ f':>6} {'residual':>9}" + "".join(peers))
+    ratios: dict[str, list[float]] = {}
+    for name, problem in problems.items():
+        (f_ms,) = medians_ms([functools.partial(problem.f, problem.z0)], 20 * repeats)
+        theirs = torchdeq(problem)
+        best: dict[str, list[float]] = {"ours": [], "torchdeq": [], "jaxopt": []}
+        for solver, run in ours(problem).items():
+            row, *others = measure(problem, [run, *([theirs[solver]] if solver in theirs else [])], repeats)
+            line = f"{name:<12} {solver:<12} {row.calls:>5} {row.ms:>8.2f} {row.ms / (row.calls * f_ms):>6.2f}"
+            line += f" {row.residual:>9.1e}"
+            if row.converged:
+                best["ours"].append(row.ms)
+            memory = solver.split()[-1]
+            for peer, other in (("torchdeq", next(iter(others), None)), ("jaxopt", from_jax.get(f"{name}/{memory}"))):
+                if other is None:
+                    line += " " * 37
+                    continue
+                ratio = other.ms / row.ms
+                line += f"   {other.calls:>8} {other.ms:>8.2f} {other.residual:>9.1e} {ratio:>5.2f}x"
+                if other.converged:
+                    best[peer].append(other.ms)
+                # A peer that has not converged would have taken longer than it did.
+                if row.converged or not other.converged:
+                    ratios.setdefault(f"{solver}, {peer}'s time over ours", []).append(ratio)
+            print(line.rstrip(), flush=True)
+        for peer in ("torchdeq", "jaxopt"):
+            if best["ours"] and best[peer]:
+                key = f"the best of {peer} over the best of ours"
+                ratios.setdefault(key, []).append(min(best[peer]) / min(best["ours"]))
+    print()
+    for name, values in sorted(ratios.items()):
+        print(f"{name}: geometric mean {geometric_mean(values):.2f} over {len(values)} rows, least {min(values):.2f}")
+    same_name = [value for name, values in ratios.items() if ", torchdeq" in name for value in values]
+    print(f"all same-named, torchdeq's time over ours: geometric mean {geometric_mean(same_name):.2f}")
+
+
+def compaction(repeats: int) -> None:
+    """What leaves the call of f need not be computed: easy and hard samples in one batch, with a dear f."""
+    problem = BANK["mixed"](torch.float32)
+    tensors = inspect.getclosurevars(problem.f).nonlocals
+    a, b, c = tensors["a"], tensors["b"], tensors["c"]
+    dear = torch.eye(a.shape[0]).repeat(1, 60)  # (D, 60 D), whose only purpose is to take time
+
+    def f(z, b, c):
+        return c * (((z @ dear) @ dear.T / 60) @ a.T) + b
+
+    def run(compact):
+        options = {"args": (b, c), "rtol": RTOL, "atol": 0, "max_steps": 1000, "compact": compact}
+        return solve(f, problem.z0, Picard(), **options)
+
+    plain, compact = medians_ms([functools.partial(run, False), functools.partial(run, True)], repeats)
+    difference = (run(False).value - run(True).value).abs().max().item()
+    print(
+        f"mixed, picard with a dear f: {plain:.1f} ms, with compact=True {compact:.1f} ms, {plain / compact:.2f} times "
+        f"faster; the answers differ by at most {difference:.1e}"
+    )
 
 
 def main() -> None:
-    """Print one table."""
+    """Print everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch [%(default)s]")
     parser.add_argument("--repeats", type=int, default=7, help="runs of which the median is taken [%(default)s]")
@@ -107,21 +223,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"{platform.machine()}, {options.threads} threads, {versions}")
-    print(
-        f"{'problem':<12} {'solver':<12} {'calls':>5} {'ms':>8} {'/ f':>6} {'residual':>9}"
-        f"   {'torchdeq':>8} {'ms':>8} {'residual':>9} {'ours':>7}"
-    )
-    for name in PROBLEMS:
-        problem = BANK[name](torch.float32)
-        f_ms = median_ms(functools.partial(problem.f, problem.z0), options.repeats)
-        theirs = torchdeq(problem)
-        for solver, run in ours(problem).items():
-            calls, ms, residual = describe(problem, run, options.repeats)
-            line = f"{name:<12} {solver:<12} {calls:>5} {ms:>8.2f} {ms / (calls * f_ms):>6.2f} {residual:>9.1e}"
-            if solver in theirs:
-                their_calls, their_ms, their_residual = describe(problem, theirs[solver], options.repeats)
-                line += f"   {their_calls:>8} {their_ms:>8.2f} {their_residual:>9.1e} {their_ms / ms:>7.2f}x"
-            print(line, flush=True)
+    table({name: BANK[name](torch.float32) for name in PROBLEMS}, options.repeats)
+    compaction(options.repeats)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def expansive(dtype: torch.dtype) -> BankProblem:
 
 
 def conv(dtype: torch.dtype, *, batch: int = 16) -> BankProblem:
-    """``x + conv(relu(conv(relu(z))))`` on images of 16 x 16 with 16 channels, both operators of norm 0.95."""
+    """A residual block ``x + W2 relu(W1 relu(z))`` of convolutions of norm 0.95, on 16 x 16 images of 16 channels."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, 16, 16, 16)
     x = _normal(shape, generator)
