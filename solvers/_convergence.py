@@ -100,8 +100,7 @@ class ToleranceTest:
     _start_z: Tensor  # (B, D)
     _z: Tensor  # (B, D) the latest iterate and its image, and those before
     _fz: Tensor
-    _earlier_z: Tensor
-    _earlier_fz: Tensor
+    _earlier: tuple[Tensor, Tensor]
 
     def __init__(self, stopping: Stopping, measure: Measure, eps: float, *, keep_history: bool) -> None:
         self._measure = measure
@@ -131,7 +130,7 @@ class ToleranceTest:
             residual = relative(whole, whole_scale)  # (B,)
             if first:
                 self._start(whole, whole_scale, z, fz)
-            self._earlier_z, self._earlier_fz, self._z, self._fz = self._z, self._fz, z, fz
+            self._earlier, self._z, self._fz = (self._z, self._fz), z, fz
             improved = residual < self.residual
             # A nan compares false, so it is never open.
             still_open = self._measure.exceeds(error, scale) & (whole < self._limit)
@@ -157,7 +156,7 @@ class ToleranceTest:
                 self._stop(met, whole)
             else:
                 self._take(taken, residual)
-        self._value = torch.where(taken.unsqueeze(1), fz, value)
+        self._value = fz if bool(taken.all()) else torch.where(taken.unsqueeze(1), fz, value)
         return self.num_done == len(self.status)
 
     def _start(self, error: Tensor, scale: Tensor, z: Tensor, fz: Tensor) -> None:
@@ -190,21 +189,26 @@ class ToleranceTest:
         status = status.masked_fill(active & ~error.isfinite(), Status.NONFINITE)
         self.status = status.masked_fill(met, Status.CONVERGED)
         self.num_steps = torch.where(active, self._step, self.num_steps)
-        self.error_ratio = torch.where(active, self._secant_ratio(), self.error_ratio)
         self.done = self.status != ACTIVE
-        self.num_done = int(self.done.sum())
+        ended = (active & self.done).nonzero().squeeze(1)
+        self.num_done += len(ended)
+        self.error_ratio = self._with_secant_ratio(ended)
         if self.num_done < len(self.done):
             oldest = self._best_step.masked_fill(self.done, self._step).min()
             self._stale_at = int(oldest) + self._least_patience
 
-    def _secant_ratio(self) -> Tensor:
-        """(B,) how much longer f(z) changed than f(z) - z did in the last step: near a solution, error over residual.
+    def _with_secant_ratio(self, rows: Tensor) -> Tensor:
+        """The error ratios with those of ``rows`` (n,) set: near a solution, what error is to residual.
 
-        There f(z) - z* = J (J - I)^-1 (f(z) - z), and the same matrix takes the change of f(z) - z to that of f(z).
+        That is how much longer f(z) changed than f(z) - z in the last step. Near the solution f(z) - z* is
+        J (J - I)^-1 (f(z) - z), and the same matrix takes the change of f(z) - z to that of f(z).
         """
-        df = self._fz - self._earlier_fz
-        dg = df - (self._z - self._earlier_z)
-        return self._measure.norm(df) / self._measure.norm(dg)
+        if not len(rows):
+            return self.error_ratio
+        z, fz, earlier_z, earlier_fz = (x.index_select(0, rows) for x in (self._z, self._fz, *self._earlier))
+        df = fz - earlier_fz
+        dg = df - (z - earlier_z)
+        return self.error_ratio.index_copy(0, rows, self._measure.norm(df) / self._measure.norm(dg))
 
     @property
     def value(self) -> Tensor:
@@ -229,6 +233,7 @@ class ToleranceTest:
         self._aside = {name: self._whole(name) for name in _PER_SAMPLE}
         self._rows = keep if self._rows is None else self._rows[keep]
         self._value = self.value[keep]
+        self._earlier = (self._earlier[0][keep], self._earlier[1][keep])
         for name in (*_PER_SAMPLE[1:], "done", "_best_step", "_limit", "_start_z", "_z", "_fz"):
             setattr(self, name, getattr(self, name)[keep])
         self.num_done = 0
@@ -240,9 +245,9 @@ class ToleranceTest:
         num_steps = self.num_steps.masked_fill(~self.done, self._step)
         value, residual = self._whole("value"), self._whole("residual")
         with torch.no_grad():
-            ratio = torch.where(self.done, self.error_ratio, self._secant_ratio())
+            self.error_ratio = self._with_secant_ratio((~self.done).nonzero().squeeze(1))
             change = residual * self._measure.norm(value)
-            estimate = self._merged("error_ratio", ratio) * change
+            estimate = self._whole("error_ratio") * change
         return Outcome(
             value=value,
             status=self._merged("status", status),

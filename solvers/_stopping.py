@@ -157,12 +157,11 @@ class Measure:
         Norms whose squares overflow or underflow compare as they should not.
         """
         bound = self._bound(scale)
-        same = fz == z
-        if self._sizes is None:
-            same = same.all(dim=1)
-        else:
-            same = torch.stack([column.all(dim=1) for column in same.split(self._sizes, dim=1)], dim=1)
-        met = (error <= bound) & bound.isfinite() & ((scale > underflow(scale)) | same)
+        met = (error <= bound) & bound.isfinite()
+        sound = scale > underflow(scale)
+        if not bool(sound.all()):
+            same = (fz == z).split(self._sizes or [z.shape[1]], dim=1)
+            met = met & (sound | torch.stack([column.all(dim=1) for column in same], dim=1).view_as(sound))
         return met if self._sizes is None else met.all(dim=1)
 
     def _bound(self, scale: Tensor) -> Tensor:
