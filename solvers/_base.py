@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ InDims = int | None | tuple[int | None, ...]
 class State:
     """What every solver's state holds; a method adds what it remembers.
 
-    Every tensor in a state has the samples as its first dimension, also in dataclasses within it.
+    Every tensor in a state has the samples as its first dimension, also in dataclasses within it. What has samples and
+    is no tensor, or has to be let go of, is a :class:`Resource`.
 
     Attributes:
         z: (B, D) the iterate.
@@ -32,6 +33,18 @@ class State:
 
     z: Tensor
     fz: Tensor
+
+
+class Resource(abc.ABC):
+    """A field of a state that is more than data, such as a solver of another package on its way."""
+
+    @abc.abstractmethod
+    def select(self, keep: Tensor) -> Self:
+        """The same for the samples at the positions ``keep`` (n,) alone; this one is not used any more."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of it, for no further step is taken: :func:`solvers.solve` is over."""
 
 
 class Solver(Hyperparameters, abc.ABC):
@@ -137,7 +150,17 @@ def take_samples(state: Any, keep: Tensor) -> Any:
     """A solver's state for the samples at the positions ``keep`` (n,) alone."""
     if isinstance(state, Tensor):
         return state.index_select(0, keep)
+    if isinstance(state, Resource):
+        return state.select(keep)
     if dataclasses.is_dataclass(state) and not isinstance(state, type):
         fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
         return dataclasses.replace(state, **{name: take_samples(value, keep) for name, value in fields.items()})
     return state
+
+
+def close(state: State) -> None:
+    """Let go of what a solver's state holds beside data."""
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        if isinstance(value, Resource):
+            value.close()

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from solvers._autocast import without_autocast
-from solvers._base import FlatMap, InDims, Solver, take_samples
+from solvers._base import FlatMap, InDims, Solver, close, take_samples
 from solvers._batching import Layout
 from solvers._convergence import FixedSteps, ToleranceTest
 from solvers._failure import OnFailure, report_failure
@@ -100,6 +100,7 @@ def solve(
     )
     while not iteration.done:
         iteration.step()
+    close(iteration.state)
     solution = iteration.solution()
     if iteration.tested:
         report_failure(solution, on_failure)
