@@ -4,6 +4,13 @@ from typing import Any
 
 from solvers._base import Solver
 from solvers._names import resolve
+from solvers.adapters.scipy import SciPyAnderson, SciPyBroyden1, SciPyDFSane, SciPyHybr, SciPyKrylov
+from solvers.adapters.torchdeq import (
+    TorchDEQAnderson,
+    TorchDEQBroyden,
+    TorchDEQFixedPointIter,
+    TorchDEQSimpleFixedPointIter,
+)
 from solvers.anderson import Anderson
 from solvers.broyden import Broyden
 from solvers.newton_krylov import NewtonKrylov
@@ -14,6 +21,15 @@ _SOLVERS: dict[str, type[Solver]] = {
     "anderson": Anderson,
     "broyden": Broyden,
     "newton_krylov": NewtonKrylov,
+    "torchdeq:anderson": TorchDEQAnderson,
+    "torchdeq:broyden": TorchDEQBroyden,
+    "torchdeq:fixed_point_iter": TorchDEQFixedPointIter,
+    "torchdeq:simple_fixed_point_iter": TorchDEQSimpleFixedPointIter,
+    "scipy:anderson": SciPyAnderson,
+    "scipy:broyden1": SciPyBroyden1,
+    "scipy:krylov": SciPyKrylov,
+    "scipy:df-sane": SciPyDFSane,
+    "scipy:hybr": SciPyHybr,
 }
 
 
@@ -21,12 +37,14 @@ def get_solver(solver: Solver | str, **options: Any) -> Solver:
     """The solver of that name with these options; a solver object passes through.
 
     Args:
-        solver: ``"picard"``, ``"anderson"``, ``"broyden"`` or ``"newton_krylov"``, or a solver object.
+        solver: ``"picard"``, ``"anderson"``, ``"broyden"`` or ``"newton_krylov"``, or one of another package, such as
+            ``"torchdeq:anderson"`` or ``"scipy:krylov"`` (see :mod:`solvers.adapters`), or a solver object.
         **options: The hyperparameters of the named solver.
 
     Raises:
         ValueError: No solver has that name; the message lists those that exist.
         TypeError: The solver has no such option, or options came with a solver object, or it is no solver.
+        ImportError: The solver is of a package that is not installed.
 
     Example:
         >>> from solvers import get_solver
