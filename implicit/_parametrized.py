@@ -48,6 +48,12 @@ def parametrized_slots(modules: Sequence[nn.Module]) -> list[Slot]:
     return list(slots.values())
 
 
+def constant_weights(f: Callable[..., Any]) -> contextlib.AbstractContextManager[None]:
+    """Inside, the parametrized weights of the modules that f uses are what they are now, and not computed again."""
+    slots = parametrized_slots(modules_used_by(f))
+    return substituted(slots, [getattr(module, name) for module, name in slots])
+
+
 @contextlib.contextmanager
 def substituted(slots: Sequence[Slot], values: Sequence[Tensor]) -> Iterator[None]:
     """Inside, each parametrized tensor reads as the value given, with no computation."""

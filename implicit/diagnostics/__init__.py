@@ -1,5 +1,6 @@
-"""Looking into implicit layers while a model runs."""
+"""Looking into implicit layers: at a model while it runs, at a map before it is solved."""
 
 from implicit.diagnostics.recording import record_solutions
+from implicit.diagnostics.spectral_radius import SpectralRadius, spectral_radius
 
-__all__ = ["record_solutions"]
+__all__ = ["SpectralRadius", "record_solutions", "spectral_radius"]
