@@ -3,6 +3,7 @@
 from implicit.backward import Backward, Implicit, Unrolled, get_backward
 from implicit.diagnostics import record_solutions
 from implicit.functional import fixed_point
+from implicit.iterates import iterates
 from implicit.jacobian_regularization import jacobian_regularization
 from implicit.layer import FixedPointLayer
 from implicit.spectral_norm import SpectralNorm, spectral_norm
@@ -15,6 +16,7 @@ __all__ = [
     "Unrolled",
     "fixed_point",
     "get_backward",
+    "iterates",
     "jacobian_regularization",
     "record_solutions",
     "spectral_norm",

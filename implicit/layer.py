@@ -1,6 +1,6 @@
 """The fixed point of a map as a layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from implicit.backward import Backward, get_backward
 from implicit.functional import fixed_point
+from implicit.iterates import iterates
 from solvers import Solution, Solver, Stopping, get_solver
 from solvers._failure import OnFailure
 from solvers._solve import check_options
@@ -89,7 +90,7 @@ class FixedPointLayer(nn.Module):
             The fixed point, or the pair.
         """
         if z0 is None:
-            z0 = self._start(inputs)
+            z0 = self.start(*inputs)
         z, solution = fixed_point(
             self.f,
             z0,
@@ -109,7 +110,31 @@ class FixedPointLayer(nn.Module):
             self._observer(solution)
         return (z, solution) if return_solution else z
 
-    def _start(self, inputs: tuple[Any, ...]) -> Any:
+    def iterates(self, *inputs: Any, steps: Sequence[int], z0: Any = None) -> list[Any]:
+        """What the layer would return after so many steps, each with a cheap gradient: :func:`implicit.iterates`.
+
+        Args:
+            *inputs: Handed to ``f`` after the state.
+            steps: Numbers of steps, increasing.
+            z0: As in a call of the layer.
+
+        Returns:
+            One state for each of ``steps``.
+        """
+        return iterates(
+            self.f,
+            self.start(*inputs) if z0 is None else z0,
+            *inputs,
+            steps=steps,
+            solver=self.solver,
+            rtol=self.rtol,
+            atol=self.atol,
+            stopping=self.stopping,
+            batch_dims=self.batch_dims,
+        )
+
+    def start(self, *inputs: Any) -> Any:
+        """Where the solve for these inputs starts from without ``z0``: ``init(*inputs)``, or zeros."""
         if self.init is not None:
             return self.init(*inputs)
         if not inputs or not isinstance(inputs[0], Tensor):
