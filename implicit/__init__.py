@@ -7,6 +7,7 @@ from implicit.iterates import iterates
 from implicit.jacobian_regularization import jacobian_regularization
 from implicit.layer import FixedPointLayer
 from implicit.spectral_norm import SpectralNorm, spectral_norm
+from implicit.warm_start import WarmStart
 
 __all__ = [
     "Backward",
@@ -14,6 +15,7 @@ __all__ = [
     "Implicit",
     "SpectralNorm",
     "Unrolled",
+    "WarmStart",
     "fixed_point",
     "get_backward",
     "iterates",
