@@ -1,7 +1,8 @@
 """Implicit layers for PyTorch: any fixed-point map as a layer, with selectable solver and backward mode."""
 
 from implicit.backward import Backward, Implicit, Unrolled, get_backward
-from implicit.diagnostics import record_solutions
+from implicit.diagnostics import check_map, checked_maps, record_solutions
+from implicit.dropout import dropout_mask
 from implicit.functional import fixed_point
 from implicit.iterates import iterates
 from implicit.jacobian_regularization import jacobian_regularization
@@ -16,6 +17,9 @@ __all__ = [
     "SpectralNorm",
     "Unrolled",
     "WarmStart",
+    "check_map",
+    "checked_maps",
+    "dropout_mask",
     "fixed_point",
     "get_backward",
     "iterates",

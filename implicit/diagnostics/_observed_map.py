@@ -1,0 +1,200 @@
+"""Calls of a map of which everything is kept: what every module took and returned, and what was changed in place."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from implicit._parametrized import modules_used_by
+from solvers._batching import Layout
+
+# The parameters and buffers of modules: (module, name) -> the tensor and a copy of its values.
+Snapshot = dict[tuple[nn.Module, str], tuple[Tensor, Tensor]]
+
+
+@dataclasses.dataclass
+class ModuleCall:
+    """Copies of what a module took and returned, and which of the map's arguments changed meanwhile."""
+
+    module: nn.Module
+    inputs: list[Tensor]
+    versions: list[int]
+    outputs: list[Tensor] = dataclasses.field(default_factory=list)
+    changed: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of the map.
+
+    Attributes:
+        layout: Of the state.
+        value: (B, D) what it returned.
+        modules: The calls of its modules in the order in which they ended, so inner ones come before outer ones.
+        changed_arguments: The names of arguments that were changed in place, and the innermost module that did it; None
+            if it was none of them.
+    """
+
+    layout: Layout
+    value: Tensor
+    modules: list[ModuleCall]
+    changed_arguments: dict[str, nn.Module | None]
+
+    def first_difference(self, other: "Call") -> nn.Module | None:
+        """The innermost module that returned something else in the other call for the same inputs."""
+        for ours, theirs in self._pairs(other):
+            if same(ours.inputs, theirs.inputs) and not same(ours.outputs, theirs.outputs):
+                return ours.module
+        return None
+
+    def first_mixing(self, other: "Call", kept: Tensor) -> nn.Module | None:
+        """The innermost module that returned something else for samples ``kept`` (B,) whose inputs are the same."""
+        for ours, theirs in self._pairs(other):
+            tensors = (ours.inputs, theirs.inputs, ours.outputs, theirs.outputs)
+            rows = [[self._rows(tensor) for tensor in group] for group in tensors]
+            if any(row is None for group in rows for row in group):
+                continue
+            inputs, their_inputs, outputs, their_outputs = (
+                [row[kept] for row in group if row is not None] for group in rows
+            )
+            if same(inputs, their_inputs) and not same(outputs, their_outputs):
+                return ours.module
+        return None
+
+    def _pairs(self, other: "Call") -> Iterator[tuple[ModuleCall, ModuleCall]]:
+        for ours, theirs in zip(self.modules, other.modules, strict=False):
+            if ours.module is not theirs.module:
+                return
+            yield ours, theirs
+
+    def _rows(self, tensor: Tensor) -> Tensor | None:
+        """(B, ...) the entries of each sample; None where the leading dimensions are not the samples."""
+        size, shape = self.layout.batch_size, self.layout.batch_shape
+        leading = len(shape) if tensor.shape[: len(shape)] == shape else 1
+        count = tensor.shape[:leading].numel()
+        return tensor.reshape(size, -1) if tensor.dim() and count and count % size == 0 else None
+
+
+class ObservedMap:
+    """The map f as (B, D) -> :class:`Call`, on copies of its arguments."""
+
+    def __init__(self, f: Callable[..., Any], inputs: tuple[Any, ...], layout: Layout) -> None:
+        self._f = f
+        self._inputs = inputs
+        self._layout = layout
+        self._roots = modules_used_by(f)
+        self._names = {
+            module: f"{type(root).__name__}{'.' if path else ''}{path}{f' ({type(module).__name__})' if path else ''}"
+            for root in self._roots
+            for path, module in root.named_modules()
+        }
+
+    def __call__(self, z: Tensor) -> Call:
+        state, inputs = tree_map_only(Tensor, torch.clone, (self._layout.unpack(z), self._inputs))
+        arguments = {f"its state {i}": leaf for i, leaf in enumerate(tree_leaves(state))}
+        arguments |= {f"its input {i}": leaf for i, leaf in enumerate(tree_leaves(inputs)) if isinstance(leaf, Tensor)}
+        versions = [leaf._version for leaf in arguments.values()]
+
+        def changed(before: list[int]) -> list[str]:
+            return [n for (n, leaf), v in zip(arguments.items(), before, strict=True) if leaf._version != v]
+
+        ended: list[ModuleCall] = []
+        running: list[ModuleCall] = []
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            running.append(ModuleCall(module, _copies((args, kwargs)), [leaf._version for leaf in arguments.values()]))
+
+        def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            call = running.pop()
+            call.outputs, call.changed = _copies(output), changed(call.versions)
+            ended.append(call)
+
+        with contextlib.ExitStack() as hooks:
+            for module in self._names:
+                hooks.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(end, with_kwargs=True).remove)
+            output = self._f(state, *inputs)
+        self._layout.check(output)
+        culprits = {
+            name: next((call.module for call in ended if name in call.changed), None) for name in changed(versions)
+        }
+        return Call(self._layout, self._layout.pack(output).clone(), ended, culprits)
+
+    def name_of(self, module: nn.Module | None) -> str:
+        """How to call a module in a message; None is f itself."""
+        return "f itself" if module is None else self._names[module]
+
+    def snapshot(self) -> Snapshot:
+        """The parameters and buffers of the modules, as they are now."""
+        return snapshot(self._roots)
+
+    def changed(self, before: Snapshot) -> dict[nn.Module, list[str]]:
+        """Which parameters and buffers are not what they were."""
+        now = self.snapshot()
+        found: dict[nn.Module, list[str]] = {}
+        for (module, name), (_, values) in before.items():
+            if (module, name) not in now or not same([values], [now[module, name][1]]):
+                found.setdefault(module, []).append(name)
+        return found
+
+    def untouched(self) -> contextlib.AbstractContextManager[None]:
+        """Afterwards the modules and the random numbers are as they were."""
+        return untouched(self._roots, self._layout.device)
+
+
+def snapshot(roots: Sequence[nn.Module]) -> Snapshot:
+    """The parameters and buffers of modules and their children."""
+    return {
+        (module, name): (tensor, tensor.detach().clone())
+        for root in roots
+        for module in root.modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+
+
+@contextlib.contextmanager
+def untouched(roots: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Afterwards the modules' tensors are as before, and the random numbers of the CPU and of the device."""
+    before = snapshot(roots)
+    accelerated = device.type not in ("cpu", "meta")
+    kind = device.type if accelerated else "cuda"
+    try:
+        with torch.random.fork_rng(devices=[device] if accelerated else [], device_type=kind):
+            yield
+    finally:
+        for (module, name), (tensor, values) in before.items():
+            held = module._parameters if name in module._parameters else module._buffers
+            held[name] = tensor  # type: ignore[assignment]
+            # Not seen by autograd: a graph made before holds the tensor, and finds it as it was.
+            tensor.data.copy_(values)
+
+
+def nearby(z: Tensor) -> Tensor:
+    """A random point at a tenth of the size of the entries of ``z``; of 1 where they are 0."""
+    return z + 0.1 * torch.randn_like(z) * torch.where(z == 0, 1.0, z.abs())
+
+
+def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether tensors are equal: bit for bit on the CPU, up to rounding elsewhere. nan equals nan."""
+    return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    unequal = (a != b) & ~((a != a) & (b != b))
+    if not bool(unequal.any()):
+        return True
+    if a.device.type == "cpu" or not a.is_floating_point():
+        return False
+    # Kernels that add atomically round differently in each call.
+    return bool(((a - b).abs() <= 32 * torch.finfo(a.dtype).eps * a.abs().max())[unequal].all())
+
+
+def _copies(tree: Any) -> list[Tensor]:
+    return [leaf.detach().clone() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
