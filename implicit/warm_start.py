@@ -11,8 +11,10 @@ class WarmStart(nn.Module):
     """The last solution of every sample of a data set, by its index, to start the next solve of it from.
 
     Between two epochs the weights change a little, and so do the equilibria: a solve from the last one takes fewer
-    steps. It pays where a sample comes back as it was; random augmentation, dropout and large learning rates take the
-    gain away. What a solve to tolerance converges to stays the same, unless the map has several fixed points.
+    steps. It pays where a sample comes back as it was and the weights move slowly, as in the later part of a training
+    and in fine-tuning. Random augmentation, dropout and large learning rates take the gain away: on handwritten digits
+    a third to a half of the calls of f were saved at a learning rate of 1e-4, next to none at 1e-2. What a solve to
+    tolerance converges to stays the same, unless the map has several fixed points.
 
     States are stored without gradient, in buffers, so that they are saved with ``state_dict`` and move with ``to``.
     They may lie elsewhere and in another precision than the layer's: ``like=z.half().cpu()`` spares memory. A state
