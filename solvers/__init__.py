@@ -6,12 +6,15 @@ from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, St
 from solvers._solve import Iteration, solve
 from solvers._stopping import Stopping
 from solvers.anderson import Anderson
+from solvers.auto import Auto
 from solvers.broyden import Broyden
 from solvers.newton_krylov import NewtonKrylov
 from solvers.picard import Picard
+from solvers.squarem import Squarem
 
 __all__ = [
     "Anderson",
+    "Auto",
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
@@ -20,6 +23,7 @@ __all__ = [
     "Picard",
     "Solution",
     "Solver",
+    "Squarem",
     "State",
     "Status",
     "Stopping",

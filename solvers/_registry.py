@@ -12,15 +12,19 @@ from solvers.adapters.torchdeq import (
     TorchDEQSimpleFixedPointIter,
 )
 from solvers.anderson import Anderson
+from solvers.auto import Auto
 from solvers.broyden import Broyden
 from solvers.newton_krylov import NewtonKrylov
 from solvers.picard import Picard
+from solvers.squarem import Squarem
 
 _SOLVERS: dict[str, type[Solver]] = {
     "picard": Picard,
     "anderson": Anderson,
     "broyden": Broyden,
     "newton_krylov": NewtonKrylov,
+    "squarem": Squarem,
+    "auto": Auto,
     "torchdeq:anderson": TorchDEQAnderson,
     "torchdeq:broyden": TorchDEQBroyden,
     "torchdeq:fixed_point_iter": TorchDEQFixedPointIter,
@@ -37,8 +41,9 @@ def get_solver(solver: Solver | str, **options: Any) -> Solver:
     """The solver of that name with these options; a solver object passes through.
 
     Args:
-        solver: ``"picard"``, ``"anderson"``, ``"broyden"`` or ``"newton_krylov"``, or one of another package, such as
-            ``"torchdeq:anderson"`` or ``"scipy:krylov"`` (see :mod:`solvers.adapters`), or a solver object.
+        solver: ``"picard"``, ``"anderson"``, ``"broyden"``, ``"newton_krylov"``, ``"squarem"`` or ``"auto"``, or one of
+            another package, such as ``"torchdeq:anderson"`` or ``"scipy:krylov"`` (see :mod:`solvers.adapters`), or a
+            solver object.
         **options: The hyperparameters of the named solver.
 
     Raises:

@@ -78,24 +78,31 @@ class NewtonKrylov(Solver):
         error = rms_norm(fz - z0)
         return NewtonKrylovState(z=z0, fz=fz, error=error, forcing=torch.full_like(error, self.forcing or 0.5))
 
-    @torch.no_grad()
     def step(self, f: FlatMapping, state: NewtonKrylovState) -> NewtonKrylovState:
+        return self.step_some(f, state, torch.ones_like(state.error, dtype=torch.bool), state.z)
+
+    @torch.no_grad()
+    def step_some(
+        self, f: FlatMapping, state: NewtonKrylovState, rows: Tensor, others: Tensor
+    ) -> NewtonKrylovState:
+        """A step of the samples ``rows`` (B,) alone; the others go to their rows of ``others`` (B, D)."""
+
         def product(v: Tensor) -> Tensor:
             return v - _jvp(f, state.z, v)
 
-        g = state.fz - state.z
+        g = torch.where(rows.unsqueeze(1), state.fz - state.z, 0.0)
         s = self.linear_solver.run(product, g, tolerance=state.forcing * state.error).x
         # A linear solve that found nothing leaves a Picard step.
         usable = s.isfinite().all(dim=1) & s.any(dim=1)
         s = torch.where(usable.unsqueeze(1), s, g)
 
         length = torch.ones_like(state.error)
-        z = state.z + s
+        z = torch.where(rows.unsqueeze(1), state.z + s, others)
         fz = f(z)
         error = rms_norm(fz - z)
         for _ in range(_MOST_HALVINGS):
             # Not accepted also where the error is nan.
-            rejected = ~(error <= (1 - _SUFFICIENT * length) * state.error)
+            rejected = rows & ~(error <= (1 - _SUFFICIENT * length) * state.error)
             if not bool(rejected.any()):
                 break
             length = torch.where(rejected, length / 2, length)

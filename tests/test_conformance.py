@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from solvers import Anderson, Broyden, NewtonKrylov, Picard, Solver, State
+from solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver, Squarem, State
 from solvers.testing import SolverConformance
 
 SOLVERS = {
@@ -21,6 +21,10 @@ SOLVERS = {
     "broyden": Broyden(),
     "broyden 5": Broyden(memory=5),
     "newton_krylov": NewtonKrylov(),
+    "squarem": Squarem(),
+    "squarem S1": Squarem(scheme="S1"),
+    "squarem S2": Squarem(scheme="S2"),
+    "auto": Auto(),
 }
 
 
@@ -28,7 +32,7 @@ class TestOurSolvers(SolverConformance):
     @pytest.fixture(autouse=True, params=SOLVERS)
     def _row(self, request):
         self.solver = SOLVERS[request.param]
-        if isinstance(self.solver, NewtonKrylov):
+        if isinstance(self.solver, (Auto, NewtonKrylov)):
             self.calls_per_step = None
 
 

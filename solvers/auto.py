@@ -1,0 +1,219 @@
+"""A solver that chooses the method for each sample by how fast it converges."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from solvers._base import FlatMapping, Solver, State
+from solvers._convergence import rms_norm
+from solvers._hyperparameters import require_positive_int
+from solvers.anderson import Anderson, AndersonState
+from solvers.broyden import Broyden, BroydenState, LowRankInverse
+from solvers.linear import GMRES, LinearSolver
+from solvers.newton_krylov import NewtonKrylov, NewtonKrylovState
+
+# The methods, in the order in which a sample comes to them.
+PICARD, ANDERSON, BROYDEN, NEWTON = range(4)
+
+# A sample whose residual falls more slowly than this in a plain step leaves Picard iteration: from there on Anderson
+# acceleration needs fewer steps.
+_FAST = 0.1
+# Steps in which the best residual may fail to improve under Anderson and Broyden: on a linear map that expands, or is
+# far from normal, they take long to get under way. Together they are less than the driver's patience.
+_ANDERSON_PATIENCE = 20
+_BROYDEN_PATIENCE = 25
+# A residual this many times the best one is taken back. Less than the driver's limit for divergence, above the
+# transients of maps that are far from normal.
+_GROWTH = 1e5
+# A residual of so many units in the last place of f(z) is not worth another method.
+_ROUNDING = 100.0
+# Relative tolerance of a sample's first linear solve on Newton's method.
+_FORCING = 0.5
+
+_BROYDEN = Broyden()
+
+
+@dataclasses.dataclass
+class Trail(State):
+    """Iterates of plain steps, the latest first, that have not been put into Anderson's window yet."""
+
+    earlier: "Trail | None"
+    length: int
+
+
+@dataclasses.dataclass
+class AutoState(State):
+    """The method of each sample, how it fares, and what the methods remember.
+
+    Attributes:
+        method: (B,) int8, one of PICARD, ANDERSON, BROYDEN and NEWTON for each sample.
+        error: (B,) root mean square of ``f(z) - z``.
+        best: The iterate with the smallest error of each sample.
+        best_error: (B,) its error.
+        idle: (B,) int64, steps in which that has not improved.
+        forcing: (B,) relative tolerance of the next linear solve, for samples on Newton's method.
+        plain: On the host: whether every sample is on Picard iteration.
+        trail: While there is no window, the iterates before this one.
+        window: Anderson's state, of all samples since the start, once there is need of it.
+        broyden: Broyden's state, which means something for the samples on that method alone.
+    """
+
+    method: Tensor
+    error: Tensor
+    best: State
+    best_error: Tensor
+    idle: Tensor
+    forcing: Tensor
+    plain: bool = True
+    trail: Trail | None = None
+    window: AndersonState | None = None
+    broyden: BroydenState | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Auto(Solver):
+    """Begins with the cheapest method and moves each sample to a stronger one when its own residuals ask for it.
+
+    1. Picard iteration, while a step reduces the residual ten times at least. No other work is done.
+    2. Anderson acceleration with a long window, which has the plain steps in it from the start.
+    3. Broyden's method from where the sample is, when 20 steps have brought no progress.
+    4. Newton's method by :class:`NewtonKrylov`, when another 25 have brought none; while it makes progress. Else 3.
+
+    A step that leads to inf or nan, or multiplies the best residual by 1e5, is taken back to the best iterate, and the
+    sample moves on by one method.
+
+    For maps of which little is known, and batches of easy and hard samples. A step is one call of ``f`` until a sample
+    needs Newton's method, and as many more as that takes. Where the map is known to be fast, :class:`Picard` has less
+    to do; if gradients are to flow through the steps, use :class:`Anderson`: they do not through these. Each step waits
+    for the device once at least, also when their number is fixed.
+
+    Args:
+        memory: The most differences in Anderson's window, which grows by one a step: two vectors of the state's size
+            each. It is never longer than the state has entries.
+        linear_solver: The solver of Newton's linear systems, as in :class:`NewtonKrylov`. The map must support forward
+            mode differentiation to come this far.
+    """
+
+    differentiable: ClassVar[bool] = False
+
+    memory: int = 50
+    linear_solver: LinearSolver = GMRES(restart=40, max_steps=40)
+
+    def __post_init__(self) -> None:
+        require_positive_int(self, "memory", self.memory)
+        NewtonKrylov(linear_solver=self.linear_solver)
+
+    def init(self, f: FlatMapping, z0: Tensor) -> AutoState:
+        z0 = z0.contiguous()  # forward mode refuses expanded tensors
+        fz = f(z0)
+        error = rms_norm(fz - z0)
+        return AutoState(
+            z=z0,
+            fz=fz,
+            method=torch.full_like(error, PICARD, dtype=torch.int8),
+            error=error,
+            best=State(z0, fz),
+            best_error=error,
+            idle=torch.zeros_like(error, dtype=torch.int64),
+            forcing=torch.zeros_like(error),
+        )
+
+    @torch.no_grad()
+    def step(self, f: FlatMapping, state: AutoState) -> AutoState:
+        if not state.plain:
+            return self._mixed_step(f, state)
+        z = state.fz
+        fz = f(z)
+        error = rms_norm(fz - z)
+        trail = Trail(state.z, state.fz, state.trail, 1 if state.trail is None else state.trail.length + 1)
+        # One look at the host is all the work of a step in which every sample is fast.
+        if trail.length < self.memory and bool((error <= _FAST * state.error).all()):
+            return dataclasses.replace(
+                state, z=z, fz=fz, error=error, best=State(z, fz), best_error=error, trail=trail
+            )
+        window = self._window_of(trail)
+        return self._judge(dataclasses.replace(state, trail=None, window=window), z, fz, error, state.forcing)
+
+    def _mixed_step(self, f: FlatMapping, state: AutoState) -> AutoState:
+        """Every sample by its own method."""
+        on = {method: state.method == method for method in (ANDERSON, BROYDEN, NEWTON)}
+        needed = dict(zip(on, torch.stack([rows.any() for rows in on.values()]).tolist(), strict=True))
+        z, forcing, broyden = state.fz, state.forcing, state.broyden
+        if needed[ANDERSON]:
+            z = torch.where(on[ANDERSON].unsqueeze(1), self._anderson(z).propose(state.window), z)
+        if broyden is not None:
+            z = torch.where(on[BROYDEN].unsqueeze(1), broyden.z + broyden.direction, z)
+        if needed[NEWTON]:
+            newton = NewtonKrylovState(state.z, state.fz, state.error, forcing)
+            newton = NewtonKrylov(linear_solver=self.linear_solver).step_some(f, newton, on[NEWTON], z)
+            z, fz, error, forcing = newton.z, newton.fz, newton.error, newton.forcing
+        else:
+            fz = f(z)
+            error = rms_norm(fz - z)
+        if broyden is not None:
+            # Of the others' rows it makes something meaningless, which is cleared before it is used.
+            broyden = _BROYDEN.step(lambda _: fz, broyden) if needed[BROYDEN] else None
+        return self._judge(dataclasses.replace(state, broyden=broyden), z, fz, error, forcing)
+
+    def _judge(self, state: AutoState, z: Tensor, fz: Tensor, error: Tensor, forcing: Tensor) -> AutoState:
+        """The state at ``z``, with steps that led astray taken back and the methods for the next step."""
+        method = state.method
+        settled = error <= _ROUNDING * torch.finfo(error.dtype).eps * rms_norm(fz)
+        # Also where the error is nan; a sample without any finite error has no iterate to go back to.
+        lost = ~(error <= _GROWTH * state.best_error) & ~settled & state.best_error.isfinite()
+        improved = error < state.best_error
+        idle = torch.where(improved, 0, state.idle + 1)
+        patience = torch.where(method == ANDERSON, _ANDERSON_PATIENCE, torch.where(method == BROYDEN, _BROYDEN_PATIENCE, 1))
+        slow = torch.where(method == PICARD, error > _FAST * state.error, idle >= patience)
+        moves = lost | (slow & ~settled)
+        method = torch.where(moves, torch.where(method == NEWTON, BROYDEN, method + 1), method)
+
+        back, better = lost.unsqueeze(1), improved.unsqueeze(1)
+        z, fz = torch.where(back, state.best.z, z), torch.where(back, state.best.fz, fz)
+        error = torch.where(lost, state.best_error, error)
+        return AutoState(
+            z=z,
+            fz=fz,
+            method=method,
+            error=error,
+            best=State(torch.where(better, z, state.best.z), torch.where(better, fz, state.best.fz)),
+            best_error=torch.where(improved, error, state.best_error),
+            idle=torch.where(moves, 0, idle),
+            forcing=torch.where(moves, _FORCING, forcing),
+            plain=False,
+            window=self._anderson(z).absorb(state.window, z, fz),
+            broyden=_join(state.broyden, z, fz, method == BROYDEN, moves),
+        )
+
+    def _anderson(self, z: Tensor) -> Anderson:
+        # More differences than unknowns depend on each other, and old ones only blur the new.
+        return Anderson(memory=max(1, min(self.memory, z.shape[1])))
+
+    def _window_of(self, trail: Trail) -> AndersonState:
+        """Anderson's state after the iterates of a trail."""
+        iterates = [trail]
+        while iterates[-1].earlier is not None:
+            iterates.append(iterates[-1].earlier)
+        first = iterates.pop()
+        anderson = self._anderson(first.z)
+        window = anderson.init(lambda _: first.fz, first.z)
+        for iterate in reversed(iterates):
+            window = anderson.absorb(window, iterate.z, iterate.fz)
+        return window
+
+
+def _join(state: BroydenState | None, z: Tensor, fz: Tensor, rows: Tensor, new: Tensor) -> BroydenState | None:
+    """Broyden's state with every sample at ``z`` (B, D), where of ``rows`` (B,) those that are ``new`` begin there.
+
+    The estimate of one that begins is -I, which it is where all u are zero.
+    """
+    if state is None:
+        return _BROYDEN.init(lambda _: fz, z) if bool(rows.any()) else None
+    new = new.unsqueeze(1)
+    inverse = state.inverse
+    if inverse.u is not None and inverse.v is not None:
+        u, v = (torch.where(new.unsqueeze(2), 0.0, block) for block in (inverse.u, inverse.v))
+        inverse = LowRankInverse(inverse.rank, u, v)
+    return BroydenState(z=z, fz=fz, direction=torch.where(new, fz - z, state.direction), inverse=inverse)
