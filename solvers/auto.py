@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from solvers._base import FlatMapping, Solver, State
-from solvers._convergence import rms_norm
+from solvers._convergence import DIVERGENCE_FACTOR, relative, rms_norm
 from solvers._hyperparameters import require_positive_int
 from solvers.anderson import Anderson, AndersonState
 from solvers.broyden import Broyden, BroydenState, LowRankInverse
@@ -20,13 +20,15 @@ PICARD, ANDERSON, BROYDEN, NEWTON = range(4)
 # A sample whose residual falls more slowly than this in a plain step leaves Picard iteration: from there on Anderson
 # acceleration needs fewer steps.
 _FAST = 0.1
-# Steps in which the best residual may fail to improve under Anderson and Broyden: on a linear map that expands, or is
-# far from normal, they take long to get under way. Together they are less than the driver's patience.
-_ANDERSON_PATIENCE = 20
-_BROYDEN_PATIENCE = 25
-# A residual this many times the best one is taken back. Less than the driver's limit for divergence, above the
-# transients of maps that are far from normal.
-_GROWTH = 1e5
+# Steps in which the best residual may fail to improve under Anderson and Broyden: on maps that expand, or are far from
+# normal, they take long to get under way. Together they are less than the driver's patience.
+_ANDERSON_PATIENCE = 15
+_BROYDEN_PATIENCE = 30
+# A step of Newton's method must reduce the residual to so much at least: it costs many calls.
+_NEWTON_REDUCTION = 0.9
+# A step to a residual this many times the size of the first image is taken back: a tenth of what the driver takes for
+# divergence.
+_GROWTH = 0.1 * DIVERGENCE_FACTOR
 # A residual of so many units in the last place of f(z) is not worth another method.
 _ROUNDING = 100.0
 # Relative tolerance of a sample's first linear solve on Newton's method.
@@ -50,23 +52,23 @@ class AutoState(State):
     Attributes:
         method: (B,) int8, one of PICARD, ANDERSON, BROYDEN and NEWTON for each sample.
         error: (B,) root mean square of ``f(z) - z``.
-        best: The iterate with the smallest error of each sample.
-        best_error: (B,) its error.
-        idle: (B,) int64, steps in which that has not improved.
+        limit: (B,) the largest error that is not taken back.
+        best: The iterate with the smallest relative residual of each sample.
+        best_residual: (B,) that residual.
+        idle: (B,) int64, steps in which it has not improved.
         forcing: (B,) relative tolerance of the next linear solve, for samples on Newton's method.
-        plain: On the host: whether every sample is on Picard iteration.
         trail: While there is no window, the iterates before this one.
-        window: Anderson's state, of all samples since the start, once there is need of it.
+        window: Anderson's state, of all samples since the start; None while all are on Picard iteration.
         broyden: Broyden's state, which means something for the samples on that method alone.
     """
 
     method: Tensor
     error: Tensor
+    limit: Tensor
     best: State
-    best_error: Tensor
+    best_residual: Tensor
     idle: Tensor
     forcing: Tensor
-    plain: bool = True
     trail: Trail | None = None
     window: AndersonState | None = None
     broyden: BroydenState | None = None
@@ -78,11 +80,11 @@ class Auto(Solver):
 
     1. Picard iteration, while a step reduces the residual ten times at least. No other work is done.
     2. Anderson acceleration with a long window, which has the plain steps in it from the start.
-    3. Broyden's method from where the sample is, when 20 steps have brought no progress.
-    4. Newton's method by :class:`NewtonKrylov`, when another 25 have brought none; while it makes progress. Else 3.
+    3. Broyden's method from where the sample is, when 15 steps have brought no progress.
+    4. Newton's method, when another 30 have brought none; while a step takes a tenth off the residual. Then 3 again.
 
-    A step that leads to inf or nan, or multiplies the best residual by 1e5, is taken back to the best iterate, and the
-    sample moves on by one method.
+    Progress is a smaller relative residual than ever. A step that leads to inf or nan, or near to what counts as
+    divergence, is taken back to the best iterate, and the sample moves on by one method.
 
     For maps of which little is known, and batches of easy and hard samples. A step is one call of ``f`` until a sample
     needs Newton's method, and as many more as that takes. Where the map is known to be fast, :class:`Picard` has less
@@ -108,82 +110,91 @@ class Auto(Solver):
     def init(self, f: FlatMapping, z0: Tensor) -> AutoState:
         z0 = z0.contiguous()  # forward mode refuses expanded tensors
         fz = f(z0)
-        error = rms_norm(fz - z0)
+        error, scale = rms_norm(fz - z0), rms_norm(fz)
         return AutoState(
             z=z0,
             fz=fz,
             method=torch.full_like(error, PICARD, dtype=torch.int8),
             error=error,
+            limit=_GROWTH * (error + scale),
             best=State(z0, fz),
-            best_error=error,
+            best_residual=relative(error, scale),
             idle=torch.zeros_like(error, dtype=torch.int64),
             forcing=torch.zeros_like(error),
         )
 
     @torch.no_grad()
     def step(self, f: FlatMapping, state: AutoState) -> AutoState:
-        if not state.plain:
-            return self._mixed_step(f, state)
+        if state.window is not None:
+            return self._mixed_step(f, state, state.window)
         z = state.fz
         fz = f(z)
         error = rms_norm(fz - z)
         trail = Trail(state.z, state.fz, state.trail, 1 if state.trail is None else state.trail.length + 1)
         # One look at the host is all the work of a step in which every sample is fast.
         if trail.length < self.memory and bool((error <= _FAST * state.error).all()):
-            return dataclasses.replace(
-                state, z=z, fz=fz, error=error, best=State(z, fz), best_error=error, trail=trail
-            )
-        window = self._window_of(trail)
-        return self._judge(dataclasses.replace(state, trail=None, window=window), z, fz, error, state.forcing)
+            return dataclasses.replace(state, z=z, fz=fz, error=error, trail=trail)
+        last = State(state.z, state.fz)
+        state = dataclasses.replace(
+            state, best=last, best_residual=relative(state.error, rms_norm(last.fz)), trail=None
+        )
+        return self._judge(state, self._window_of(trail), z, fz, error)
 
-    def _mixed_step(self, f: FlatMapping, state: AutoState) -> AutoState:
+    def _mixed_step(self, f: FlatMapping, state: AutoState, window: AndersonState) -> AutoState:
         """Every sample by its own method."""
         on = {method: state.method == method for method in (ANDERSON, BROYDEN, NEWTON)}
         needed = dict(zip(on, torch.stack([rows.any() for rows in on.values()]).tolist(), strict=True))
-        z, forcing, broyden = state.fz, state.forcing, state.broyden
+        z, broyden = state.fz, state.broyden
         if needed[ANDERSON]:
-            z = torch.where(on[ANDERSON].unsqueeze(1), self._anderson(z).propose(state.window), z)
+            z = torch.where(on[ANDERSON].unsqueeze(1), self._anderson(z).propose(window), z)
         if broyden is not None:
             z = torch.where(on[BROYDEN].unsqueeze(1), broyden.z + broyden.direction, z)
         if needed[NEWTON]:
-            newton = NewtonKrylovState(state.z, state.fz, state.error, forcing)
+            newton = NewtonKrylovState(state.z, state.fz, state.error, state.forcing)
             newton = NewtonKrylov(linear_solver=self.linear_solver).step_some(f, newton, on[NEWTON], z)
-            z, fz, error, forcing = newton.z, newton.fz, newton.error, newton.forcing
+            z, fz, error = newton.z, newton.fz, newton.error
+            state = dataclasses.replace(state, forcing=newton.forcing)
         else:
             fz = f(z)
             error = rms_norm(fz - z)
         if broyden is not None:
             # Of the others' rows it makes something meaningless, which is cleared before it is used.
             broyden = _BROYDEN.step(lambda _: fz, broyden) if needed[BROYDEN] else None
-        return self._judge(dataclasses.replace(state, broyden=broyden), z, fz, error, forcing)
+        return self._judge(dataclasses.replace(state, broyden=broyden), window, z, fz, error)
 
-    def _judge(self, state: AutoState, z: Tensor, fz: Tensor, error: Tensor, forcing: Tensor) -> AutoState:
+    def _judge(self, state: AutoState, window: AndersonState, z: Tensor, fz: Tensor, error: Tensor) -> AutoState:
         """The state at ``z``, with steps that led astray taken back and the methods for the next step."""
         method = state.method
-        settled = error <= _ROUNDING * torch.finfo(error.dtype).eps * rms_norm(fz)
-        # Also where the error is nan; a sample without any finite error has no iterate to go back to.
-        lost = ~(error <= _GROWTH * state.best_error) & ~settled & state.best_error.isfinite()
-        improved = error < state.best_error
+        residual = relative(error, rms_norm(fz))
+        settled = residual <= _ROUNDING * torch.finfo(error.dtype).eps
+        # Also where the error is nan; a sample without any finite residual has no iterate to go back to.
+        lost = ~(error <= state.limit) & state.best_residual.isfinite()
+        improved = residual < state.best_residual
         idle = torch.where(improved, 0, state.idle + 1)
-        patience = torch.where(method == ANDERSON, _ANDERSON_PATIENCE, torch.where(method == BROYDEN, _BROYDEN_PATIENCE, 1))
-        slow = torch.where(method == PICARD, error > _FAST * state.error, idle >= patience)
+        slow = torch.where(
+            (method == PICARD) | (method == NEWTON),
+            error > torch.where(method == PICARD, _FAST, _NEWTON_REDUCTION) * state.error,
+            idle >= torch.where(method == ANDERSON, _ANDERSON_PATIENCE, _BROYDEN_PATIENCE),
+        )
         moves = lost | (slow & ~settled)
         method = torch.where(moves, torch.where(method == NEWTON, BROYDEN, method + 1), method)
+        # The same image twice: the map is constant there, as it is made for a sample that is finished.
+        method = torch.where((fz == state.fz).all(dim=1), PICARD, method)
 
         back, better = lost.unsqueeze(1), improved.unsqueeze(1)
         z, fz = torch.where(back, state.best.z, z), torch.where(back, state.best.fz, fz)
-        error = torch.where(lost, state.best_error, error)
+        error = torch.where(lost, rms_norm(state.best.fz - state.best.z), error)
         return AutoState(
             z=z,
             fz=fz,
             method=method,
             error=error,
+            limit=state.limit,
             best=State(torch.where(better, z, state.best.z), torch.where(better, fz, state.best.fz)),
-            best_error=torch.where(improved, error, state.best_error),
+            best_residual=torch.where(improved, residual, state.best_residual),
             idle=torch.where(moves, 0, idle),
-            forcing=torch.where(moves, _FORCING, forcing),
-            plain=False,
-            window=self._anderson(z).absorb(state.window, z, fz),
+            forcing=torch.where(moves, _FORCING, state.forcing),
+            window=self._anderson(z).absorb(window, z, fz),
             broyden=_join(state.broyden, z, fz, method == BROYDEN, moves),
         )
 

@@ -82,16 +82,15 @@ class NewtonKrylov(Solver):
         return self.step_some(f, state, torch.ones_like(state.error, dtype=torch.bool), state.z)
 
     @torch.no_grad()
-    def step_some(
-        self, f: FlatMapping, state: NewtonKrylovState, rows: Tensor, others: Tensor
-    ) -> NewtonKrylovState:
+    def step_some(self, f: FlatMapping, state: NewtonKrylovState, rows: Tensor, others: Tensor) -> NewtonKrylovState:
         """A step of the samples ``rows`` (B,) alone; the others go to their rows of ``others`` (B, D)."""
 
         def product(v: Tensor) -> Tensor:
             return v - _jvp(f, state.z, v)
 
         g = torch.where(rows.unsqueeze(1), state.fz - state.z, 0.0)
-        s = self.linear_solver.run(product, g, tolerance=state.forcing * state.error).x
+        tolerance = torch.where(rows, state.forcing * state.error, 0.0)
+        s = self.linear_solver.run(product, g, tolerance=tolerance).x
         # A linear solve that found nothing leaves a Picard step.
         usable = s.isfinite().all(dim=1) & s.any(dim=1)
         s = torch.where(usable.unsqueeze(1), s, g)
