@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from solvers import Anderson, Broyden, NewtonKrylov, Picard, Solver, Status, solve
+from solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver, Squarem, Status, solve
 
 SOLVERS: list[Solver] = [
     Picard(),
@@ -21,6 +21,8 @@ SOLVERS: list[Solver] = [
     Broyden(),
     Broyden(memory=5),
     NewtonKrylov(),
+    Squarem(),
+    Auto(),
 ]
 solvers = st.sampled_from(SOLVERS)
 # Well above the rounding errors, which a solver may amplify.
