@@ -93,7 +93,8 @@ class Auto(Solver):
 
     Args:
         memory: The most differences in Anderson's window, which grows by one a step: two vectors of the state's size
-            each. It is never longer than the state has entries.
+            each. It is never longer than the state has entries. Broyden's estimate, where it comes to that, has no
+            limit.
         linear_solver: The solver of Newton's linear systems, as in :class:`NewtonKrylov`. The map must support forward
             mode differentiation to come this far.
     """
