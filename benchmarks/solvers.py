@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 if not __package__:
@@ -114,7 +114,7 @@ def measure(problem: BankProblem, runs: list[Callable[[], Result]], repeats: int
     return rows
 
 
-def medians_ms(runs: list[Callable[[], object]], repeats: int) -> list[float]:
+def medians_ms(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     """Median times in milliseconds, taken in turns after a first call of each."""
     times: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from solvers._base import FlatMapping, Solver, State
-from solvers._convergence import DIVERGENCE_FACTOR, relative, rms_norm
 from solvers._hyperparameters import require_positive_int
+from solvers._norms import relative, rms_norm
+from solvers._stopping import Stopping
 from solvers.anderson import Anderson, AndersonState
 from solvers.broyden import Broyden, BroydenState, LowRankInverse
 from solvers.linear import GMRES, LinearSolver
@@ -27,8 +28,8 @@ _BROYDEN_PATIENCE = 30
 # A step of Newton's method must reduce the residual to so much at least: it costs many calls.
 _NEWTON_REDUCTION = 0.9
 # A step to a residual this many times the size of the first image is taken back: a tenth of what the driver takes for
-# divergence.
-_GROWTH = 0.1 * DIVERGENCE_FACTOR
+# divergence by default.
+_GROWTH = 0.1 * Stopping.max_growth
 # A residual of so many units in the last place of f(z) is not worth another method.
 _ROUNDING = 100.0
 # Relative tolerance of a sample's first linear solve on Newton's method.

@@ -235,7 +235,8 @@ def _conv_norm(weight: Tensor, shape: tuple[int, ...], generator: torch.Generato
     for _ in range(300):
         image = image / image.norm()
         image = F.conv_transpose2d(F.conv2d(image, weight, padding=1), weight, padding=1)
-    return image.norm().sqrt()
+    norm: Tensor = image.norm().sqrt()
+    return norm
 
 
 def _limit(f: Callable[[Tensor], Tensor], z: Tensor, steps: int) -> Tensor:
