@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers import Anderson, Broyden, Picard, solve
+from solvers import Anderson, Auto, Broyden, Picard, solve
 from solvers.testing import BANK, BankProblem
 
 PROBLEMS = ["linear 0.5", "linear 0.9", "linear 0.99", "tanh", "imlp", "H-equation"]
@@ -52,6 +52,7 @@ def ours(problem: BankProblem) -> dict[str, Callable[[], Result]]:
         "anderson 5": Anderson(),
         "anderson 10": Anderson(memory=10),
         "broyden": Broyden(),
+        "auto": Auto(),
     }
 
     def run(solver):
