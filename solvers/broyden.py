@@ -1,110 +1,173 @@
-"""Broyden's method with a low-rank inverse Jacobian."""
+"""Broyden's methods with a low-rank inverse Jacobian."""
 
 import dataclasses
+import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from solvers._base import FlatMapping, Solver, State
 from solvers._hyperparameters import require_damping, require_positive_int
+from solvers._low_rank_inverse import LowRankInverse
 from solvers._window import combine, dot, store
 
-
-@dataclasses.dataclass
-class LowRankInverse:
-    """An estimate of the inverse Jacobian of ``g(z) = f(z) - z``: per sample ``H = -I + sum_i u_i v_i'``.
-
-    Attributes:
-        rank: How many pairs are in use.
-        u: (B, m, D), None while the rank is 0.
-        v: (B, m, D), None while the rank is 0.
-    """
-
-    rank: int = 0
-    u: Tensor | None = None
-    v: Tensor | None = None
-
-    def mv(self, x: Tensor) -> Tensor:
-        """``H x`` for x of shape (B, D)."""
-        if self.u is None or self.v is None or self.rank == 0:
-            return -x
-        return combine(self.u[:, : self.rank], dot(self.v[:, : self.rank], x)) - x
-
-    def rmv(self, x: Tensor) -> Tensor:
-        """``H' x`` for x of shape (B, D): ``(rmv(x) * y).sum() == (x * mv(y)).sum()``."""
-        if self.u is None or self.v is None or self.rank == 0:
-            return -x
-        return combine(self.v[:, : self.rank], dot(self.u[:, : self.rank], x)) - x
+# The line search takes a step unless |g| grows beyond this times its largest value at the last so many iterates, and
+# else a shorter one, so many times at most. Good directions need not descend: stricter tests cost more than they save.
+_GROWTH, _RECENT = 2.0, 10
+_SHORTER, _MOST_TRIALS = 0.1, 6
 
 
 @dataclasses.dataclass
 class BroydenState(State):
-    """The iterate, the step that led away from it, and the inverse Jacobian.
+    """The iterate, the step that is to lead away from it, and the inverse Jacobian.
 
     Attributes:
         direction: (B, D) ``-H g`` at ``z``, the next step before damping.
         inverse: The estimate ``H`` of the inverse Jacobian of ``f(z) - z``.
+        recent: (B, n) the norms of ``g`` at the last n iterates, the newest last; n = 10 for a line search, else 1.
     """
 
     direction: Tensor
     inverse: LowRankInverse
+    recent: Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Broyden(Solver):
-    """Broyden's first ("good") method: a secant update of the inverse Jacobian in every step.
+    """Broyden's first ("good") and second ("bad") method: a secant update of the inverse Jacobian in every step.
 
     With g = f(z) - z, s = dz, y = dg and H the estimate of the inverse Jacobian of g, started at -I,
 
-        z <- z - damping * H g,    H <- H + (s - H y) s'H / (s'H y).
+        z <- z - damping * H g,    H <- H + (s - H y) v' / (v'y)    with v = H's (good) or v = y (bad).
 
     The first step is a Picard step. Converges superlinearly near a regular solution, also where ``f`` does not
     contract. Costs one call of ``f`` a step and two vectors of the state's size a remembered update. Its inverse
     Jacobian estimate is kept in ``solution.state.inverse``.
 
     Args:
-        memory: How many updates to keep; when they are used up the estimate starts again from -I. None keeps all:
-            fewest calls of ``f``, most memory.
+        method: "good" is the sturdier one where ``f`` expands or is far from linear. "bad" needs fewer calls where
+            ``f`` contracts slowly, and half the vector work of a step.
+        memory: How many updates to keep. When they are used up, the fourth of them that does least is dropped: H + I
+            becomes its part with the largest singular values, about. None keeps all: fewest calls of ``f``, most
+            memory. 10 need few calls more, below 5 they become many.
         damping: Step length in (0, 1]; 1 is the full step.
+        line_search: Shorten a step tenfold, sample by sample, as long as the residual would grow beyond twice the
+            largest of the last ten. For starts from which full steps run away; each trial is a call of ``f``, and one
+            look at the host. Not a descent method: quasi-Newton steps need to go uphill.
 
     References:
         Broyden, "A class of methods for solving nonlinear simultaneous equations", Math. Comp. 19 (1965), eq. (4.5),
         in the inverse form of Sherman and Morrison.
+        Van de Rotten and Verduyn Lunel, "A limited memory Broyden method to solve high-dimensional systems of nonlinear
+        equations" (2003), for the rank reduction.
+        Grippo, Lampariello and Lucidi, "A nonmonotone line search technique for Newton's method", SIAM J. Numer. Anal.
+        23 (1986), for the comparison with the largest of the last values.
         Kelley, "Solving nonlinear equations with Newton's method", SIAM (2003), chapter 4.
     """
 
+    method: Literal["good", "bad"] = "good"
     memory: int | None = None
     damping: float = 1.0
+    line_search: bool = False
 
     def __post_init__(self) -> None:
+        if self.method not in ("good", "bad"):
+            raise ValueError(f'Broyden(method=...) must be "good" or "bad", got {self.method!r}.')
         require_positive_int(self, "memory", self.memory, optional=True)
         require_damping(self, self.damping)
 
     def init(self, f: FlatMapping, z0: Tensor) -> BroydenState:
         fz = f(z0)
-        return BroydenState(z=z0, fz=fz, direction=fz - z0, inverse=LowRankInverse())
+        g = fz - z0
+        recent = _norm(g).expand(-1, _RECENT if self.line_search else 1)
+        return BroydenState(z=z0, fz=fz, direction=g, inverse=LowRankInverse(), recent=recent)
 
     def step(self, f: FlatMapping, state: BroydenState) -> BroydenState:
-        s = state.direction if self.damping == 1.0 else self.damping * state.direction
-        z = state.z + s
-        fz = f(z)
-        g = fz - z
-        inverse = state.inverse
+        inverse, newton = state.inverse, state.direction  # newton: -H g at the old point
         if self.memory is not None and inverse.rank == self.memory:
-            inverse = LowRankInverse(0, inverse.u, inverse.v)
-            return BroydenState(z=z, fz=fz, direction=g, inverse=inverse)
-        p = inverse.mv(g)  # H g at the new point
-        s_hy = s + self.damping * p if self.damping != 1.0 else s + p  # H y, because H g at the old point is -direction
-        # An update with s'Hy near 0 would make the estimate singular; that sample goes without it.
-        denominator = (s * s_hy).sum(dim=1, keepdim=True)
-        usable = denominator.abs() > torch.finfo(s.dtype).eps * (s * s).sum(dim=1, keepdim=True)
-        u = torch.where(usable, (s - s_hy) / torch.where(usable, denominator, 1.0), 0.0)
-        v = inverse.rmv(s)
-        capacity = self.memory if self.memory is not None else 2**62
-        inverse = LowRankInverse(
-            inverse.rank + 1,
-            store(inverse.u, inverse.rank, u, capacity),
-            store(inverse.v, inverse.rank, v, capacity),
+            inverse = inverse.truncated(self.memory - max(self.memory // 4, 1))
+            newton = -inverse.mv(state.fz - state.z)
+
+        n = inverse.rank
+        # v may have any length. That of a unit vector s or y keeps the products from underflow.
+        if self.method == "good":
+            unit = _divided(state.direction, _norm(state.direction))
+            old_vg = -(unit * newton).sum(dim=1, keepdim=True)  # v = H'unit, so that v'g is unit'H g
+            v_block = self._store(inverse.v, n, inverse.rmv(unit))
+            del unit
+
+        s = state.direction if self.damping == 1.0 else self.damping * state.direction
+        if self.line_search:
+            z, fz, length = _search(f, state.z, s, _GROWTH * state.recent.amax(dim=1, keepdim=True))
+            s = length * s
+        else:
+            z = state.z + s
+            fz = f(z)
+        g = fz - z
+        recent = torch.cat((state.recent[:, 1:], _norm(g)), dim=1)
+
+        if self.method == "bad":
+            y = g - (state.fz - state.z)
+            vy = _norm(y)
+            v_block = self._store(inverse.v, n, _divided(y, vy))
+            del y
+        products = dot(v_block[:, : n + 1], g)
+        vg = products[:, n:]
+        if self.method == "good":
+            vy = vg - old_vg
+        # A sample goes without an update that would make the estimate singular, v'y being near 0, and without one that
+        # is made of rounding errors of f: gradients through many of those grow without bound.
+        eps = torch.finfo(g.dtype).eps
+        usable = (vy.abs() > eps * (vg - vy).abs()) & (state.recent[:, -1:] > 8 * eps * _norm(fz))
+
+        by_old = g if inverse.u is None or n == 0 else g - combine(inverse.u[:, :n], products[:, :n])  # -H g
+        del g
+        # s - H y. The old point's -H g is s itself, but with damping, a shorter step, or after a truncation.
+        u = by_old if s is newton else (s - newton).add_(by_old)
+        u = u / torch.where(usable, vy, math.inf)
+        return BroydenState(
+            z=z,
+            fz=fz,
+            direction=torch.addcmul(by_old, u, vg, value=-1),
+            inverse=LowRankInverse(n + 1, self._store(inverse.u, n, u), v_block),
+            recent=recent,
         )
-        direction = -(p + u * (v * g).sum(dim=1, keepdim=True))
-        return BroydenState(z=z, fz=fz, direction=direction, inverse=inverse)
+
+    def _store(self, block: Tensor | None, slot: int, vector: Tensor) -> Tensor:
+        if self.memory is None:
+            return store(block, slot, vector, 2**62)
+        # All of it at once: growing takes the memory of the old block and the new.
+        return store(block, slot, vector, self.memory, first=self.memory)
+
+
+def _search(f: FlatMapping, start: Tensor, s: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first of the points ``start + t s``, t = 1, 1/10, 1/100 ..., with a residual of at most ``largest`` (B, 1).
+
+    Returns:
+        The point and its image, both (B, D), and t (B, 1).
+    """
+    length = torch.ones_like(largest)
+    z = start + s
+    fz = f(z)
+    for _ in range(_MOST_TRIALS):
+        # Rejected also where the residual is nan, unless it always was.
+        rejected = ~(_norm(fz - z) <= largest) & largest.isfinite()
+        if not bool(rejected.any()):
+            break
+        length = torch.where(rejected, _SHORTER * length, length)
+        z = torch.where(rejected, start + length * s, z)
+        # Accepted samples come with the same z, and out with the same image.
+        fz = torch.where(rejected, f(z), fz)
+    return z, fz, length
+
+
+def _norm(x: Tensor) -> Tensor:
+    """(B, D) -> (B, 1)."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return norm
+
+
+def _divided(x: Tensor, size: Tensor) -> Tensor:
+    """``x / size``, 0 where the size has vanished. The gradient is finite everywhere."""
+    return x / torch.where(size > torch.finfo(size.dtype).tiny, size, math.inf)
