@@ -51,9 +51,10 @@ class LowRankInverse:
 def _order_by_size(gram_u: Tensor, gram_v: Tensor) -> tuple[Tensor, Tensor]:
     """Other pairs with the same sum, the largest first, from the Gram matrices (B, m, m) of these.
 
-    Stewart's pivoted QLP decomposition, a singular value decomposition in outline: in the order of size, first the v
-    are orthogonalized, and then the u that belong to them. The sum is the same whatever the triangular factors are; how
-    exact they are decides only what counts as large.
+    A pivoted QLP decomposition (Stewart, SIAM J. Sci. Comput. 20, 1999), a singular value decomposition in outline: in
+    the order of size, first the v are orthogonalized, and then the u that belong to them. The sum is the same whatever
+    the triangular factors are; how exact they are decides only what counts as large. No singular vectors are computed:
+    their gradients are infinite where two sizes are equal, and on a GPU they would wait for the device.
 
     Returns:
         P and Q (B, m, m) with P'Q = I, such that the new pairs are P u and Q v.
@@ -96,6 +97,6 @@ def _recombined(block: Tensor, coefficients: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (block.requires_grad or coefficients.requires_grad):
         return torch.bmm(coefficients, block)
     # By parts, so that no second block is needed.
-    for part in block.split(max(block.shape[2] // block.shape[1], 1), dim=2):
+    for part in block.split(max(3 * block.shape[2] // block.shape[1], 1), dim=2):
         part[:, : coefficients.shape[1]] = torch.bmm(coefficients, part)
     return block

@@ -48,7 +48,7 @@ class Broyden(Solver):
     Args:
         method: "good" is the sturdier one where ``f`` expands or is far from linear. "bad" needs fewer calls where
             ``f`` contracts slowly, and half the vector work of a step.
-        memory: How many updates to keep. When they are used up, the fourth of them that does least is dropped: H + I
+        memory: How many updates to keep. When they are used up, the third of them that does least is dropped: H + I
             becomes its part with the largest singular values, about. None keeps all: fewest calls of ``f``, most
             memory. 10 need few calls more, below 5 they become many.
         damping: Step length in (0, 1]; 1 is the full step.
@@ -60,7 +60,7 @@ class Broyden(Solver):
         Broyden, "A class of methods for solving nonlinear simultaneous equations", Math. Comp. 19 (1965), eq. (4.5),
         in the inverse form of Sherman and Morrison.
         Van de Rotten and Verduyn Lunel, "A limited memory Broyden method to solve high-dimensional systems of nonlinear
-        equations" (2003), for the rank reduction.
+        equations", Equadiff 2003, for the reduction of the rank.
         Grippo, Lampariello and Lucidi, "A nonmonotone line search technique for Newton's method", SIAM J. Numer. Anal.
         23 (1986), for the comparison with the largest of the last values.
         Kelley, "Solving nonlinear equations with Newton's method", SIAM (2003), chapter 4.
@@ -86,15 +86,17 @@ class Broyden(Solver):
     def step(self, f: FlatMapping, state: BroydenState) -> BroydenState:
         inverse, newton = state.inverse, state.direction  # newton: -H g at the old point
         if self.memory is not None and inverse.rank == self.memory:
-            inverse = inverse.truncated(self.memory - max(self.memory // 4, 1))
+            inverse = inverse.truncated(self.memory - max(self.memory // 3, 1))
             newton = -inverse.mv(state.fz - state.z)
 
         n = inverse.rank
         # v may have any length. That of a unit vector s or y keeps the products from underflow.
         if self.method == "good":
-            unit = _divided(state.direction, _norm(state.direction))
-            old_vg = -(unit * newton).sum(dim=1, keepdim=True)  # v = H'unit, so that v'g is unit'H g
+            size = _norm(state.direction)
+            unit = _divided(state.direction, size)
             v_block = self._store(inverse.v, n, inverse.rmv(unit))
+            # v'g is unit'H g, and here minus that at the old point.
+            overlap = size if newton is state.direction else (unit * newton).sum(dim=1, keepdim=True)
             del unit
 
         s = state.direction if self.damping == 1.0 else self.damping * state.direction
@@ -105,7 +107,6 @@ class Broyden(Solver):
             z = state.z + s
             fz = f(z)
         g = fz - z
-        recent = torch.cat((state.recent[:, 1:], _norm(g)), dim=1)
 
         if self.method == "bad":
             y = g - (state.fz - state.z)
@@ -115,11 +116,13 @@ class Broyden(Solver):
         products = dot(v_block[:, : n + 1], g)
         vg = products[:, n:]
         if self.method == "good":
-            vy = vg - old_vg
+            vy = vg + overlap
         # A sample goes without an update that would make the estimate singular, v'y being near 0, and without one that
         # is made of rounding errors of f: gradients through many of those grow without bound.
         eps = torch.finfo(g.dtype).eps
-        usable = (vy.abs() > eps * (vg - vy).abs()) & (state.recent[:, -1:] > 8 * eps * _norm(fz))
+        old_size = state.recent[:, -1:]
+        usable = (vy.abs() > eps * old_size) & (old_size > 8 * eps * _norm(fz))
+        recent = torch.cat((state.recent[:, 1:], _norm(g)), dim=1) if self.line_search else _norm(g)
 
         by_old = g if inverse.u is None or n == 0 else g - combine(inverse.u[:, :n], products[:, :n])  # -H g
         del g
