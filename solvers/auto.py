@@ -8,10 +8,11 @@ from torch import Tensor
 
 from solvers._base import FlatMapping, Solver, State
 from solvers._hyperparameters import require_positive_int
+from solvers._low_rank_inverse import LowRankInverse
 from solvers._norms import relative, rms_norm
 from solvers._stopping import Stopping
 from solvers.anderson import Anderson, AndersonState
-from solvers.broyden import Broyden, BroydenState, LowRankInverse
+from solvers.broyden import Broyden, BroydenState
 from solvers.linear import GMRES, LinearSolver
 from solvers.newton_krylov import NewtonKrylov, NewtonKrylovState
 
@@ -225,8 +226,12 @@ def _join(state: BroydenState | None, z: Tensor, fz: Tensor, rows: Tensor, new: 
     if state is None:
         return _BROYDEN.init(lambda _: fz, z) if bool(rows.any()) else None
     new = new.unsqueeze(1)
+    g = fz - z
     inverse = state.inverse
     if inverse.u is not None and inverse.v is not None:
         u, v = (torch.where(new.unsqueeze(2), 0.0, block) for block in (inverse.u, inverse.v))
         inverse = LowRankInverse(inverse.rank, u, v)
-    return BroydenState(z=z, fz=fz, direction=torch.where(new, fz - z, state.direction), inverse=inverse)
+    direction = torch.where(new, g, state.direction)
+    return BroydenState(
+        z=z, fz=fz, direction=direction, inverse=inverse, recent=torch.linalg.vector_norm(g, dim=1, keepdim=True)
+    )
