@@ -1,6 +1,6 @@
-"""The solvers that tests run through one after the other. A new solver is one new row."""
+"""The solvers that whole test files run through. A new solver is one new row."""
 
-from solvers import Anderson, Broyden, NewtonKrylov, Picard, Solver
+from solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver, Squarem
 
 SOLVERS: dict[str, Solver] = {
     "picard": Picard(),
@@ -12,5 +12,14 @@ SOLVERS: dict[str, Solver] = {
     "anderson 5 damped": Anderson(damping=0.7),
     "broyden": Broyden(),
     "broyden 10": Broyden(memory=10),
+    "broyden damped 5": Broyden(damping=0.7, memory=5),
+    "broyden bad": Broyden(method="bad"),
+    "broyden bad 10": Broyden(method="bad", memory=10),
+    "broyden line search": Broyden(line_search=True),
+    "squarem": Squarem(),
     "newton_krylov": NewtonKrylov(),
+    "auto": Auto(),
 }
+
+# A step of these is not one call of the map.
+CALLS_VARY = {"broyden line search", "newton_krylov", "auto"}

@@ -7,36 +7,25 @@ from typing import ClassVar
 
 import pytest
 import torch
+from solver_rows import CALLS_VARY, SOLVERS
 
-from solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver, Squarem, State
+from solvers import Broyden, Picard, Solver, Squarem, State
 from solvers.testing import SolverConformance
 
-SOLVERS = {
-    "picard": Picard(),
-    "picard damped": Picard(damping=0.7),
-    "anderson 5": Anderson(),
-    "anderson 10": Anderson(memory=10),
-    "anderson 5 qr": Anderson(least_squares="qr"),
-    "anderson 5 damped": Anderson(damping=0.7),
-    "broyden": Broyden(),
+ROWS: dict[str, Solver] = {
+    **SOLVERS,
     "broyden 5": Broyden(memory=5),
-    "broyden bad": Broyden(method="bad"),
     "broyden bad 5": Broyden(method="bad", memory=5),
-    "broyden line search": Broyden(line_search=True),
-    "broyden damped 5": Broyden(damping=0.7, memory=5),
-    "newton_krylov": NewtonKrylov(),
-    "squarem": Squarem(),
     "squarem S1": Squarem(scheme="S1"),
     "squarem S2": Squarem(scheme="S2"),
-    "auto": Auto(),
 }
 
 
 class TestOurSolvers(SolverConformance):
-    @pytest.fixture(autouse=True, params=SOLVERS)
+    @pytest.fixture(autouse=True, params=ROWS)
     def _row(self, request):
-        self.solver = SOLVERS[request.param]
-        if isinstance(self.solver, (Auto, NewtonKrylov)):
+        self.solver = ROWS[request.param]
+        if request.param in CALLS_VARY:
             self.calls_per_step = None
 
 
@@ -338,7 +327,7 @@ def test_attributes_of_the_suite():
     CallsTwiceSuite.test_step_keeps_iterate_and_image_together()
     conformance(CallsTwice(), calls_per_step=None).test_fixed_steps_are_exact()
     with pytest.raises(unittest.SkipTest, match="says differentiable = False"):
-        conformance(NewtonKrylov()).test_gradients_through_fixed_steps()
+        conformance(SOLVERS["newton_krylov"]).test_gradients_through_fixed_steps()
     with pytest.raises(AssertionError, match="names 'cosine', which is not in the bank: linear 0.5"):
         conformance(Picard(), problems=("cosine",)).test_solves_the_bank_in_float32()
     with pytest.raises(AssertionError, match="'linear 0.9'.*within max_steps=20"):

@@ -7,24 +7,12 @@ from collections.abc import Callable
 import hypothesis
 import torch
 from hypothesis import strategies as st
+from solver_rows import SOLVERS
 from torch import Tensor
 
-from solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver, Squarem, Status, solve
+from solvers import Status, solve
 
-SOLVERS: list[Solver] = [
-    Picard(),
-    Picard(damping=0.7),
-    Anderson(),
-    Anderson(memory=2, damping=0.8),
-    Anderson(memory=10),
-    Anderson(least_squares="qr"),
-    Broyden(),
-    Broyden(memory=5),
-    NewtonKrylov(),
-    Squarem(),
-    Auto(),
-]
-solvers = st.sampled_from(SOLVERS)
+solvers = st.sampled_from([*SOLVERS.values()])
 # Well above the rounding errors, which a solver may amplify.
 RTOL = {torch.float32: 1e-4, torch.float64: 1e-6}
 
