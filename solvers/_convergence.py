@@ -100,7 +100,7 @@ class ToleranceTest:
     _start_z: Tensor  # (B, D)
     _z: Tensor  # (B, D) the latest iterate and its image, and those before
     _fz: Tensor
-    _earlier: tuple[Tensor, Tensor]
+    _earlier: tuple[Tensor, Tensor] | None
 
     def __init__(self, stopping: Stopping, measure: Measure, eps: float, *, keep_history: bool) -> None:
         self._measure = measure
@@ -203,12 +203,14 @@ class ToleranceTest:
         That is how much longer f(z) changed than f(z) - z in the last step. Near the solution f(z) - z* is
         J (J - I)^-1 (f(z) - z), and the same matrix takes the change of f(z) - z to that of f(z).
         """
-        if not len(rows):
+        if not len(rows) or self._earlier is None:
             return self.error_ratio
-        z, fz, earlier_z, earlier_fz = (x.index_select(0, rows) for x in (self._z, self._fz, *self._earlier))
-        df = fz - earlier_fz
-        dg = df - (z - earlier_z)
-        return self.error_ratio.index_copy(0, rows, self._measure.norm(df) / self._measure.norm(dg))
+        earlier_z, earlier_fz = self._earlier
+        # In place, in copies of these rows: there may be no room for more when all samples end at once.
+        change = self._fz.index_select(0, rows).sub_(earlier_fz.index_select(0, rows))
+        size = self._measure.norm(change)
+        change.sub_(self._z.index_select(0, rows)).add_(earlier_z.index_select(0, rows))
+        return self.error_ratio.index_copy(0, rows, size / self._measure.norm(change))
 
     @property
     def value(self) -> Tensor:
@@ -217,6 +219,10 @@ class ToleranceTest:
             newest, self._newest = self._newest, None
             self._value = torch.where(self.done.unsqueeze(1), self._value, newest) if self.num_done else newest
         return self._value
+
+    def forget_earlier(self) -> None:
+        """Drop the iterate before the latest, which only a solution asks for: a step needs the room."""
+        self._earlier = None
 
     def held(self) -> Tensor:
         """(B, D) what the map is to be called with for samples that have stopped: always finite, if z0 was."""
@@ -233,7 +239,6 @@ class ToleranceTest:
         self._aside = {name: self._whole(name) for name in _PER_SAMPLE}
         self._rows = keep if self._rows is None else self._rows[keep]
         self._value = self.value[keep]
-        self._earlier = (self._earlier[0][keep], self._earlier[1][keep])
         for name in (*_PER_SAMPLE[1:], "done", "_best_step", "_limit", "_start_z", "_z", "_fz"):
             setattr(self, name, getattr(self, name)[keep])
         self.num_done = 0

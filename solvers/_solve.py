@@ -184,8 +184,10 @@ class Iteration:
             self._step()
 
     def _step(self) -> None:
-        if isinstance(self._progress, ToleranceTest) and self._progress.num_done > self._num_apart:
-            self._set_finished_apart(self._progress)
+        if isinstance(self._progress, ToleranceTest):
+            self._progress.forget_earlier()
+            if self._progress.num_done > self._num_apart:
+                self._set_finished_apart(self._progress)
         self.num_steps += 1
         self.state = self._solver.step(self._map, self.state)
         last = self.num_steps == self._max_steps
