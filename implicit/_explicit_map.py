@@ -19,6 +19,12 @@ def transform_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def vmap_active() -> bool:
+    """Whether torch.func.vmap is tracing."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
 class ExplicitMap:
     """``f(z, *args)`` as a function of z and a flat list of tensors.
 

@@ -72,7 +72,8 @@ def fixed_point(
 
     Args:
         f: The map, taking the state and ``args``. It must not mix samples, and must be the same in every call.
-        z0: The start, a tensor or a pytree of tensors. It gets no gradient, except under ``Unrolled``.
+        z0: The start, a tensor or a pytree of tensors. It gets no gradient, except under ``Unrolled`` and
+            ``Checkpointed``.
         *args: Further arguments of ``f``: tensors, pytrees of tensors, or anything else.
         solver: A solver such as ``Anderson(memory=5)``, or its name.
         backward: A backward mode such as ``Implicit()``, or its name.
@@ -112,7 +113,10 @@ def fixed_point(
         on_failure=on_failure,
     )
     mode.check(options.solver)
-    if not (torch.is_grad_enabled() or transform_active()):
-        mode = Unrolled()  # with no derivative to take, the plain solve
-    solution = mode.solve(f, z0, args, options)
+    if torch.is_grad_enabled() or transform_active():
+        mode = mode.chosen(options)
+        solution = mode.solve(f, z0, args, options)
+        solution.backward = mode
+    else:
+        solution = Unrolled().solve(f, z0, args, options)  # with no derivative to take, the plain solve
     return (solution.value, solution) if return_solution else solution.value

@@ -59,9 +59,12 @@ class Solver(Hyperparameters, abc.ABC):
     Attributes:
         differentiable: Whether gradients flow through the steps; the unrolled backward modes refuse a solver whose
             steps they do not flow through.
+        estimates_inverse: Whether its states have an attribute ``inverse``, an estimate of the inverse Jacobian of
+            ``f(z) - z`` with products ``mv`` and, with its transpose, ``rmv``.
     """
 
     differentiable: ClassVar[bool] = True
+    estimates_inverse: ClassVar[bool] = False
 
     @abc.abstractmethod
     def init(self, f: FlatMapping, z0: Tensor) -> State:

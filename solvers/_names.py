@@ -1,19 +1,21 @@
 """Objects by name, for command lines and configuration files."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
 
-def resolve(choice: object, options: Mapping[str, Any], base: type[Any], known: Mapping[str, type[T]], what: str) -> T:
+def resolve(
+    choice: object, options: Mapping[str, Any], base: type[Any], known: Mapping[str, Callable[..., T]], what: str
+) -> T:
     """The object of that name with these options; an object passes through.
 
     Args:
         choice: A name among ``known``, or an object of ``base``.
         options: The hyperparameters of a named object.
         base: The class of all of them, abstract as it may be.
-        known: Class by name.
+        known: Class, or what makes the object from its options, by name.
         what: What they are called in messages, in one noun: its last word is enough for an object.
 
     Raises:

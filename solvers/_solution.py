@@ -93,6 +93,7 @@ class Solution:
             last one.
         state: The solver's last state, on the flattened (B, D) problem. Not part of the comparison or the repr.
         adjoint: The Solution of the linear solve in the backward pass, filled in by backward modes that make one.
+        backward: The backward mode that the value's gradient goes by; None where no gradient is recorded.
     """
 
     value: Any
@@ -105,6 +106,7 @@ class Solution:
     error_estimate: Tensor | None = None
     state: Any = dataclasses.field(default=None, repr=False)
     adjoint: "Solution | None" = dataclasses.field(default=None, repr=False)
+    backward: Any = dataclasses.field(default=None, repr=False)
 
     @property
     def converged(self) -> Tensor:

@@ -1,5 +1,6 @@
 """The driver loop: one for every solver."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from solvers._convergence import FixedSteps, ToleranceTest
 from solvers._failure import OnFailure, report_failure
 from solvers._hyperparameters import require_positive_int
 from solvers._registry import get_solver
+from solvers._replaced_tensors import copy_with_tensors, with_tensors
 from solvers._solution import Solution
 from solvers._stopping import ATOL, RTOL, Measure, Stopping, get_stopping
 
@@ -213,6 +215,17 @@ class Iteration:
             history=unpack(outcome.history),
             state=self.state,
         )
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Iteration":
+        """A copy that goes on by itself, with ``change`` of every tensor that the steps so far have left.
+
+        Under ``lambda tensor: tensor`` it is where this iteration is, and stays there while this one takes steps.
+        """
+        other = copy.copy(self)
+        other.state = with_tensors(self.state, change)
+        other._progress = copy_with_tensors(self._progress, change)
+        other._map = copy_with_tensors(self._map, change)
+        return other
 
     def _set_finished_apart(self, progress: ToleranceTest) -> None:
         """Keep what is finished from the map: out of its call if enough is, else held at its value."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ class Broyden(Solver):
         23 (1986), for the comparison with the largest of the last values.
         Kelley, "Solving nonlinear equations with Newton's method", SIAM (2003), chapter 4.
     """
+
+    estimates_inverse: ClassVar[bool] = True
 
     method: Literal["good", "bad"] = "good"
     memory: int | None = None

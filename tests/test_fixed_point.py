@@ -297,7 +297,7 @@ def test_refusals():
     x = torch.randn(2, 3)
     with pytest.raises(TypeError, match="must be given a callable, got 3"):
         FixedPointLayer(3)
-    with pytest.raises(ValueError, match="no backward mode 'exact'. The known ones: unrolled, implicit"):
+    with pytest.raises(ValueError, match="no backward mode 'exact'. The known ones: unrolled, checkpointed, implicit"):
         FixedPointLayer(TanhMap(), backward="exact")
     with pytest.raises(TypeError, match="backward mode must be an implicit.Backward object or a name, got 3"):
         FixedPointLayer(TanhMap(), backward=3)

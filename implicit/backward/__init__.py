@@ -1,22 +1,55 @@
 """Backward modes by name, and the classes themselves."""
 
+from collections.abc import Callable
 from typing import Any
 
 from implicit.backward._base import Backward, SolveOptions
+from implicit.backward.auto import Auto
+from implicit.backward.checkpointed import Checkpointed
 from implicit.backward.implicit import Implicit
+from implicit.backward.jfb import JFB
+from implicit.backward.phantom import Phantom
+from implicit.backward.shine import SHINE
 from implicit.backward.unrolled import Unrolled
 from solvers._names import resolve
+from solvers.linear import NeumannSeries
 
-__all__ = ["Backward", "Implicit", "SolveOptions", "Unrolled", "get_backward"]
+__all__ = [
+    "Auto",
+    "Backward",
+    "Checkpointed",
+    "Implicit",
+    "JFB",
+    "Phantom",
+    "SHINE",
+    "SolveOptions",
+    "Unrolled",
+    "get_backward",
+]
 
-_BACKWARDS: dict[str, type[Backward]] = {"unrolled": Unrolled, "implicit": Implicit}
+
+def _neumann(**options: Any) -> Implicit:
+    return Implicit(linear_solver=NeumannSeries(**options))
+
+
+_BACKWARDS: dict[str, Callable[..., Backward]] = {
+    "unrolled": Unrolled,
+    "checkpointed": Checkpointed,
+    "implicit": Implicit,
+    "phantom": Phantom,
+    "jfb": JFB,
+    "neumann": _neumann,
+    "shine": SHINE,
+    "auto": Auto,
+}
 
 
 def get_backward(backward: Backward | str, **options: Any) -> Backward:
     """The backward mode of that name with these options; an object passes through.
 
     Args:
-        backward: ``"unrolled"`` or ``"implicit"``, or a backward mode.
+        backward: ``"unrolled"``, ``"checkpointed"``, ``"implicit"``, ``"phantom"``, ``"jfb"``, ``"neumann"`` (implicit,
+            with the truncated series of ``terms`` terms), ``"shine"`` or ``"auto"``; or a backward mode.
         **options: The hyperparameters of the named mode.
 
     Raises:
@@ -25,7 +58,9 @@ def get_backward(backward: Backward | str, **options: Any) -> Backward:
 
     Example:
         >>> from implicit import get_backward
-        >>> get_backward("unrolled")
-        Unrolled()
+        >>> get_backward("phantom", steps=3)
+        Phantom(steps=3, damping=1.0)
+        >>> get_backward("neumann", terms=3)
+        Implicit(linear_solver=NeumannSeries(terms=3))
     """
     return resolve(backward, options, Backward, _BACKWARDS, "backward mode")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils._pytree import TreeSpec
 
-from solvers import Solution, Solver, Stopping, solve
+from solvers import Iteration, Solution, Solver, Stopping, solve
 from solvers._failure import OnFailure
 from solvers._hyperparameters import Hyperparameters
 
@@ -25,10 +25,18 @@ class SolveOptions:
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Solution:
         """``solvers.solve`` with these options."""
+        return solve(f, z0, args=args, on_failure=self.on_failure, **self._of_iteration())
+
+    def iteration(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Iteration:
+        """The same solve, to be driven by hand."""
+        return Iteration(f, z0, args=args, **self._of_iteration())
+
+    def _of_iteration(self) -> dict[str, Any]:
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del options["on_failure"]
         if self.stopping is None:
             options.update(rtol=None, atol=None)
-        return solve(f, z0, args=args, **options)
+        return options
 
     def for_leaves(self, spec: TreeSpec, batch_dims: int) -> "SolveOptions":
         """The same for the list of the leaves of a state of this structure, with so many batch dimensions."""
@@ -41,6 +49,10 @@ class Backward(Hyperparameters, abc.ABC):
 
     def check(self, solver: Solver) -> None:
         """Raise a ValueError that names both if this mode cannot go with a solver."""
+
+    def chosen(self, options: SolveOptions) -> "Backward":
+        """The mode that makes the gradient of such a solve: this one, but for a mode that chooses among others."""
+        return self
 
     @abc.abstractmethod
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:

@@ -31,6 +31,9 @@ class Implicit(Backward):
     Every order of derivative, ``torch.func`` transforms and forward mode are supported; under a transform, tensors
     that ``f`` depends on must be its arguments, or parameters of ``f`` where it is a module.
 
+    ``Implicit(linear_solver=NeumannSeries(terms=k))``, or "neumann" by name, is the truncated series u = sum_{i < k}
+    J'^i w: cheaper and biased, by J'^k u, which is small where the map contracts fast. It needs k - 1 products.
+
     Args:
         linear_solver: The solver of the linear system, with its own tolerances.
 
@@ -47,7 +50,14 @@ class Implicit(Backward):
                 f"{self.linear_solver!r}."
             )
 
-    def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+    def solve(
+        self,
+        f: Callable[..., Any],
+        z0: Any,
+        args: tuple[Any, ...],
+        options: SolveOptions,
+        problem_type: type[Problem] = Problem,
+    ) -> Solution:
         start, spec = tree_flatten(z0)
         explicit = ExplicitMap(f, z0, args)
         found: list[Solution] = []
@@ -74,7 +84,7 @@ class Implicit(Backward):
             explicit.refuse_captured(start)
         else:
             first.output, captured = explicit.first_call(start)
-        problem = Problem(
+        problem = problem_type(
             map=explicit,
             solve=forward,
             batch_dims=options.batch_dims,

@@ -1,0 +1,101 @@
+"""Differentiation through the solver's steps, most of them forgotten and repeated."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from implicit._explicit_map import transform_active
+from implicit._parametrized import modules_used_by, parametrized_slots, substituted
+from implicit.backward._base import Backward, SolveOptions
+from implicit.backward.unrolled import Unrolled
+from solvers import Iteration, Solution, Solver
+from solvers._failure import report_failure
+from solvers._hyperparameters import require_positive_int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpointed(Backward):
+    """The gradient of :class:`implicit.Unrolled`, bit for bit, in memory that grows as the root of the steps.
+
+    The steps are taken in segments, of which only the solver's state at the beginning is kept; the backward pass
+    repeats one segment after the other. With s segments of n steps, memory is s states of the solver and what n / s
+    steps save, O(sqrt n) for s near sqrt n. Costs one call of ``f`` a step more than unrolling, and as many
+    vector-Jacobian products. No bias: what is returned is differentiated, converged or not. The start gets a gradient.
+
+    Use it for the exact gradient of many steps. Where the solve converges, :class:`implicit.Implicit` takes less time
+    and memory. A state of Anderson or Broyden is as large as its memory: then fewer segments are better.
+
+    Gradients of gradients are supported; ``torch.func`` transforms and forward mode are not, because PyTorch's
+    checkpoints are not.
+
+    Args:
+        segments: Into how many segments ``max_steps`` is divided; None is about the root of ``max_steps``. A solve
+            that converges early uses the first of them.
+
+    References:
+        Griewank, "Achieving logarithmic growth of temporal and spatial complexity in reverse automatic
+        differentiation", Optim. Methods Softw. 1 (1992).
+        Chen, Xu, Zhang and Guestrin, "Training deep nets with sublinear memory cost", arXiv:1604.06174 (2016).
+    """
+
+    segments: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive_int(self, "segments", self.segments, optional=True)
+
+    def check(self, solver: Solver) -> None:
+        if not solver.differentiable:
+            raise ValueError(
+                f"{self!r} needs gradients through the steps of the solver, and none flow through those of {solver!r}. "
+                "Use the implicit backward mode, or Picard, Anderson or Broyden."
+            )
+
+    def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        if transform_active():
+            raise RuntimeError(
+                f"{self!r} works by torch.utils.checkpoint, which torch.func transforms and forward mode do not "
+                f"support. Use {Unrolled()!r}, which has the same gradients, or the implicit backward mode."
+            )
+        slots = parametrized_slots(modules_used_by(f))
+        weights = [getattr(module, name) for module, name in slots]
+
+        def constant_map(z: Any, *args: Any) -> Any:
+            with substituted(slots, weights):  # also when a segment is repeated
+                return f(z, *args)
+
+        iteration = options.iteration(constant_map, z0, args)
+        segments = self.segments or math.isqrt(options.max_steps)
+        while not iteration.done:
+            iteration = _advanced(iteration, math.ceil(options.max_steps / segments))
+        solution = iteration.solution()
+        if iteration.tested:
+            report_failure(solution, options.on_failure)
+        return solution
+
+
+def _advanced(iteration: Iteration, steps: int) -> Iteration:
+    """The iteration after at most so many steps, which the backward pass repeats."""
+    # The tensors are handed to the checkpoint, and nothing else holds them: so hooks on saved tensors see them.
+    tensors: list[Tensor] = []
+    empty = torch.empty(0)
+
+    def take_out(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return empty
+
+    rest = iteration.with_tensors(take_out)
+
+    def segment(*tensors: Tensor) -> Iteration:
+        supply = iter(tensors)
+        part = rest.with_tensors(lambda _: next(supply))
+        for _ in range(steps):
+            part.step()
+        return part
+
+    result: Iteration = checkpoint(segment, *tensors, use_reentrant=False)
+    return result

@@ -1,0 +1,77 @@
+"""Differentiation through a few steps from the solution."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from implicit._explicit_map import ExplicitMap, transform_active
+from implicit.backward._base import Backward, SolveOptions
+from implicit.backward.implicit import Implicit
+from solvers import Solution
+from solvers._hyperparameters import require_damping, require_positive_int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phantom(Backward):
+    """Differentiate a few damped steps that are taken from the solution, which itself counts as a constant.
+
+    After the solve, ``steps`` times,
+
+        z <- z + damping * (f(z) - z),
+
+    and the last z is returned: where the map contracts, closer to the fixed point than the solver's. With J = df/dz,
+    taken as constant over these steps, and w the incoming gradient,
+
+        u = damping * sum_{k < steps} (damping J' + (1 - damping) I)^k w,    gradient to each t = (df/dt)' u.
+
+    This is the sum that converges to :class:`implicit.Implicit`'s u, cut off; the bias is the rest, (damping J' +
+    (1 - damping) I)^steps u: small where the map contracts, and a direction of descent under conditions given in the
+    paper. Costs ``steps`` calls of ``f`` with gradients and as many vector-Jacobian products, always, and the memory of
+    ``steps`` calls, whatever the number of the solver's. The start gets no gradient.
+
+    Use it to train where exactness matters less than a small, certain cost per step.
+
+    Every order of derivative is that of these steps with their start held constant, and tends to the exact one with
+    more of them. ``torch.func`` transforms and forward mode are supported; under a transform, tensors that ``f``
+    depends on must be its arguments, or parameters of ``f`` where it is a module.
+
+    Args:
+        steps: How many steps to differentiate.
+        damping: Their length in (0, 1]. Less than 1 tames Jacobian eigenvalues near or below -1, and makes more steps
+            necessary.
+
+    References:
+        Geng, Zhang, Bai, Wang and Lin, "On training implicit models", NeurIPS (2021), section 3.
+    """
+
+    steps: int = 5
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive_int(self, "steps", self.steps)
+        require_damping(self, self.damping)
+
+    def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        explicit = ExplicitMap(f, z0, args)
+        solution = _constant_solution(explicit, z0, options)
+        z, spec = tree_flatten(solution.value)
+        for _ in range(self.steps):
+            fz = explicit(z, explicit.tensors)
+            z = fz if self.damping == 1.0 else [a.lerp(b, self.damping) for a, b in zip(z, fz, strict=True)]
+        return dataclasses.replace(solution, value=tree_unflatten(z, spec))
+
+
+def _constant_solution(explicit: ExplicitMap, z0: Any, options: SolveOptions) -> Solution:
+    """The solution, with no derivative of any kind."""
+    start, spec = tree_flatten(z0)
+    tensors = [tensor.detach() for tensor in explicit.tensors]
+    options = options.for_leaves(spec, options.batch_dims)
+    with torch.no_grad():
+        if transform_active():  # the solver must not see what the transform has wrapped
+            solution = Implicit().solve(explicit, [leaf.detach() for leaf in start], (tensors,), options)
+        else:
+            solution = options.solve(explicit, start, (tensors,))
+    return dataclasses.replace(solution, value=tree_unflatten(solution.value, spec))
