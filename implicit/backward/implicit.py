@@ -12,7 +12,7 @@ from implicit._explicit_map import ExplicitMap, transform_active
 from implicit._fixed_point_function import Leaves, Map, Problem, fixed_point_of
 from implicit.backward._base import Backward, SolveOptions
 from solvers import Solution
-from solvers.linear import GMRES, LinearSolver
+from solvers.linear import LinearSolver, Richardson
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class Implicit(Backward):
         u = J' u + w,    gradient to each input or parameter t = (df/dt)' u.
 
     The linear system is solved with products J' u alone; nothing of the forward iteration is kept, so memory does not
-    depend on the number of steps. Costs two calls of ``f`` with gradients and one vector-Jacobian product a step of
-    the linear solver. Exact as far as the forward solve has converged and the linear one is solved: the error of the
-    gradient is of the order of both residuals. The start gets no gradient.
+    depend on the number of steps. Costs one call of ``f`` with gradients, one vector-Jacobian product a step of the
+    linear solver, and one more for the last line. Exact as far as the forward solve has converged and the linear one is
+    solved: the error of the gradient is of the order of both residuals. The start gets no gradient.
 
     Every order of derivative, ``torch.func`` transforms and forward mode are supported; under a transform, tensors
     that ``f`` depends on must be its arguments, or parameters of ``f`` where it is a module.
@@ -41,7 +41,7 @@ class Implicit(Backward):
         Bai, Kolter and Koltun, "Deep equilibrium models", NeurIPS (2019), theorem 1.
     """
 
-    linear_solver: LinearSolver = GMRES()
+    linear_solver: LinearSolver = Richardson()
 
     def __post_init__(self) -> None:
         if not isinstance(self.linear_solver, LinearSolver):

@@ -35,7 +35,7 @@ class SHINE(Backward):
 
     The bias is (I - J')^-1 times the residual. H is good in the directions of the solver's steps; for a w that has
     little to do with them u is near w, as in :class:`implicit.JFB`, and after a slowly converging solve it may be much
-    worse. Costs two calls of ``f`` with gradients, one product and those of the fallback; memory: the pairs of vectors
+    worse. Costs one call of ``f`` with gradients, one product and those of the fallback; memory: the pairs of vectors
     in H, two a step of the solver up to its ``memory``. Use it where the solver is Broyden's, few steps are taken,
     and one product more than JFB is worth knowing the residual. The start gets no gradient.
 
@@ -124,18 +124,20 @@ class _FirstOrderProblem(Problem):
     """A problem of which only the adjoint can be solved, once."""
 
     def adjoint(self, num_leaves: int) -> Problem:
-        adjoint = super().adjoint(num_leaves)
-        return _AdjointProblem(**{field.name: getattr(adjoint, field.name) for field in dataclasses.fields(adjoint)})
+        return dataclasses.replace(super().adjoint(num_leaves), adjoint_solver=_NoEstimate())
 
     def tangent(self, num_leaves: int) -> NoReturn:
-        raise RuntimeError(_REFUSAL.format("forward mode"))
+        raise RuntimeError(_REFUSAL.format("a forward-mode derivative"))
 
     def batched(self, *_: Any) -> NoReturn:
         raise RuntimeError(_REFUSAL.format("torch.func.vmap"))
 
 
-class _AdjointProblem(_FirstOrderProblem):
-    def adjoint(self, num_leaves: int) -> NoReturn:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _NoEstimate(LinearSolver):
+    """Solves the adjoint of the adjoint problem, which would take H itself."""
+
+    def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> NoReturn:
         raise RuntimeError(_REFUSAL.format("a second derivative"))
 
 

@@ -5,5 +5,6 @@ from solvers.linear._linear_solve import linear_solve
 from solvers.linear.bicgstab import BiCGStab
 from solvers.linear.gmres import GMRES
 from solvers.linear.neumann import NeumannSeries
+from solvers.linear.richardson import Richardson
 
-__all__ = ["BiCGStab", "GMRES", "LinearResult", "LinearSolver", "NeumannSeries", "linear_solve"]
+__all__ = ["BiCGStab", "GMRES", "LinearResult", "LinearSolver", "NeumannSeries", "Richardson", "linear_solve"]

@@ -1,0 +1,96 @@
+"""Richardson iteration, with another method for the systems on which it is slow."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from solvers._hyperparameters import require_positive_int
+from solvers._norms import relative, rms_norm
+from solvers._solution import Status
+from solvers.linear._base import FlatMatvec, LinearResult, LinearSolver
+from solvers.linear.gmres import GMRES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Richardson(LinearSolver):
+    """``x <- x + r, r <- r - A r`` from x = 0, r = b, as long as each step shrinks the residual r fast.
+
+    With A = I - J', as in the implicit backward pass, r runs through the terms of the Neumann series of a contraction.
+    A step is one product with A and three passes over vectors, and its residual is at hand without another product, so
+    where the map contracts fast nothing is cheaper. A system whose residual shrinks by less than ``max_rate`` in some
+    step goes over to ``otherwise``, from where it is. What is returned is one step ahead of the reported residual.
+
+    Args:
+        max_steps: Most steps in all, before ``otherwise``.
+        rtol: A sample is done when ``norm(b - A x) <= atol + rtol * norm(b)`` in the root mean square norm; also under
+            ``otherwise``, whatever its own tolerances.
+        atol: Absolute tolerance.
+        max_rate: A step is fast when the residual's norm after it is at most this many times that before. Near 0.5 a
+            Krylov method begins to save enough products to pay for its own work.
+        otherwise: The linear solver for the slow systems.
+
+    References:
+        Saad, "Iterative methods for sparse linear systems", SIAM (2003), section 4.2.1.
+    """
+
+    max_steps: int = 100
+    rtol: float = 1e-5
+    atol: float = 0.0
+    max_rate: float = 0.5
+    otherwise: LinearSolver = GMRES()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        require_positive_int(self, "max_steps", self.max_steps)
+        if not (self.rtol >= 0 and self.atol >= 0):
+            raise ValueError(f"Richardson tolerances must be >= 0, got rtol={self.rtol!r}, atol={self.atol!r}.")
+        if not 0 <= self.max_rate < 1:
+            raise ValueError(f"Richardson(max_rate=...) must be in [0, 1), got {self.max_rate!r}.")
+        if not isinstance(self.otherwise, LinearSolver):
+            raise TypeError(f"Richardson(otherwise=...) must be a linear solver, got {self.otherwise!r}.")
+
+    def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
+        norm_b = rms_norm(b)  # (B,), as everything here but x and r
+        if tolerance is None:
+            tolerance = self.atol + self.rtol * norm_b
+        x, r, error = torch.zeros_like(b), b, norm_b
+        running = error > tolerance
+        slow = ~error.isfinite()
+        num_steps = torch.zeros_like(error, dtype=torch.int64)
+        history: list[Tensor] = []
+        while len(history) < self.max_steps and bool((running & ~slow).any()):
+            running = running & ~slow
+            next_r = r - matvec(r)
+            next_error = rms_norm(next_r)
+            # A nan compares false: that step is not taken, and it is not fast.
+            slow = slow | (running & ~(next_error <= self.max_rate * error))
+            taken = running & (next_error < error)
+            x = torch.where(taken.unsqueeze(1), x + r, x)
+            r = torch.where(taken.unsqueeze(1), next_r, r)
+            error = torch.where(taken, next_error, error)
+            num_steps = num_steps + running
+            running = running & (error > tolerance)
+            history.append(relative(error, norm_b))
+        slow = slow & ~(error <= tolerance)
+        # One step ahead where that was fast: it needs no product.
+        result = LinearResult(
+            x=torch.where(slow.unsqueeze(1), x, x + r),
+            status=torch.where(error <= tolerance, Status.CONVERGED, Status.MAX_STEPS).to(torch.int8),
+            residual=relative(error, norm_b),
+            num_steps=num_steps,
+            history=torch.stack(history) if history else norm_b.new_zeros(0, norm_b.shape[0]),
+        )
+        return self._finished(matvec, result, slow, r, tolerance) if bool(slow.any()) else result
+
+    def _finished(
+        self, matvec: FlatMatvec, result: LinearResult, slow: Tensor, r: Tensor, tolerance: Tensor
+    ) -> LinearResult:
+        """``result`` with the systems that are ``slow`` (B,), whose residuals are ``r`` (B, D), solved further."""
+        found = self.otherwise.run(matvec, torch.where(slow.unsqueeze(1), r, 0.0), tolerance)
+        return LinearResult(
+            x=torch.where(slow.unsqueeze(1), result.x + found.x, result.x),
+            status=torch.where(slow, found.status, result.status),
+            residual=torch.where(slow, found.residual * result.residual, result.residual),
+            num_steps=result.num_steps + torch.where(slow, found.num_steps, 0),
+            history=torch.cat((result.history, torch.where(slow, found.history * result.residual, result.residual))),
+        )
