@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from implicit._lent_parameters import in_place, tensors_of
 from implicit._parametrized import modules_used_by, parametrized_slots, substituted
 from solvers._autocast import AutocastMode
 from solvers._batching import check_structure
@@ -17,12 +18,6 @@ from solvers._batching import check_structure
 def transform_active() -> bool:
     """Whether a torch.func transform or forward-mode AD is tracing: tensors may be wrapped, modules swapped."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def vmap_active() -> bool:
-    """Whether torch.func.vmap is tracing."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
 class ExplicitMap:
@@ -43,10 +38,12 @@ class ExplicitMap:
         self._state_spec = tree_flatten(z0)[1]
         self._arguments, self._argument_spec = tree_flatten(args)
         self._tensor_positions = [i for i, leaf in enumerate(self._arguments) if isinstance(leaf, Tensor)]
-        self._slots = parametrized_slots(modules_used_by(f))
+        modules = modules_used_by(f)
+        self._slots = parametrized_slots(modules)
         self._names: list[str] = []
         tensors = [self._arguments[i] for i in self._tensor_positions]
         tensors += [getattr(module, name) for module, name in self._slots]
+        self._lent = [] if transform_active() else tensors_of(modules)
         if transform_active() and isinstance(f, nn.Module):
             named = {**dict(f.named_parameters()), **dict(f.named_buffers())}
             self._names = list(named)
@@ -61,7 +58,7 @@ class ExplicitMap:
         for position, tensor in zip(self._tensor_positions, tensors[:n], strict=True):
             arguments[position] = tensor
         inputs = (tree_unflatten(list(z), self._state_spec), *tree_unflatten(arguments, self._argument_spec))
-        with substituted(self._slots, tensors[n : n + m]), self._autocast.in_force():
+        with substituted(self._slots, tensors[n : n + m]), in_place(self._lent), self._autocast.in_force():
             if self._names:
                 named = dict(zip(self._names, tensors[n + m :], strict=True))
                 output = functional_call(self._f, named, inputs)  # type: ignore[arg-type]

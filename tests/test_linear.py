@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from solvers import ConvergenceError, ConvergenceWarning, Status
-from solvers.linear import GMRES, BiCGStab, NeumannSeries, linear_solve
+from solvers.linear import GMRES, BiCGStab, NeumannSeries, Richardson, linear_solve
 
 
 def systems(dtype, batch=8, size=24):
@@ -208,3 +208,50 @@ def test_refusals_of_bicgstab_and_neumann():
         NeumannSeries(terms=0)
     with pytest.raises(ValueError, match="BiCGStab tolerances must be >= 0, got rtol=-1"):
         BiCGStab(rtol=-1)
+
+
+def test_richardson_sums_the_series_where_it_is_fast():
+    """The residual is that before the last term, every system stops by itself, and no product is wasted."""
+    j = torch.tensor([0.01, 0.1, 0.4], dtype=torch.float64).view(3, 1, 1) * torch.eye(5)
+    b = torch.ones(3, 5, dtype=torch.float64)
+    solution = linear_solve(product(torch.eye(5) - j), b, Richardson(rtol=1e-7), on_failure="raise", history=True)
+    assert solution.num_steps.tolist() == [4, 7, 18]
+    assert solution.num_evals == 18
+    assert solution.history.shape == (18, 3)
+    for i, rate in enumerate((0.01, 0.1, 0.4)):
+        n = int(solution.num_steps[i])
+        assert solution.residual[i].item() == pytest.approx(rate**n, rel=1e-6)
+        assert torch.allclose(solution.value[i], b[i] * sum(rate**k for k in range(n + 1)), rtol=1e-14)
+
+
+def test_richardson_hands_on_what_is_slow():
+    """Slow and expanding systems get the precision asked for, and the fast ones in the batch their own answer."""
+    a, b = systems(torch.float64)
+    fast, slow = 0.9 * torch.eye(24).expand(1, 24, 24), torch.stack((3.5 * torch.eye(24), -2 * torch.eye(24)))
+    a, b = torch.cat((a, fast, slow)), torch.cat((b, b[:3]))
+    solver = Richardson(rtol=1e-12, otherwise=GMRES(rtol=1.0))
+    solution = linear_solve(product(a), b, solver, on_failure="raise")
+    true_residual = (b - product(a)(solution.value)).norm(dim=1) / b.norm(dim=1)
+    assert true_residual.max() < 1e-12
+    for i in (0, 7, 8, 9):
+        alone = linear_solve(product(a[i : i + 1]), b[i : i + 1], solver)
+        assert torch.allclose(alone.value[0], solution.value[i], rtol=1e-10)
+        assert alone.num_steps[0] == solution.num_steps[i]
+
+
+def test_richardson_statuses():
+    d = torch.tensor([[1.0, 1.0], [0.0, 1.0], [torch.nan, 1.0], [0.6, 0.9]])
+    b = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    solution = linear_solve(lambda x: d * x, b, Richardson(), on_failure="ignore")
+    assert [Status(int(s)).name for s in solution.status] == ["CONVERGED", "BREAKDOWN", "NONFINITE", "CONVERGED"]
+    assert solution.value[0].eq(0).all()
+    assert solution.value[2].isnan().all()
+    few = linear_solve(lambda x: d[3:] * x, b[3:], Richardson(max_steps=2), on_failure="ignore")
+    assert few.status.item() == Status.MAX_STEPS
+    assert few.residual.item() == pytest.approx((0.4**4 / 2 + 0.1**4 / 2) ** 0.5)
+    with pytest.raises(ValueError, match="tolerances must be >= 0"):
+        Richardson(rtol=-1)
+    with pytest.raises(ValueError, match=r"max_rate=...\) must be in \[0, 1\), got 1"):
+        Richardson(max_rate=1)
+    with pytest.raises(TypeError, match="must be a linear solver, got 'gmres'"):
+        Richardson(otherwise="gmres")

@@ -57,3 +57,12 @@ class Backward(Hyperparameters, abc.ABC):
     @abc.abstractmethod
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
         """Solve ``z = f(z, *args)``; ``solution.value`` carries the gradient."""
+
+
+def require_differentiable(mode: Backward, solver: Solver) -> None:
+    """Raise a ValueError, for a mode that differentiates the solver's steps, if no gradients flow through them."""
+    if not solver.differentiable:
+        raise ValueError(
+            f"{mode!r} needs gradients through the steps of the solver, and none flow through those of {solver!r}. "
+            "Use the implicit backward mode, or Picard, Anderson or Broyden."
+        )

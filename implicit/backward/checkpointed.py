@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from implicit._explicit_map import transform_active
+from implicit._lent_parameters import in_place, tensors_of
 from implicit._parametrized import modules_used_by, parametrized_slots, substituted
-from implicit.backward._base import Backward, SolveOptions
+from implicit.backward._base import Backward, SolveOptions, require_differentiable
 from implicit.backward.unrolled import Unrolled
 from solvers import Iteration, Solution, Solver
 from solvers._failure import report_failure
@@ -49,11 +50,7 @@ class Checkpointed(Backward):
         require_positive_int(self, "segments", self.segments, optional=True)
 
     def check(self, solver: Solver) -> None:
-        if not solver.differentiable:
-            raise ValueError(
-                f"{self!r} needs gradients through the steps of the solver, and none flow through those of {solver!r}. "
-                "Use the implicit backward mode, or Picard, Anderson or Broyden."
-            )
+        require_differentiable(self, solver)
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
         if transform_active():
@@ -61,11 +58,12 @@ class Checkpointed(Backward):
                 f"{self!r} works by torch.utils.checkpoint, which torch.func transforms and forward mode do not "
                 f"support. Use {Unrolled()!r}, which has the same gradients, or the implicit backward mode."
             )
-        slots = parametrized_slots(modules_used_by(f))
+        modules = modules_used_by(f)
+        slots, tensors = parametrized_slots(modules), tensors_of(modules)
         weights = [getattr(module, name) for module, name in slots]
 
         def constant_map(z: Any, *args: Any) -> Any:
-            with substituted(slots, weights):  # also when a segment is repeated
+            with substituted(slots, weights), in_place(tensors):  # also when a segment is repeated
                 return f(z, *args)
 
         iteration = options.iteration(constant_map, z0, args)

@@ -69,9 +69,9 @@ def _constant_solution(explicit: ExplicitMap, z0: Any, options: SolveOptions) ->
     start, spec = tree_flatten(z0)
     tensors = [tensor.detach() for tensor in explicit.tensors]
     options = options.for_leaves(spec, options.batch_dims)
-    with torch.no_grad():
-        if transform_active():  # the solver must not see what the transform has wrapped
-            solution = Implicit().solve(explicit, [leaf.detach() for leaf in start], (tensors,), options)
-        else:
+    if transform_active():  # the solver must not see what the transform has wrapped
+        solution = Implicit().solve(explicit, [leaf.detach() for leaf in start], (tensors,), options)
+    else:
+        with torch.no_grad():
             solution = options.solve(explicit, start, (tensors,))
     return dataclasses.replace(solution, value=tree_unflatten(solution.value, spec))

@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from implicit._explicit_map import vmap_active
 from implicit._parametrized import modules_used_by, parametrized_slots, substituted
-from implicit.backward._base import Backward, SolveOptions
+from implicit.backward._base import Backward, SolveOptions, require_differentiable
 from solvers import Solution, Solver
 
 
@@ -24,18 +23,17 @@ class Unrolled(Backward):
     """
 
     def check(self, solver: Solver) -> None:
-        if not solver.differentiable:
-            raise ValueError(
-                f"{self!r} needs gradients through the steps of the solver, and none flow through those of {solver!r}. "
-                "Use the implicit backward mode, or Picard, Anderson or Broyden."
-            )
+        require_differentiable(self, solver)
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
-        if options.stopping is not None and vmap_active():
-            raise RuntimeError(
-                f"{self!r} cannot test for convergence under torch.func.vmap. Take a fixed number of steps, "
-                "rtol=None, atol=None; or use the implicit backward mode."
-            )
         slots = parametrized_slots(modules_used_by(f))
         with substituted(slots, [getattr(module, name) for module, name in slots]):
-            return options.solve(f, z0, args)
+            try:
+                return options.solve(f, z0, args)
+            except RuntimeError as error:
+                if options.stopping is None or "data-dependent control flow" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"{self!r} cannot test for convergence under torch.func.vmap. Take a fixed number of steps, "
+                    "rtol=None, atol=None; or use the implicit backward mode."
+                ) from error

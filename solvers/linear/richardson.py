@@ -54,22 +54,28 @@ class Richardson(LinearSolver):
         if tolerance is None:
             tolerance = self.atol + self.rtol * norm_b
         x, r, error = torch.zeros_like(b), b, norm_b
-        running = error > tolerance
         slow = ~error.isfinite()
+        running = (error > tolerance) & ~slow
         num_steps = torch.zeros_like(error, dtype=torch.int64)
         history: list[Tensor] = []
-        while len(history) < self.max_steps and bool((running & ~slow).any()):
-            running = running & ~slow
+        all_running = bool(running.all())
+        while len(history) < self.max_steps and (all_running or bool(running.any())):
             next_r = r - matvec(r)
             next_error = rms_norm(next_r)
-            # A nan compares false: that step is not taken, and it is not fast.
-            slow = slow | (running & ~(next_error <= self.max_rate * error))
-            taken = running & (next_error < error)
-            x = torch.where(taken.unsqueeze(1), x + r, x)
-            r = torch.where(taken.unsqueeze(1), next_r, r)
-            error = torch.where(taken, next_error, error)
+            # A nan compares false: that step is not fast, and not taken.
+            fast = next_error <= self.max_rate * error
+            goes_on = fast & (next_error > tolerance)
             num_steps = num_steps + running
-            running = running & (error > tolerance)
+            all_running = all_running and bool(goes_on.all())
+            if all_running:
+                x, r, error = x + r, next_r, next_error
+            else:
+                taken = running & (next_error < error)
+                x = torch.where(taken.unsqueeze(1), x + r, x)
+                r = torch.where(taken.unsqueeze(1), next_r, r)
+                error = torch.where(taken, next_error, error)
+                slow = slow | (running & ~fast)
+                running = running & goes_on
             history.append(relative(error, norm_b))
         slow = slow & ~(error <= tolerance)
         # One step ahead where that was fast: it needs no product.
