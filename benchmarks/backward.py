@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 if not __package__:
     # Started by its path, it would be imported in the place of the package of the same name.
@@ -59,7 +60,7 @@ MODES = {
 class Problem:
     """A map with its arguments explicit, and the gradient that comes in."""
 
-    f: Callable[..., Tensor]
+    f: Callable[..., Any]
     z0: Tensor
     args: tuple[Tensor, ...]
     w: Tensor
@@ -71,20 +72,28 @@ class Problem:
 
 def problems() -> dict[str, Problem]:
     """Problems of the bank, in float64; what their maps close over is passed as arguments."""
+    closures = {
+        name: inspect.getclosurevars(BANK[name](torch.float64).f).nonlocals
+        for name in ("imlp", "conv", "tanh", "linear 0.9")
+    }
+    maps = {
+        "imlp": (lambda z, y, w1, w2: y + F.linear(F.gelu(F.linear(F.gelu(z), w1)), w2), "y w1 w2"),
+        "conv": (closures["conv"]["block"], "x w1 w2"),
+        "tanh": (lambda z, x, w: torch.tanh(torch.addmm(x, z, w.T)), "x w"),
+        "linear 0.9": (lambda z, b, a: torch.addmm(b, z, a.T), "b a"),
+    }
     found = {}
-    for name, tensors in (("imlp", "y w1 w2"), ("conv", "x w1 w2"), ("tanh", "x w")):
+    for name, (f, tensors) in maps.items():
         bank = BANK[name](torch.float64)
-        closure = inspect.getclosurevars(bank.f).nonlocals
-        maps = {
-            "imlp": lambda z, y, w1, w2: y + F.linear(F.gelu(F.linear(F.gelu(z), w1)), w2),
-            "conv": closure.get("block"),
-            "tanh": lambda z, x, w: torch.tanh(torch.addmm(x, z, w.T)),
-        }
         w = torch.randn(bank.z0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        # A gradient that has to do with the solution, as that of a loss does.
-        args = tuple(closure[tensor] for tensor in tensors.split())
-        found[name] = Problem(maps[name], bank.z0, args, w + bank.solution)
+        args = tuple(closures[name][tensor] for tensor in tensors.split())
+        # An incoming gradient that has something to do with the solution, as that of a loss has.
+        found[name] = Problem(f, bank.z0, args, w + bank.solution)
     return found
+
+
+# Takes the map and the problem, and gives the fixed point and whatever else is known of it.
+Forward = Callable[[Callable[..., Any], Problem], tuple[Tensor, Any]]
 
 
 class Counter:
@@ -94,7 +103,7 @@ class Counter:
         self._f = f
         self.calls = self.vjps = 0
 
-    def __call__(self, z: Tensor, *args: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, *args: Tensor) -> Any:
         self.calls += 1
         return _Counted.apply(self, self._f(z, *args))
 
@@ -130,7 +139,7 @@ class SavedBytes:
         return sum(size for address, size in self._sizes.items() if address not in self._apart)
 
 
-def saved_bytes(forward: Callable[..., tuple[Tensor, object]], problem: Problem) -> int:
+def saved_bytes(forward: Forward, problem: Problem) -> int:
     """What one forward pass saves for its backward pass."""
     saved = SavedBytes([problem.z0, *problem.args])
     with saved.hooks:
@@ -172,11 +181,11 @@ def exact_gradient(problem: Problem) -> Tensor:
     return flat(gradient(z, problem))
 
 
-def relative_error(forward, problem: Problem, exact: Tensor) -> float:
+def relative_error(forward: Forward, problem: Problem, exact: Tensor) -> float:
     return float((flat(gradient(forward(problem.f, problem)[0], problem)) - exact).norm() / exact.norm())
 
 
-def medians_ms(forwards: Sequence[Callable], problem: Problem, repeats: int) -> list[tuple[float, float]]:
+def medians_ms(forwards: Sequence[Forward], problem: Problem, repeats: int) -> list[tuple[float, float]]:
     """Median times of the forward and the backward pass in milliseconds, in turns after a first run of each."""
     times: list[list[tuple[float, float]]] = [[] for _ in forwards]
     for repeat in range(repeats + 1):
@@ -190,7 +199,7 @@ def medians_ms(forwards: Sequence[Callable], problem: Problem, repeats: int) -> 
     return [(statistics.median(a for a, _ in series), statistics.median(b for _, b in series)) for series in times]
 
 
-def loosest(forward: Callable[[float], Callable], problem: Problem, exact: Tensor) -> tuple[str, Callable]:
+def loosest(forward: Callable[[float], Forward], problem: Problem, exact: Tensor) -> tuple[str, Forward]:
     """The forward pass with the loosest adjoint tolerance that does not show in the gradient's error, and its name."""
     enough = 1.1 * relative_error(
         functools.partial(ours, mode=Implicit(linear_solver=GMRES(rtol=1e-6))), problem, exact
@@ -202,7 +211,7 @@ def loosest(forward: Callable[[float], Callable], problem: Problem, exact: Tenso
     return f"1e-{digits}", run
 
 
-def exact_modes(problem: Problem, exact: Tensor) -> dict[str, Callable]:
+def exact_modes(problem: Problem, exact: Tensor) -> dict[str, Forward]:
     """Gradients by the implicit function theorem at one accuracy, ours first, and torchdeq's where it is installed."""
 
     def own(rtol):
@@ -221,7 +230,7 @@ def exact_modes(problem: Problem, exact: Tensor) -> dict[str, Callable]:
     return found
 
 
-def phantom_modes() -> dict[str, Callable]:
+def phantom_modes() -> dict[str, Forward]:
     """Torchdeq's phantom gradients, where it is installed."""
     if not importlib.util.find_spec("torchdeq"):
         return {}

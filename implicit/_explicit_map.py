@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from implicit._lent_parameters import in_place, tensors_of
+from implicit._lent_parameters import in_place, parameters_of
 from implicit._parametrized import modules_used_by, parametrized_slots, substituted
 from solvers._autocast import AutocastMode
 from solvers._batching import check_structure
@@ -43,7 +43,7 @@ class ExplicitMap:
         self._names: list[str] = []
         tensors = [self._arguments[i] for i in self._tensor_positions]
         tensors += [getattr(module, name) for module, name in self._slots]
-        self._lent = [] if transform_active() else tensors_of(modules)
+        self._lent = [] if transform_active() else parameters_of(modules)
         if transform_active() and isinstance(f, nn.Module):
             named = {**dict(f.named_parameters()), **dict(f.named_buffers())}
             self._names = list(named)

@@ -7,33 +7,31 @@ again comes later, and must find the same ones.
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn import Parameter
 
-# A module's own parameters or buffers, a name in them, and the tensor of that name.
-Entry = tuple[dict[str, Tensor | None], str, Tensor | None]
+# A module's own parameters, a name among them, and the parameter of that name, or what was lent in its place.
+Entry = tuple[dict[str, Parameter | None], str, Parameter | None]
 
 
-def tensors_of(modules: Sequence[nn.Module]) -> list[Entry]:
-    """Every parameter and buffer of these modules and their children, as they are now."""
+def parameters_of(modules: Sequence[nn.Module]) -> list[Entry]:
+    """Every parameter of these modules and their children, as it is now. Buffers are left alone: f may replace them."""
     return [
-        (owner, name, tensor)
+        (module._parameters, name, parameter)
         for root in modules
         for module in root.modules()
-        for owner in (module._parameters, module._buffers)
-        for name, tensor in owner.items()
+        for name, parameter in module._parameters.items()
     ]
 
 
 @contextlib.contextmanager
 def in_place(entries: Sequence[Entry]) -> Iterator[None]:
-    """Inside, the modules have these tensors; nothing is done where they have them anyway."""
-    others = [
-        (owner, name, owner.get(name), tensor) for owner, name, tensor in entries if owner.get(name) is not tensor
-    ]
-    for owner, name, _, tensor in others:
-        owner[name] = tensor
+    """Inside, the modules have these parameters; nothing is done where they have them anyway."""
+    others = [(owner, name, owner.get(name), then) for owner, name, then in entries if owner.get(name) is not then]
+    for owner, name, _, then in others:
+        owner[name] = then
     try:
         yield
     finally:
-        for owner, name, before, _ in others:
-            owner[name] = before
+        for owner, name, now, _ in others:
+            owner[name] = now

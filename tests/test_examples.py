@@ -32,6 +32,23 @@ def test_custom_solver_is_as_fast_as_it_says(capsys: pytest.CaptureFixture[str])
     assert all(float(residual) <= 1e-8 for *_, residual in rows)
 
 
+def test_backward_modes_have_the_errors_and_costs_that_they_should(capsys: pytest.CaptureFixture[str]) -> None:
+    output = run("backward_modes", capsys)
+    table = re.findall(r"^(\w[^0-9-]*(?:\d \w+)?) +(-?0\.\d+.*)$", output, re.MULTILINE)
+    rows = {name.strip(): values.split() for name, values in table}
+    error, calls, products, size = ({name: float(row[i]) for name, row in rows.items()} for i in (4, 5, 6, 7))
+    assert list(rows)[:4] == ["unrolled", "checkpointed", "implicit", "implicit, GMRES"]
+    assert len(rows) == 10
+    assert rows["unrolled"][:5] == rows["checkpointed"][:5]
+    assert rows["neumann, 5 terms"][:5] == rows["phantom, 5 steps"][:5]
+    assert max(error["unrolled"], error["implicit"], error["shine, refined"]) < 1e-4
+    assert 1e-3 < error["neumann, 5 terms"] < 1e-2 < error["shine"] <= error["jfb"]
+    assert calls["unrolled"] + 1 == calls["implicit"] == calls["jfb"] == calls["phantom, 5 steps"] - 4
+    assert [products[name] for name in ("neumann, 5 terms", "phantom, 5 steps", "jfb", "shine")] == [5, 5, 1, 2]
+    assert size["jfb"] < size["implicit"] < size["checkpointed"] < size["phantom, 5 steps"] < size["unrolled"]
+    assert rows["auto"][-1] == "Implicit"
+
+
 def test_custom_solver_conforms() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/custom_solver.py"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

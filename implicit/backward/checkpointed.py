@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from implicit._explicit_map import transform_active
-from implicit._lent_parameters import in_place, tensors_of
+from implicit._lent_parameters import in_place, parameters_of
 from implicit._parametrized import modules_used_by, parametrized_slots, substituted
 from implicit.backward._base import Backward, SolveOptions, require_differentiable
 from implicit.backward.unrolled import Unrolled
@@ -59,11 +59,11 @@ class Checkpointed(Backward):
                 f"support. Use {Unrolled()!r}, which has the same gradients, or the implicit backward mode."
             )
         modules = modules_used_by(f)
-        slots, tensors = parametrized_slots(modules), tensors_of(modules)
+        slots, parameters = parametrized_slots(modules), parameters_of(modules)
         weights = [getattr(module, name) for module, name in slots]
 
         def constant_map(z: Any, *args: Any) -> Any:
-            with substituted(slots, weights), in_place(tensors):  # also when a segment is repeated
+            with substituted(slots, weights), in_place(parameters):  # also when a segment is repeated
                 return f(z, *args)
 
         iteration = options.iteration(constant_map, z0, args)

@@ -12,7 +12,7 @@ from implicit.backward._base import Backward, SolveOptions
 from implicit.backward.implicit import Implicit
 from solvers import Solution, Solver, Status
 from solvers._norms import relative, rms_norm
-from solvers.linear import GMRES, LinearResult, LinearSolver
+from solvers.linear import LinearResult, LinearSolver, Richardson
 from solvers.linear._base import FlatMatvec
 
 
@@ -53,7 +53,7 @@ class SHINE(Backward):
         beside that of w, and falls back to w.)
     """
 
-    fallback: LinearSolver | None = GMRES()
+    fallback: LinearSolver | None = Richardson()
     max_residual: float = 0.5
 
     def __post_init__(self) -> None:

@@ -17,9 +17,10 @@ class Richardson(LinearSolver):
     """``x <- x + r, r <- r - A r`` from x = 0, r = b, as long as each step shrinks the residual r fast.
 
     With A = I - J', as in the implicit backward pass, r runs through the terms of the Neumann series of a contraction.
-    A step is one product with A and three passes over vectors, and its residual is at hand without another product, so
-    where the map contracts fast nothing is cheaper. A system whose residual shrinks by less than ``max_rate`` in some
-    step goes over to ``otherwise``, from where it is. What is returned is one step ahead of the reported residual.
+    A step is one product with A and three passes over vectors, and the residual needs no other product: where the map
+    contracts fast nothing is cheaper. (The residual does not see rounding in the products.) A system whose residual
+    shrinks by less than ``max_rate`` in some step goes over to ``otherwise``, from where it is. What is returned is one
+    step ahead of the reported residual.
 
     Args:
         max_steps: Most steps in all, before ``otherwise``.
@@ -58,7 +59,7 @@ class Richardson(LinearSolver):
         running = (error > tolerance) & ~slow
         num_steps = torch.zeros_like(error, dtype=torch.int64)
         history: list[Tensor] = []
-        all_running = bool(running.all())
+        all_running = len(b) > 0 and bool(running.all())
         while len(history) < self.max_steps and (all_running or bool(running.any())):
             next_r = r - matvec(r)
             next_error = rms_norm(next_r)
@@ -77,11 +78,14 @@ class Richardson(LinearSolver):
                 slow = slow | (running & ~fast)
                 running = running & goes_on
             history.append(relative(error, norm_b))
+        # Rounding in x, which the recurrence does not see.
+        error = torch.maximum(error, torch.finfo(x.dtype).eps * rms_norm(x))
         slow = slow & ~(error <= tolerance)
+        status = torch.where(running, Status.MAX_STEPS, Status.STAGNATED)
         # One step ahead where that was fast: it needs no product.
         result = LinearResult(
             x=torch.where(slow.unsqueeze(1), x, x + r),
-            status=torch.where(error <= tolerance, Status.CONVERGED, Status.MAX_STEPS).to(torch.int8),
+            status=status.masked_fill(error <= tolerance, Status.CONVERGED).to(torch.int8),
             residual=relative(error, norm_b),
             num_steps=num_steps,
             history=torch.stack(history) if history else norm_b.new_zeros(0, norm_b.shape[0]),
