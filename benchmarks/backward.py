@@ -3,12 +3,12 @@
 python -m benchmarks.backward [--threads 2] [--repeats 7]
 
 The forward solve is Picard's to 1e-5 relative in float32, Broyden's for SHINE, which needs its inverse. "calls" of f
-and "vjps", vector-Jacobian products, are of the forward solve and of the backward pass. "MiB" is what autograd saves
-for the backward pass, beside the arguments of f; for SHINE with the pairs in its inverse. "cosine" and "norm" compare
-the gradient to all arguments of f with the exact one, computed in float64; "error" is the relative distance. Times are
+are those of the forward and the backward pass, "vjps" the vector-Jacobian products. "MiB" is what autograd saves for
+the backward pass, beside the arguments of f; for SHINE with the pairs in its inverse. "cosine" and "norm" compare the
+gradient to all arguments of f with the exact one, computed in float64; "error" is the relative distance. Times are
 medians of runs in turns. To compare exact gradients at the same accuracy, the adjoint solves of ours and of torchdeq
-get the loosest power of ten as a tolerance that leaves the error where the forward solve has put it. At the end: how
-the saved memory grows with the steps, with Broyden(memory=3) for SHINE.
+get the loosest tolerance, in half powers of ten, that leaves the error where the forward solve has put it. At the end:
+how the saved memory grows with the steps, with Broyden(memory=3) for SHINE.
 """
 
 import argparse
@@ -204,11 +204,12 @@ def loosest(forward: Callable[[float], Forward], problem: Problem, exact: Tensor
     enough = 1.1 * relative_error(
         functools.partial(ours, mode=Implicit(linear_solver=GMRES(rtol=1e-6))), problem, exact
     )
-    for digits in range(1, 8):
-        run = forward(10.0**-digits)
+    for half_digits in range(2, 15):
+        rtol = 10.0 ** (-half_digits / 2)
+        run = forward(rtol)
         if relative_error(run, problem, exact) <= enough:
             break
-    return f"1e-{digits}", run
+    return f"{rtol:.0e}", run
 
 
 def exact_modes(problem: Problem, exact: Tensor) -> dict[str, Forward]:

@@ -27,9 +27,9 @@ class SolveOptions:
         """``solvers.solve`` with these options."""
         return solve(f, z0, args=args, on_failure=self.on_failure, **self._of_iteration())
 
-    def iteration(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Iteration:
+    def iteration(self, f: Callable[[Any], Any], z0: Any) -> Iteration:
         """The same solve, to be driven by hand."""
-        return Iteration(f, z0, args=args, **self._of_iteration())
+        return Iteration(f, z0, **self._of_iteration())
 
     def _of_iteration(self) -> dict[str, Any]:
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

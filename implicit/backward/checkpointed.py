@@ -62,11 +62,11 @@ class Checkpointed(Backward):
         slots, parameters = parametrized_slots(modules), parameters_of(modules)
         weights = [getattr(module, name) for module, name in slots]
 
-        def constant_map(z: Any, *args: Any) -> Any:
+        def constant_map(z: Any) -> Any:
             with substituted(slots, weights), in_place(parameters):  # also when a segment is repeated
                 return f(z, *args)
 
-        iteration = options.iteration(constant_map, z0, args)
+        iteration = options.iteration(constant_map, z0)
         segments = self.segments or math.isqrt(options.max_steps)
         while not iteration.done:
             iteration = _advanced(iteration, math.ceil(options.max_steps / segments))

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from implicit._explicit_map import ExplicitMap, transform_active
+from implicit._parametrized import modules_used_by, parametrized_slots, substituted
 from implicit.backward._base import Backward, SolveOptions
 from implicit.backward.implicit import Implicit
 from solvers import Solution
@@ -55,23 +57,27 @@ class Phantom(Backward):
         require_damping(self, self.damping)
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
-        explicit = ExplicitMap(f, z0, args)
-        solution = _constant_solution(explicit, z0, options)
-        z, spec = tree_flatten(solution.value)
-        for _ in range(self.steps):
-            fz = explicit(z, explicit.tensors)
-            z = fz if self.damping == 1.0 else [a.lerp(b, self.damping) for a, b in zip(z, fz, strict=True)]
-        return dataclasses.replace(solution, value=tree_unflatten(z, spec))
+        def step(z: Tensor, fz: Tensor) -> Tensor:
+            fz = fz.to(z.dtype)  # under autocast
+            return fz if self.damping == 1.0 else z.lerp(fz, self.damping)
+
+        slots = parametrized_slots(modules_used_by(f))
+        with substituted(slots, [getattr(module, name) for module, name in slots]):
+            solution = _solution(f, z0, args, options)
+            z = tree_map(torch.Tensor.detach, solution.value)
+            for _ in range(self.steps):
+                z = tree_map(step, z, f(z, *args))
+        return dataclasses.replace(solution, value=z)
 
 
-def _constant_solution(explicit: ExplicitMap, z0: Any, options: SolveOptions) -> Solution:
-    """The solution, with no derivative of any kind."""
-    start, spec = tree_flatten(z0)
-    tensors = [tensor.detach() for tensor in explicit.tensors]
-    options = options.for_leaves(spec, options.batch_dims)
-    if transform_active():  # the solver must not see what the transform has wrapped
-        solution = Implicit().solve(explicit, [leaf.detach() for leaf in start], (tensors,), options)
-    else:
+def _solution(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+    """The solution, of which no derivative is taken."""
+    if not transform_active():
         with torch.no_grad():
-            solution = options.solve(explicit, start, (tensors,))
+            return options.solve(f, z0, args)
+    # The solver must not see what the transform has wrapped.
+    explicit = ExplicitMap(f, z0, args)
+    start, spec = tree_flatten(z0)
+    start, tensors = [leaf.detach() for leaf in start], [tensor.detach() for tensor in explicit.tensors]
+    solution = Implicit().solve(explicit, start, (tensors,), options.for_leaves(spec, options.batch_dims))
     return dataclasses.replace(solution, value=tree_unflatten(solution.value, spec))
