@@ -1,6 +1,16 @@
 """Implicit layers for PyTorch: any fixed-point map as a layer, with selectable solver and backward mode."""
 
-from implicit.backward import JFB, SHINE, Auto, Backward, Checkpointed, Implicit, Phantom, Unrolled, get_backward
+from implicit.backward import (
+    JFB,
+    SHINE,
+    AutoBackward,
+    Backward,
+    Checkpointed,
+    Implicit,
+    Phantom,
+    Unrolled,
+    get_backward,
+)
 from implicit.diagnostics import check_map, checked_maps, record_solutions
 from implicit.dropout import dropout_mask
 from implicit.functional import fixed_point
@@ -11,7 +21,7 @@ from implicit.spectral_norm import SpectralNorm, spectral_norm
 from implicit.warm_start import WarmStart
 
 __all__ = [
-    "Auto",
+    "AutoBackward",
     "Backward",
     "Checkpointed",
     "FixedPointLayer",

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from implicit import (
     JFB,
     SHINE,
-    Auto,
+    AutoBackward,
     Checkpointed,
     FixedPointLayer,
     Implicit,
@@ -367,7 +367,7 @@ def test_adjoint_is_reported_by_the_modes_that_solve_for_it():
 def test_auto_says_what_it_chose(solver, options, choice):
     f, z0, inputs, w = problem("tensor")
     found = []
-    for backward in (Auto(), choice):
+    for backward in (AutoBackward(), choice):
         z, solution = fixed_point(f, z0, *inputs, solver=solver, backward=backward, return_solution=True, **options)
         assert solution.backward == choice
         found.append(torch.autograd.grad(z, inputs, w))
@@ -390,7 +390,7 @@ def test_refusals():
         SHINE(max_residual=-1)
     with pytest.raises(TypeError, match="must be a linear solver such as .*, or None, got 'jfb'"):
         SHINE(fallback="jfb")
-    with pytest.raises(ValueError, match="Auto\\(max_unrolled=...\\) must be a positive integer"):
-        Auto(max_unrolled=0)
+    with pytest.raises(ValueError, match="AutoBackward\\(max_unrolled=...\\) must be a positive integer"):
+        AutoBackward(max_unrolled=0)
     with pytest.raises(TypeError, match="NeumannSeries has no option 'steps'.* Its options: terms"):
         get_backward("neumann", steps=3)

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
-from implicit import JFB, SHINE, Auto, Checkpointed, FixedPointLayer, Implicit, Phantom, Unrolled, fixed_point
+from implicit import JFB, SHINE, AutoBackward, Checkpointed, FixedPointLayer, Implicit, Phantom, Unrolled, fixed_point
 from solvers.linear import GMRES, NeumannSeries
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -56,7 +56,7 @@ MODES = {
     "phantom, many steps": (Phantom(steps=80), TIGHT, limit),
     "jfb": (JFB(), TIGHT, steps_from_the_solution(1)),
     "shine": (SHINE(fallback=GMRES(rtol=1e-13), max_residual=0.0), TIGHT, limit),
-    "auto": (Auto(), FIXED, limit),
+    "auto": (AutoBackward(), FIXED, limit),
 }
 
 

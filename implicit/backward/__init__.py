@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from implicit.backward._base import Backward, SolveOptions
-from implicit.backward.auto import Auto
+from implicit.backward.auto import AutoBackward
 from implicit.backward.checkpointed import Checkpointed
 from implicit.backward.implicit import Implicit
 from implicit.backward.jfb import JFB
@@ -15,7 +15,7 @@ from solvers._names import resolve
 from solvers.linear import NeumannSeries
 
 __all__ = [
-    "Auto",
+    "AutoBackward",
     "Backward",
     "Checkpointed",
     "Implicit",
@@ -40,7 +40,7 @@ _BACKWARDS: dict[str, Callable[..., Backward]] = {
     "jfb": JFB,
     "neumann": _neumann,
     "shine": SHINE,
-    "auto": Auto,
+    "auto": AutoBackward,
 }
 
 

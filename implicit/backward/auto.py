@@ -16,7 +16,7 @@ from solvers._hyperparameters import require_positive_int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Auto(Backward):
+class AutoBackward(Backward):
     """The exact gradient, by the mode that is cheapest for the solve at hand; ``solution.backward`` says which.
 
     - A fixed number of steps is a function of its own, whether or not it comes near the fixed point, so its steps are
