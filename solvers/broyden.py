@@ -94,11 +94,10 @@ class Broyden(Solver):
         n = inverse.rank
         # v may have any length. That of a unit vector s or y keeps the products from underflow.
         if self.method == "good":
-            size = _norm(state.direction)
-            unit = _divided(state.direction, size)
+            unit = _unit(state.direction)
             v_block = self._store(inverse.v, n, inverse.rmv(unit))
             # v'g is unit'H g, and here minus that at the old point.
-            overlap = size if newton is state.direction else (unit * newton).sum(dim=1, keepdim=True)
+            overlap = (unit * newton).sum(dim=1, keepdim=True)
             del unit
 
         s = state.direction if self.damping == 1.0 else self.damping * state.direction
@@ -112,9 +111,10 @@ class Broyden(Solver):
 
         if self.method == "bad":
             y = g - (state.fz - state.z)
-            vy = _norm(y)
-            v_block = self._store(inverse.v, n, _divided(y, vy))
-            del y
+            unit = _unit(y)
+            v_block = self._store(inverse.v, n, unit)
+            vy = (unit * y).sum(dim=1, keepdim=True)
+            del y, unit
         products = dot(v_block[:, : n + 1], g)
         vg = products[:, n:]
         if self.method == "good":
@@ -168,11 +168,12 @@ def _search(f: FlatMapping, start: Tensor, s: Tensor, largest: Tensor) -> tuple[
 
 
 def _norm(x: Tensor) -> Tensor:
-    """(B, D) -> (B, 1)."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    """(B, D) -> (B, 1), a constant for derivatives: those of a norm at zero are not finite."""
+    norm: Tensor = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
     return norm
 
 
-def _divided(x: Tensor, size: Tensor) -> Tensor:
-    """``x / size``, 0 where the size has vanished. The gradient is finite everywhere."""
+def _unit(x: Tensor) -> Tensor:
+    """``x`` divided by its norm, 0 where it has vanished."""
+    size = _norm(x)
     return x / torch.where(size > torch.finfo(size.dtype).tiny, size, math.inf)
