@@ -54,6 +54,6 @@ def get_solver(solver: Solver | str, **options: Any) -> Solver:
     Example:
         >>> from solvers import get_solver
         >>> get_solver("anderson", memory=10)
-        Anderson(memory=10, damping=1.0, least_squares='gram')
+        Anderson(memory=10, damping=1.0, least_squares='gram', safeguard=True)
     """
     return resolve(solver, options, Solver, _SOLVERS, "solver")

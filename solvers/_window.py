@@ -16,17 +16,43 @@ def store(block: Tensor | None, slot: int, vector: Tensor, capacity: int, first:
         capacity: The most slots there will ever be.
         first: How many slots to begin with; their number then doubles as needed.
     """
-    if torch.is_grad_enabled() and (vector.requires_grad or (block is not None and block.requires_grad)):
+    if recorded(vector, block):
         row = vector.unsqueeze(1)
         return row if block is None else torch.cat((block[:, :slot], row, block[:, slot + 1 :]), dim=1)
-    if block is None or slot >= block.shape[1]:
-        held = 0 if block is None else block.shape[1]
-        grown = vector.new_empty(vector.shape[0], min(capacity, max(2 * held, first)), vector.shape[1])
-        if block is not None:
-            grown[:, :held] = block
-        block = grown
+    held = 0 if block is None else block.shape[1]
+    block = _with_room(block, slot, vector, min(capacity, max(2 * held, first)))
     block[:, slot] = vector
     return block
+
+
+def store_difference(block: Tensor | None, slot: int, a: Tensor, b: Tensor, capacity: int) -> Tensor:
+    """As ``store(block, slot, a - b, capacity)``, but where no gradient is recorded without a vector in between.
+
+    The block then begins with up to 20 slots, so that one of usual size is never copied to a larger one beside it.
+    """
+    if recorded(a, b, block):
+        return store(block, slot, a - b, capacity)
+    held = 0 if block is None else block.shape[1]
+    block = _with_room(block, slot, a, min(capacity, max(2 * held, 20)))
+    # Not by an out= argument, which torch.func's transforms refuse.
+    block[:, slot].copy_(a).sub_(b)
+    return block
+
+
+def _with_room(block: Tensor | None, slot: int, vector: Tensor, slots: int) -> Tensor:
+    """The block if it has this slot, else one of so many slots that begins with it."""
+    if block is not None and slot < block.shape[1]:
+        return block
+    # In memory the slots come first: to write one and to multiply by them is several times faster on the CPU.
+    larger = vector.new_empty(slots, *vector.shape).transpose(0, 1)
+    if block is not None:
+        larger[:, : block.shape[1]] = block
+    return larger
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows any of these, so that they must not be written to."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def dot(block: Tensor, vector: Tensor) -> Tensor:
@@ -38,3 +64,8 @@ def dot(block: Tensor, vector: Tensor) -> Tensor:
 def combine(block: Tensor, coefficients: Tensor) -> Tensor:
     """(B, m, D), (B, m) -> (B, D) linear combinations."""
     return torch.bmm(coefficients.unsqueeze(1), block).squeeze(1)
+
+
+def add_combination(vector: Tensor, block: Tensor, coefficients: Tensor, factor: float) -> Tensor:
+    """(B, D), (B, m, D), (B, m) -> (B, D) ``vector + factor * combine(block, coefficients)``."""
+    return torch.baddbmm(vector.unsqueeze(1), coefficients.unsqueeze(1), block, alpha=factor).squeeze(1)

@@ -1,6 +1,7 @@
 """Anderson acceleration (type II)."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor
 from solvers._base import FlatMapping, Solver, State
 from solvers._hyperparameters import require_damping, require_positive_int
 from solvers._small_systems import back_substitute, inverse_or_zero
-from solvers._window import combine, dot, store
+from solvers._window import add_combination, dot, recorded, store_difference
+
+# What rounding makes of a column of unit length among n, in units of n * eps.
+RIDGE = 8
 
 
 @dataclasses.dataclass
@@ -21,7 +25,8 @@ class AndersonState(State):
         steps: Steps taken after the first, on the host.
         df: (B, m, D) differences of ``f(z)``.
         dg: (B, m, D) differences of ``g``.
-        gram: (B, n, n) inner products of the residual differences.
+        gram: (B, n, n) inner products of the residual differences, their squares raised by the ridge.
+        norms: (B, m + 1) norms of the last residuals, infinite where there is none yet; None without safeguard.
     """
 
     g: Tensor
@@ -29,6 +34,7 @@ class AndersonState(State):
     df: Tensor | None = None
     dg: Tensor | None = None
     gram: Tensor | None = None
+    norms: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +46,17 @@ class Anderson(Solver):
         gamma = argmin |g - dG gamma|,    z <- z + damping * g - (dF - (1 - damping) * dG) gamma.
 
     The default choice: on a linear map it is as fast as GMRES with the same memory, and near a fixed point every
-    smooth map is linear. Costs one call of ``f`` a step and 2 * memory + 5 vectors of the state's size.
+    smooth map is linear. Costs one call of ``f`` a step and 2 * memory + 6 vectors of the state's size.
 
-    The columns are scaled to unit length, sample by sample, before anything is compared or added: columns that depend
-    on each other to working precision share a coefficient ("gram"), or the older is left out ("qr"). No sample is
-    singular, and nothing raises. (The textbook drops the oldest columns until a condition number is small enough.)
+    The textbook drops the oldest columns until a condition number is small enough. Here nothing is dropped: "gram" adds
+    a ridge of n roundings to each column's own square, so that columns that depend on each other to working precision
+    share a coefficient, whatever their lengths; "qr" leaves the older of them out. Both go sample by sample, no sample
+    is singular, and nothing raises.
+
+    The safeguard is a watchdog: where none of a sample's last ``memory`` residuals is smaller than the one before them,
+    its next step is the plain one from that iterate. So a map that contracts in the Euclidean norm is solved in at most
+    memory + 1 times the calls of Picard iteration, also where extrapolation leads astray (maps that saturate or have
+    kinks), and residuals may still rise for a while, as they do on the way to many solutions.
 
     Args:
         memory: How many differences to keep. 5 is a good start, 10 pays on slowly converging maps.
@@ -52,15 +64,20 @@ class Anderson(Solver):
         least_squares: "gram" solves the least-squares problem through its Gram matrix, of which a step computes one
             new row; directions closer than about sqrt(eps) count as dependent. "qr" orthogonalizes the columns in
             every step, about memory / 2 times the vector work, and tells directions apart down to eps.
+        safeguard: Take back steps that have not helped. False is the textbook's method, some ten percent cheaper in
+            its algebra.
 
     References:
         Anderson, "Iterative procedures for nonlinear integral equations", J. ACM 12 (1965).
         Walker and Ni, "Anderson acceleration for fixed-point iterations", SIAM J. Numer. Anal. 49 (2011), eq. (2.2).
+        Chamberlain, Powell, Lemarechal and Pedersen, "The watchdog technique for forcing convergence in algorithms for
+        constrained optimization", Math. Programming Study 16 (1982).
     """
 
     memory: int = 5
     damping: float = 1.0
     least_squares: Literal["gram", "qr"] = "gram"
+    safeguard: bool = True
 
     def __post_init__(self) -> None:
         if self.least_squares not in ("gram", "qr"):
@@ -70,7 +87,11 @@ class Anderson(Solver):
 
     def init(self, f: FlatMapping, z0: Tensor) -> AndersonState:
         fz = f(z0)
-        return AndersonState(z=z0, fz=fz, g=fz - z0)
+        g = fz - z0
+        norms = None
+        if self.safeguard:
+            norms = _put_norm(g.detach().new_full((g.shape[0], self.memory + 1), math.inf), 0, g)
+        return AndersonState(z=z0, fz=fz, g=g, norms=norms)
 
     def step(self, f: FlatMapping, state: AndersonState) -> AndersonState:
         z = self.propose(state)
@@ -79,72 +100,81 @@ class Anderson(Solver):
     def propose(self, state: AndersonState) -> Tensor:
         """The next iterate (B, D)."""
         z = state.fz if self.damping == 1.0 else state.z.lerp(state.fz, self.damping)
-        if state.df is not None and state.dg is not None and state.gram is not None:
-            n = state.gram.shape[1]
-            gamma = self._coefficients(state.dg[:, :n], state.gram, state.g, state.steps % self.memory)
-            z = z - combine(state.df[:, :n], gamma)
-            if self.damping != 1.0:
-                z = z + (1.0 - self.damping) * combine(state.dg[:, :n], gamma)
-        return z
+        if state.df is None or state.dg is None or state.gram is None:
+            return z
+        n = state.gram.shape[1]
+        df, dg = state.df[:, :n], state.dg[:, :n]
+        if self.least_squares == "gram":
+            gamma = _least_squares_gram(state.gram, dot(dg, state.g))
+        else:
+            # The newest first, so that of two dependent columns the older is left out.
+            slot = state.steps % self.memory
+            gamma = _least_squares_qr(dg.roll(-slot, dims=1).flip(1), state.g).flip(1).roll(slot, dims=1)
+        if state.norms is not None:
+            # With all coefficients 1 the differences take every remembered step back.
+            oldest = (state.steps + 1) % (self.memory + 1)
+            in_vain = state.norms.argmin(dim=1, keepdim=True) == oldest  # (B, 1)
+            gamma = gamma.masked_fill(in_vain, 1.0)
+        if self.damping != 1.0:
+            z = add_combination(z, dg, gamma, 1.0 - self.damping)
+        return add_combination(z, df, gamma, -1.0)
 
     def absorb(self, state: AndersonState, z: Tensor, fz: Tensor) -> AndersonState:
         """The state at any z (B, D) with its image ``fz``, which remembers the differences from ``state``."""
+        steps = state.steps + 1
+        slot, n = state.steps % self.memory, min(steps, self.memory)
         g = fz - z
-        dg = g - state.g
-        slot = state.steps % self.memory
-        df_block = store(state.df, slot, fz - state.fz, self.memory)
-        dg_block = store(state.dg, slot, dg, self.memory)
-        n = min(state.steps + 1, self.memory)
-        row = dot(dg_block[:, :n], dg)  # (B, n)
-        gram = _with_row_and_column(state.gram, slot, row)
-        return AndersonState(z=z, fz=fz, g=g, steps=state.steps + 1, df=df_block, dg=dg_block, gram=gram)
-
-    def _coefficients(self, dg: Tensor, gram: Tensor, g: Tensor, next_slot: int) -> Tensor:
-        """gamma (B, n)."""
-        if self.least_squares == "gram":
-            return _least_squares_gram(dg, gram, g)
-        # The newest first, so that of two dependent columns the older is left out.
-        newest_first = dg.roll(-next_slot, dims=1).flip(1)
-        return _least_squares_qr(newest_first, g).flip(1).roll(next_slot, dims=1)
+        df = store_difference(state.df, slot, fz, state.fz, self.memory)
+        dg = store_difference(state.dg, slot, g, state.g, self.memory)
+        gram = _with_row(state.gram, slot, dot(dg[:, :n], dg[:, slot]), RIDGE * self.memory)
+        norms = None if state.norms is None else _put_norm(state.norms, steps % (self.memory + 1), g)
+        return AndersonState(z=z, fz=fz, g=g, steps=steps, df=df, dg=dg, gram=gram, norms=norms)
 
 
-def _with_row_and_column(gram: Tensor | None, slot: int, row: Tensor) -> Tensor:
-    """The symmetric (B, n, n) matrix with row and column ``slot`` set to ``row`` (B, n); it may grow by one."""
+def _put_norm(norms: Tensor, slot: int, g: Tensor) -> Tensor:
+    """``norms`` with the norm of g in a slot; no gradient flows through what is only compared."""
+    norms = norms.clone()
+    norms[:, slot] = torch.linalg.vector_norm(g.detach(), dim=1)
+    return norms
+
+
+def _with_row(gram: Tensor | None, slot: int, row: Tensor, ridge: float) -> Tensor:
+    """The Gram matrix (B, n, n) with ``row`` (B, n) for row and column ``slot``; it may grow by one.
+
+    The diagonal gets a ridge, in roundings of the column's own square. A column whose square has underflowed is taken
+    for one of length 1, so that its coefficient is next to nothing.
+    """
+    info = torch.finfo(row.dtype)
+    square = row[:, slot]
+    vanished = square < info.tiny / info.eps
+    square.mul_(1 + ridge * info.eps).masked_fill_(vanished, 1.0)
     if gram is None:
         return row.unsqueeze(2)
-    n = row.shape[1]
-    if n > gram.shape[1]:
+    if slot == gram.shape[1]:
         gram = torch.nn.functional.pad(gram, (0, 1, 0, 1))
-    at_slot = torch.arange(n, device=row.device) == slot
-    gram = torch.where(at_slot.view(n, 1), row.unsqueeze(1), gram)
-    return torch.where(at_slot, row.unsqueeze(2), gram)
+    elif recorded(gram, row):
+        gram = gram.clone()
+    gram[:, slot] = row
+    gram[:, :, slot] = row
+    return gram
 
 
-def _least_squares_gram(columns: Tensor, gram: Tensor, rhs: Tensor) -> Tensor:
-    """Minimize ``|b - A x|`` for the columns of A as (B, n, D), their Gram matrix (B, n, n), and b as (B, D).
-
-    The columns are scaled to unit length, so that rounding in the Gram matrix is about n * eps, and as much is added to
-    its diagonal: what that changes is rounding anyway, and dependent columns share their coefficient.
-    """
-    n = gram.shape[1]
-    info = torch.finfo(gram.dtype)
-    squares = gram.diagonal(dim1=1, dim2=2)  # (B, n)
-    # A column that has vanished gets the coefficient 0. Its root is not taken: the gradient there is infinite.
-    usable = squares > info.tiny
-    scale = torch.where(usable, torch.where(usable, squares, 1.0).rsqrt(), 0.0)
-    ridge = torch.eye(n, dtype=gram.dtype, device=gram.device) * (8 * n * info.eps)
-    scaled = gram * scale.unsqueeze(1) * scale.unsqueeze(2) + ridge
-    # The variant that does not check, which would wait for the device: the matrices are regular, or not finite.
-    solution: Tensor = torch.linalg.solve_ex(scaled, dot(columns, rhs) * scale)[0]
-    return solution * scale
+def _least_squares_gram(gram: Tensor, products: Tensor) -> Tensor:
+    """Minimize ``|b - A x|``, given ``A' A`` (B, n, n) with its ridge and ``A' b`` (B, n); returns (B, n)."""
+    # Cholesky's rounding errors do not depend on how the columns are scaled. The variant that does not check, which
+    # would wait for the device: with the ridge the matrices are positive definite, or not finite.
+    factor = torch.linalg.cholesky_ex(gram)[0]
+    return torch.cholesky_solve(products.unsqueeze(2), factor).squeeze(2)
 
 
 def _least_squares_qr(columns: Tensor, rhs: Tensor) -> Tensor:
-    """The same by modified Gram-Schmidt in the order of the columns; dependent is a sine near n * eps itself."""
+    """The same from the columns (B, n, D), by modified Gram-Schmidt in their order."""
     n = columns.shape[1]
-    scale = inverse_or_zero(torch.linalg.vector_norm(columns, dim=2), 0.0)  # (B, n)
+    info = torch.finfo(rhs.dtype)
+    # Lengths whose squares underflow are no lengths.
+    scale = inverse_or_zero(torch.linalg.vector_norm(columns, dim=2), (info.tiny / info.eps) ** 0.5)  # (B, n)
     columns = columns * scale.unsqueeze(2)
-    threshold = 8 * n * torch.finfo(rhs.dtype).eps
+    threshold = RIDGE * n * info.eps
     rows = []
     for _ in range(n):
         inverse = inverse_or_zero(torch.linalg.vector_norm(columns[:, 0], dim=1, keepdim=True), threshold)  # (B, 1)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from solver_rows import CALLS_VARY, SOLVERS
 
-from solvers import Broyden, Picard, Solver, Squarem, State
+from solvers import Anderson, Broyden, Picard, Solver, Squarem, State
 from solvers.testing import SolverConformance
 
 ROWS: dict[str, Solver] = {
     **SOLVERS,
+    "anderson 5 without safeguard": Anderson(safeguard=False),
     "broyden 5": Broyden(memory=5),
     "broyden bad 5": Broyden(method="bad", memory=5),
     "squarem S1": Squarem(scheme="S1"),
