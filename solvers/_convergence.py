@@ -205,11 +205,17 @@ class ToleranceTest:
         """
         if not len(rows) or self._earlier is None:
             return self.error_ratio
-        earlier_z, earlier_fz = self._earlier
-        # In place, in copies of these rows: there may be no room for more when all samples end at once.
-        change = self._fz.index_select(0, rows).sub_(earlier_fz.index_select(0, rows))
+        (earlier_z, earlier_fz), self._earlier = self._earlier, None
+        if len(rows) < len(self.done):
+            earlier_z, earlier_fz = earlier_z.index_select(0, rows), earlier_fz.index_select(0, rows)
+            z, fz = self._z.index_select(0, rows), self._fz.index_select(0, rows)
+        else:
+            z, fz = self._z, self._fz
+        # With one vector: there may be no room for more.
+        change = fz - earlier_fz
+        del earlier_fz
         size = self._measure.norm(change)
-        change.sub_(self._z.index_select(0, rows)).add_(earlier_z.index_select(0, rows))
+        change.sub_(z).add_(earlier_z)
         return self.error_ratio.index_copy(0, rows, size / self._measure.norm(change))
 
     @property

@@ -203,7 +203,7 @@ class Auto(Solver):
 
     def _anderson(self, z: Tensor) -> Anderson:
         # More differences than unknowns depend on each other, and old ones only blur the new.
-        return Anderson(memory=max(1, min(self.memory, z.shape[1])))
+        return Anderson(memory=max(1, min(self.memory, z.shape[1])), safeguard=False)
 
     def _window_of(self, trail: Trail) -> AndersonState:
         """Anderson's state after the iterates of a trail."""
