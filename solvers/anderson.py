@@ -49,14 +49,14 @@ class Anderson(Solver):
     smooth map is linear. Costs one call of ``f`` a step and 2 * memory + 6 vectors of the state's size.
 
     The textbook drops the oldest columns until a condition number is small enough. Here nothing is dropped: "gram" adds
-    a ridge of n roundings to each column's own square, so that columns that depend on each other to working precision
-    share a coefficient, whatever their lengths; "qr" leaves the older of them out. Both go sample by sample, no sample
-    is singular, and nothing raises.
+    a ridge of a few roundings to each column's own square, so that columns that depend on each other to working
+    precision share a coefficient, whatever their lengths; "qr" leaves the older of them out. Both go sample by sample,
+    no sample is singular, and nothing raises.
 
     The safeguard is a watchdog: where none of a sample's last ``memory`` residuals is smaller than the one before them,
-    its next step is the plain one from that iterate. So a map that contracts in the Euclidean norm is solved in at most
-    memory + 1 times the calls of Picard iteration, also where extrapolation leads astray (maps that saturate or have
-    kinks), and residuals may still rise for a while, as they do on the way to many solutions.
+    its next step is the plain one from that iterate. So where the map contracts in the Euclidean norm, the smallest
+    residual falls at least every memory + 1 steps, also where extrapolation leads astray because the map has kinks or
+    saturates. In between residuals may rise, as they do on the way to many solutions.
 
     Args:
         memory: How many differences to keep. 5 is a good start, 10 pays on slowly converging maps.
@@ -64,8 +64,8 @@ class Anderson(Solver):
         least_squares: "gram" solves the least-squares problem through its Gram matrix, of which a step computes one
             new row; directions closer than about sqrt(eps) count as dependent. "qr" orthogonalizes the columns in
             every step, about memory / 2 times the vector work, and tells directions apart down to eps.
-        safeguard: Take back steps that have not helped. False is the textbook's method, some ten percent cheaper in
-            its algebra.
+        safeguard: Take back steps that have not helped. False is the textbook's method, whose algebra is a sixth
+            cheaper where a step is small.
 
     References:
         Anderson, "Iterative procedures for nonlinear integral equations", J. ACM 12 (1965).
