@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from solvers._window import combine, dot
+from solvers._window import add_combination, dot
 
 # Angles between vectors count down to the root of this in a truncation: small beside what it decides about, and large
 # enough that the new vectors carry no large rounding errors of the old.
@@ -30,7 +30,7 @@ class LowRankInverse:
         """``H x`` for x of shape (B, D)."""
         if self.u is None or self.v is None or self.rank == 0:
             return -x
-        return combine(self.u[:, : self.rank], dot(self.v[:, : self.rank], x)) - x
+        return add_combination(x, self.u[:, : self.rank], dot(self.v[:, : self.rank], x), 1.0, scale=-1.0)
 
     def rmv(self, x: Tensor) -> Tensor:
         """``H' x`` for x of shape (B, D): ``(rmv(x) * y).sum() == (x * mv(y)).sum()``."""

@@ -39,6 +39,17 @@ def store_difference(block: Tensor | None, slot: int, a: Tensor, b: Tensor, capa
     return block
 
 
+def store_quotient(
+    block: Tensor | None, slot: int, vector: Tensor, divisor: Tensor, capacity: int, first: int = 8
+) -> Tensor:
+    """As ``store(block, slot, vector / divisor, ...)`` with a divisor (B, 1), without a vector in between likewise."""
+    if recorded(vector, divisor, block):
+        return store(block, slot, vector / divisor, capacity, first)
+    block = store(block, slot, vector, capacity, first)
+    block[:, slot].div_(divisor)
+    return block
+
+
 def _with_room(block: Tensor | None, slot: int, vector: Tensor, slots: int) -> Tensor:
     """The block if it has this slot, else one of so many slots that begins with it."""
     if block is not None and slot < block.shape[1]:
@@ -66,6 +77,22 @@ def combine(block: Tensor, coefficients: Tensor) -> Tensor:
     return torch.bmm(coefficients.unsqueeze(1), block).squeeze(1)
 
 
-def add_combination(vector: Tensor, block: Tensor, coefficients: Tensor, factor: float) -> Tensor:
-    """(B, D), (B, m, D), (B, m) -> (B, D) ``vector + factor * combine(block, coefficients)``."""
-    return torch.baddbmm(vector.unsqueeze(1), coefficients.unsqueeze(1), block, alpha=factor).squeeze(1)
+def add_combination(
+    vector: Tensor, block: Tensor, coefficients: Tensor, factor: float, *, scale: float = 1.0, reuse: bool = False
+) -> Tensor:
+    """(B, D), (B, m, D), (B, m) -> (B, D) ``scale * vector + factor * combine(block, coefficients)``.
+
+    Args:
+        vector: (B, D).
+        block: (B, m, D).
+        coefficients: (B, m).
+        factor: On the host.
+        scale: On the host.
+        reuse: Return it in the memory of ``vector``, where no gradient is recorded.
+    """
+    row, coefficients = vector.unsqueeze(1), coefficients.unsqueeze(1)
+    # torch.vmap has the one that writes in place only with a warning.
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if reuse and not transformed and not recorded(vector, block, coefficients):
+        return row.baddbmm_(coefficients, block, beta=scale, alpha=factor).squeeze(1)
+    return torch.baddbmm(row, coefficients, block, beta=scale, alpha=factor).squeeze(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from solvers._base import FlatMapping, Solver, State
 from solvers._hyperparameters import require_damping, require_positive_int
 from solvers._low_rank_inverse import LowRankInverse
-from solvers._window import combine, dot, store
+from solvers._window import add_combination, dot, recorded, store, store_quotient
 
 # The line search takes a step unless |g| grows beyond this times its largest value at the last so many iterates, and
 # else a shorter one, so many times at most. Good directions need not descend: stricter tests cost more than they save.
@@ -94,8 +94,8 @@ class Broyden(Solver):
         n = inverse.rank
         # v may have any length. That of a unit vector s or y keeps the products from underflow.
         if self.method == "good":
-            unit = _unit(state.direction)
-            v_block = self._store(inverse.v, n, inverse.rmv(unit))
+            unit = state.direction / _size_or_inf(state.direction)
+            v_block = store(inverse.v, n, inverse.rmv(unit), self._capacity, self._first)
             # v'g is unit'H g, and here minus that at the old point.
             overlap = (unit * newton).sum(dim=1, keepdim=True)
             del unit
@@ -106,15 +106,18 @@ class Broyden(Solver):
             s = length * s
         else:
             z = state.z + s
+        # s - H y is -H g plus this difference. It is none but with damping, a shorter step, or after a truncation.
+        rest = None if s is newton else _sum(s, newton, -1.0)
+        del s, newton
+        if not self.line_search:
             fz = f(z)
         g = fz - z
 
         if self.method == "bad":
-            y = g - (state.fz - state.z)
-            unit = _unit(y)
-            v_block = self._store(inverse.v, n, unit)
-            vy = (unit * y).sum(dim=1, keepdim=True)
-            del y, unit
+            y = _sum(state.fz - state.z, g, -1.0)  # with its sign turned, which cancels as the length does
+            v_block = store_quotient(inverse.v, n, y, _size_or_inf(y), self._capacity, self._first)
+            vy = -dot(v_block[:, n : n + 1], y)
+            del y
         products = dot(v_block[:, : n + 1], g)
         vg = products[:, n:]
         if self.method == "good":
@@ -126,24 +129,28 @@ class Broyden(Solver):
         usable = (vy.abs() > eps * old_size) & (old_size > 8 * eps * _norm(fz))
         recent = torch.cat((state.recent[:, 1:], _norm(g)), dim=1) if self.line_search else _norm(g)
 
-        by_old = g if inverse.u is None or n == 0 else g - combine(inverse.u[:, :n], products[:, :n])  # -H g
-        del g
-        # s - H y. The old point's -H g is s itself, but with damping, a shorter step, or after a truncation.
-        u = by_old if s is newton else (s - newton).add_(by_old)
-        u = u / torch.where(usable, vy, math.inf)
+        direction = g  # -H g, with H as it was
+        if inverse.u is not None and n > 0:
+            direction = add_combination(g, inverse.u[:, :n], products[:, :n], -1.0, reuse=True)
+        u = direction if rest is None else _sum(rest, direction)
+        u_block = store_quotient(inverse.u, n, u, torch.where(usable, vy, math.inf), self._capacity, self._first)
+        del g, u, rest
         return BroydenState(
             z=z,
             fz=fz,
-            direction=torch.addcmul(by_old, u, vg, value=-1),
-            inverse=LowRankInverse(n + 1, self._store(inverse.u, n, u), v_block),
+            direction=add_combination(direction, u_block[:, n : n + 1], vg, -1.0, reuse=True),
+            inverse=LowRankInverse(n + 1, u_block, v_block),
             recent=recent,
         )
 
-    def _store(self, block: Tensor | None, slot: int, vector: Tensor) -> Tensor:
-        if self.memory is None:
-            return store(block, slot, vector, 2**62)
+    @property
+    def _capacity(self) -> int:
+        return 2**62 if self.memory is None else self.memory
+
+    @property
+    def _first(self) -> int:
         # All of it at once: growing takes the memory of the old block and the new.
-        return store(block, slot, vector, self.memory, first=self.memory)
+        return 8 if self.memory is None else self.memory
 
 
 def _search(f: FlatMapping, start: Tensor, s: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,13 +174,18 @@ def _search(f: FlatMapping, start: Tensor, s: Tensor, largest: Tensor) -> tuple[
     return z, fz, length
 
 
+def _sum(x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
+    """``x + factor * y``, in the memory of ``x`` where no gradient is recorded."""
+    return torch.add(x, y, alpha=factor) if recorded(x, y) else x.add_(y, alpha=factor)
+
+
 def _norm(x: Tensor) -> Tensor:
     """(B, D) -> (B, 1), a constant for derivatives: those of a norm at zero are not finite."""
     norm: Tensor = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
     return norm
 
 
-def _unit(x: Tensor) -> Tensor:
-    """``x`` divided by its norm, 0 where it has vanished."""
+def _size_or_inf(x: Tensor) -> Tensor:
+    """(B, D) -> (B, 1) the norm, to divide by: infinite where it has vanished."""
     size = _norm(x)
-    return x / torch.where(size > torch.finfo(size.dtype).tiny, size, math.inf)
+    return torch.where(size > torch.finfo(size.dtype).tiny, size, math.inf)
