@@ -17,7 +17,9 @@ from solvers._batching import check_structure
 
 def transform_active() -> bool:
     """Whether a torch.func transform or forward-mode AD is tracing: tensors may be wrapped, modules swapped."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    # Not "is not None", which torch.compile takes to be true of the None that it finds there.
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return isinstance(interpreter, torch._C._functorch.CInterpreter) or forward_ad._current_level >= 0
 
 
 class ExplicitMap:
@@ -31,14 +33,15 @@ class ExplicitMap:
         f: The user's map.
         z0: The start; only its structure and dtypes are used.
         args: Further arguments of ``f``: any pytrees.
+        explicit_weights: Whether the parametrized weights are computed and listed; else they are left to ``f``.
     """
 
-    def __init__(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...]) -> None:
+    def __init__(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], *, explicit_weights: bool = True) -> None:
         self._f = f
         self._state_spec = tree_flatten(z0)[1]
         self._arguments, self._argument_spec = tree_flatten(args)
         self._tensor_positions = [i for i, leaf in enumerate(self._arguments) if isinstance(leaf, Tensor)]
-        modules = modules_used_by(f)
+        modules = modules_used_by(f) if explicit_weights else []
         self._slots = parametrized_slots(modules)
         self._names: list[str] = []
         tensors = [self._arguments[i] for i in self._tensor_positions]
@@ -49,7 +52,9 @@ class ExplicitMap:
             self._names = list(named)
             tensors += list(named.values())
         self.tensors: list[Tensor] = tensors
-        self._autocast = AutocastMode.current(tree_leaves(z0)[0].device.type)
+        leaves = tree_leaves(z0)
+        self._state_dtypes = {leaf.dtype for leaf in leaves}
+        self._autocast = AutocastMode.current(leaves[0].device.type)
 
     def __call__(self, z: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """The leaves of ``f(z, *args)`` for the leaves of z; under autocast in the dtypes of z."""
@@ -72,8 +77,9 @@ class ExplicitMap:
 
     @property
     def resolution(self) -> float:
-        """Relative rounding that autocast puts on the map beyond that of the state's dtype; 0 without autocast."""
-        return 0.0 if self._autocast.dtype is None else torch.finfo(self._autocast.dtype).eps
+        """Relative rounding of the map where it is coarser than the algebra's: half precision, stored or autocast."""
+        dtypes = self._state_dtypes if self._autocast.dtype is None else {*self._state_dtypes, self._autocast.dtype}
+        return max([0.0, *[torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize == 2]])
 
     def first_call(self, z0: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The map at z0, and the leaf tensors requiring grad that f used beyond its arguments."""

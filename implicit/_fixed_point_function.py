@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from implicit._grads_batched import one_by_one
 from solvers import Solution
 from solvers._failure import OnFailure, report_failure
 from solvers.linear import LinearSolver, linear_solve
@@ -36,8 +37,8 @@ class Problem:
         batch_dims: As in :func:`solvers.solve`.
         adjoint_solver: Solves the linear problems.
         on_failure: What to do when a linear problem fails.
-        resolution: Relative rounding of products with the map's Jacobian beyond that of the state's dtype, as under
-            autocast. A linear solve that stops at a residual below it has not failed.
+        resolution: Relative rounding of products with the map's Jacobian where it is coarser than that of the linear
+            algebra. A linear solve that stops at a residual below it has not failed.
         transformed: Whether the map was made explicit while a transform was tracing; then all its tensors are
             arguments, and it is differentiated by ``torch.func`` alone.
         report: Called with the Solution of the adjoint problem.
@@ -74,6 +75,11 @@ class Problem:
     def solve_adjoint(self, fz: Leaves, z: Leaves, w: Leaves) -> list[Tensor]:
         """``u = (df/dz)' u + w``, with the graph of ``fz``, the map at z."""
         return self._solve_linear(lambda u: _vjp(fz, z, u), w, self.batch_dims, self.report)
+
+    def solve_adjoint_by_transform(self, z: Leaves, tensors: Leaves, w: Leaves) -> list[Tensor]:
+        """The same by ``torch.func``, which torch.compile traces; not differentiable."""
+        _, pullback = torch.func.vjp(lambda *leaves: tuple(self.map(leaves, tensors)), *z)[:2]
+        return self._solve_linear(lambda u: list(pullback(tuple(u))), w, self.batch_dims, self.report)
 
     def tangent(self, num_leaves: int) -> "Problem":
         """``v = (df/dz) v + t`` with the tensors (t, z, tensors of this problem)."""
@@ -118,6 +124,8 @@ class Problem:
         )
         if report is not None:
             report(solution)
+        if not self.adjoint_solver.tested:
+            return cast(list[Tensor], solution.value)
         # A nan residual compares false, and stays a failure.
         if solution.residual is None or bool((solution.failed & ~(solution.residual <= self.resolution)).any()):
             report_failure(solution, self.on_failure, "The linear solve of the derivative")
@@ -154,6 +162,7 @@ class _FixedPoint(torch.autograd.Function):
         ctx.save_for_forward(*saved)
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         problem, num_leaves = ctx.problem, ctx.sizes[0]
         z, tensors, captured = _split(ctx.saved_tensors, *ctx.sizes)
@@ -161,6 +170,7 @@ class _FixedPoint(torch.autograd.Function):
         return (None, None, *[None] * num_leaves, *_pull_back(problem, z, tensors, captured, cotangents, wanted))
 
     @staticmethod
+    @one_by_one
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         problem, num_leaves = ctx.problem, ctx.sizes[0]
         z, tensors, captured = _split(ctx.saved_tensors, *ctx.sizes)
@@ -304,6 +314,7 @@ class _Attach(torch.autograd.Function):
         return tuple(out.detach() for out in outputs)
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         originals, captured, _ = _split(ctx.saved_tensors, len(ctx.copies), ctx.num_captured)
         wanted = ctx.needs_input_grad[3:]

@@ -113,7 +113,9 @@ def fixed_point(
         on_failure=on_failure,
     )
     mode.check(options.solver)
-    if torch.is_grad_enabled() or transform_active():
+    # Not while torch.compile traces, when PyTorch 2.11 says that it is exporting too.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if not exporting and (torch.is_grad_enabled() or transform_active()):
         mode = mode.chosen(options)
         solution = mode.solve(f, z0, args, options)
         solution.backward = mode

@@ -17,7 +17,9 @@ class Hyperparameters:
             raise TypeError(
                 f"{cls.__name__} is no dataclass. Put @dataclasses.dataclass(frozen=True, kw_only=True) above it."
             )
-        names = [field.name for field in dataclasses.fields(cls) if field.init]
+        # Not by dataclasses.fields, which torch.compile does not trace.
+        fields = cls.__dataclass_fields__.values()
+        names = [field.name for field in fields if field.init and "ClassVar" not in str(field.type)]
         known = ", ".join(names) or "none"
         if args:
             raise TypeError(f"{cls.__name__} takes keyword arguments only, got {args!r}. Its options: {known}.")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from implicit import FixedPointLayer, Implicit, spectral_norm
 from solvers import Anderson, Broyden, NewtonKrylov, Picard, solve
-from solvers.linear import GMRES
+from solvers.linear import GMRES, NeumannSeries
 from solvers.testing import BANK
 
 pytestmark = pytest.mark.gpu
@@ -109,31 +109,101 @@ def test_mixed_precision(dtype, options):
     assert relative_error(gradients[True], gradients[False]) < 0.05
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PyTorch's own, while it compiles
-def test_compiles_with_inductor():
-    layer = FixedPointLayer(Map().cuda().eval(), backward="unrolled", **FIXED)
+def fixed_layer(backward):
+    return FixedPointLayer(Map().eval(), solver="anderson", backward=backward, **FIXED).eval()
+
+
+SERIES = Implicit(linear_solver=NeumannSeries(terms=8))
+in_one_graph = pytest.mark.parametrize("backward", ["unrolled", SERIES], ids=["unrolled", "implicit"])
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_truncated_series_does_not_wait_for_the_device():
+    layer = fixed_layer(SERIES).cuda()
+    layer(torch.randn(16, 32, device="cuda")).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backward", ["unrolled", "implicit", SERIES], ids=str)
+def test_layers_train_under_autocast(backward, dtype):
+    """The state stays float32, the losses stay near those of float32, and the scaler skips no step."""
+    losses, device = {}, "cuda"
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        layer = FixedPointLayer(Map(), backward=backward, rtol=1e-2).to(device)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler(device, enabled=enabled and dtype == torch.float16, init_scale=1024.0)
+        losses[enabled] = []
+        for _ in range(5):
+            x = torch.randn(16, 32, device=device)
+            with torch.autocast(device, dtype=dtype, enabled=enabled):
+                z = layer(x)
+                loss = (z - 1).square().mean()
+            assert z.dtype == torch.float32
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses[enabled].append(loss.item())
+        assert scaler.get_scale() == (1024.0 if scaler.is_enabled() else 1.0)
+    assert losses[True] == pytest.approx(losses[False], rel=2e-2)
+
+
+# PyTorch's own, while it compiles.
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute")
+@in_one_graph
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiles_with_inductor(mode, backward):
+    layer = fixed_layer(backward).cuda()
+    fast = torch.compile(layer, fullgraph=True, mode=mode)
+    for _ in range(3):  # "reduce-overhead" captures a CUDA graph in the second call
+        x = torch.randn(16, 32, device="cuda", requires_grad=True)
+        results = [
+            (z := call(x), *torch.autograd.grad(z.square().sum(), (x, *layer.parameters()))) for call in (layer, fast)
+        ]
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_imixer_compiles_with_inductor():
     model = trained_somewhat(small()).cuda().eval()
     x = torch.randn(2, 3, 16, 16, device="cuda")
     assert torch.allclose(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-3)
-    z = torch.randn(16, 32, device="cuda")
-    assert torch.allclose(torch.compile(layer)(z), layer(z), atol=1e-4)
 
 
-def test_fixed_steps_can_be_captured_in_a_graph():
-    layer = FixedPointLayer(Map().cuda().eval(), solver="anderson", **FIXED)
-    x = torch.randn(16, 32, device="cuda")
-    with torch.no_grad():
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for _ in range(3):
+@in_one_graph
+def test_fixed_steps_can_be_captured_in_a_graph(backward):
+    """Forward alone, and forward and backward in one graph; replays follow the input."""
+    layer = fixed_layer(backward).cuda()
+    x = torch.randn(16, 32, device="cuda", requires_grad=True)
+
+    def run():
+        z = layer(x)
+        return z, *torch.autograd.grad(z.square().sum(), (x, *layer.parameters()))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+            with torch.no_grad():
                 layer(x)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            z = layer(x)
-        x.copy_(torch.randn_like(x))
-        graph.replay()
-        assert torch.allclose(z, layer(x), atol=1e-5)
+    torch.cuda.current_stream().wait_stream(side)
+    forward, whole = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(forward):
+        z = layer(x)
+    with torch.cuda.graph(whole):
+        results = run()
+    for _ in range(2):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        forward.replay()
+        whole.replay()
+        expected = run()
+        assert torch.allclose(z, expected[0], atol=1e-5)
+        for a, b in zip(results, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_training_on_the_gpu(tmp_path):

@@ -43,6 +43,9 @@ _BACKWARDS: dict[str, Callable[..., Backward]] = {
     "auto": AutoBackward,
 }
 
+# Found rather than made where a name is resolved inside torch.compile, which traces no dataclass in a dataclass.
+_DEFAULTS = {name: mode() for name, mode in _BACKWARDS.items()}
+
 
 def get_backward(backward: Backward | str, **options: Any) -> Backward:
     """The backward mode of that name with these options; an object passes through.
@@ -63,4 +66,6 @@ def get_backward(backward: Backward | str, **options: Any) -> Backward:
         >>> get_backward("neumann", terms=3)
         Implicit(linear_solver=NeumannSeries(terms=3))
     """
+    if isinstance(backward, str) and backward in _DEFAULTS and not options:
+        return _DEFAULTS[backward]
     return resolve(backward, options, Backward, _BACKWARDS, "backward mode")

@@ -5,9 +5,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from implicit._compiled import with_adjoint
 from implicit._explicit_map import ExplicitMap, transform_active
 from implicit._fixed_point_function import Leaves, Map, Problem, fixed_point_of
 from implicit.backward._base import Backward, SolveOptions
@@ -58,10 +61,11 @@ class Implicit(Backward):
         options: SolveOptions,
         problem_type: type[Problem] = Problem,
     ) -> Solution:
+        if torch.compiler.is_compiling() and not transform_active():
+            return self._solve_while_compiling(f, z0, args, options)
         start, spec = tree_flatten(z0)
         explicit = ExplicitMap(f, z0, args)
         found: list[Solution] = []
-        reported: list[weakref.ref[Solution]] = []
 
         def forward(map_: Map, z0: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
             def tree_map(z: list[Tensor]) -> list[Tensor]:
@@ -71,22 +75,53 @@ class Implicit(Backward):
             found.append(solution)
             return list(solution.value)
 
-        def report(adjoint: Solution) -> None:
-            # The graph of the solution's value holds this function: a strong reference would be a cycle through it.
-            solution = reported[0]() if reported else None
-            if solution is not None:
-                solution.adjoint = adjoint
-
-        transformed = transform_active()
         first = _FirstCall()
         captured: list[Tensor] = []
+        transformed = transform_active()
         if transformed:
             explicit.refuse_captured(start)
         else:
             first.output, captured = explicit.first_call(start)
-        problem = problem_type(
+        report = _Report()
+        problem = self._problem(problem_type, explicit, forward, options, report, transformed=transformed)
+        value = fixed_point_of(problem, start, explicit.tensors, captured)
+        return report.to(dataclasses.replace(found.pop(), value=tree_unflatten(value, spec)))
+
+    def _solve_while_compiling(
+        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions
+    ) -> Solution:
+        """See :mod:`implicit._compiled`. A backward pass that is in the graph reports nothing."""
+        explicit = ExplicitMap(f, z0, args, explicit_weights=False)
+        with parametrize.cached():
+            f(z0, *args)  # computes the parametrized weights, with gradients; the compiler removes what is not used
+            with torch.no_grad():
+                solution = options.solve(f, z0, args)
+            z, spec = tree_flatten(solution.value)
+            image = explicit(z, explicit.tensors)
+            report = _Report() if self.linear_solver.tested else None
+            problem = self._problem(Problem, explicit, lambda *_: z, options, report, transformed=False)
+            if report is None:
+                value = with_adjoint(problem, image, z, explicit.tensors)
+                return dataclasses.replace(solution, value=tree_unflatten(value, spec))
+            weights = dict(parametrize._cache)
+        from implicit import _outside_graphs
+
+        value = _outside_graphs.with_eager_adjoint(problem, image, z, explicit.tensors, weights)
+        return report.to(dataclasses.replace(solution, value=tree_unflatten(value, spec)))
+
+    def _problem(
+        self,
+        problem_type: type[Problem],
+        explicit: ExplicitMap,
+        solve: Callable[[Map, Leaves, Leaves, int], list[Tensor]],
+        options: SolveOptions,
+        report: "_Report | None",
+        *,
+        transformed: bool,
+    ) -> Problem:
+        return problem_type(
             map=explicit,
-            solve=forward,
+            solve=solve,
             batch_dims=options.batch_dims,
             adjoint_solver=self.linear_solver,
             on_failure=options.on_failure,
@@ -94,10 +129,23 @@ class Implicit(Backward):
             transformed=transformed,
             report=report,
         )
-        value = fixed_point_of(problem, start, explicit.tensors, captured)
-        solution = dataclasses.replace(found.pop(), value=tree_unflatten(value, spec))
-        reported.append(weakref.ref(solution))
+
+
+class _Report:
+    """Puts the solution of the adjoint problem on the solution that it belongs to, if that is still there."""
+
+    _solution: "weakref.ref[Solution] | None" = None
+
+    def to(self, solution: Solution) -> Solution:
+        """Report to this solution from now on."""
+        # The graph of the solution's value holds this object: a strong reference would be a cycle through it.
+        self._solution = weakref.ref(solution)
         return solution
+
+    def __call__(self, adjoint: Solution) -> None:
+        solution = None if self._solution is None else self._solution()
+        if solution is not None:
+            solution.adjoint = adjoint
 
 
 class _FirstCall:

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from implicit._parametrized import modules_used_by, parametrized_slots, substituted
+from torch.nn.utils import parametrize
+
+from implicit._explicit_map import transform_active
 from implicit.backward._base import Backward, SolveOptions, require_differentiable
 from solvers import Solution, Solver
 
@@ -26,14 +28,14 @@ class Unrolled(Backward):
         require_differentiable(self, solver)
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
-        slots = parametrized_slots(modules_used_by(f))
-        with substituted(slots, [getattr(module, name) for module, name in slots]):
+        # A parametrized weight is computed in the first call, and the same in all others.
+        with parametrize.cached():
             try:
                 return options.solve(f, z0, args)
             except RuntimeError as error:
-                if options.stopping is None or "data-dependent control flow" not in str(error):
+                if not (transform_active() and "data-dependent control flow" in str(error)):
                     raise
                 raise RuntimeError(
-                    f"{self!r} cannot test for convergence under torch.func.vmap. Take a fixed number of steps, "
-                    "rtol=None, atol=None; or use the implicit backward mode."
+                    f"{self!r} cannot test for convergence under torch.func.vmap, and so not under jacfwd or hessian. "
+                    "Take a fixed number of steps, rtol=None, atol=None, max_steps=n, or the implicit backward mode."
                 ) from error

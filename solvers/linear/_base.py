@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -31,7 +32,13 @@ class LinearResult:
 
 
 class LinearSolver(Hyperparameters, abc.ABC):
-    """A method for ``A x = b`` given only products with A; a frozen dataclass with its own tolerances."""
+    """A method for ``A x = b`` given only products with A; a frozen dataclass with its own tolerances.
+
+    Attributes:
+        tested: Whether the method tests its residual. One that does not never waits for the device, and compiles.
+    """
+
+    tested: ClassVar[bool] = True
 
     @abc.abstractmethod
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
