@@ -71,8 +71,20 @@ class Layout:
         other.shapes = [torch.Size((batch_size, *shape[1:])) for shape in self.shapes]
         return other
 
+    def _is_flat(self, tree: Any) -> bool:
+        """Whether the state is one (B, D) tensor in the dtype of the algebra, and ``tree`` is one as well."""
+        return (
+            isinstance(tree, Tensor)
+            and self.spec.is_leaf()
+            and self.dtypes[0] == self.dtype == tree.dtype
+            and tree.shape == self.shapes[0] == (self.batch_size, self.sizes[0])
+        )
+
     def pack(self, tree: Any) -> Tensor:
         """A pytree like z0 -> (B, D) in the dtype of the algebra. Views where it can."""
+        if self._is_flat(tree):
+            flat: Tensor = tree
+            return flat
         leaves = [tree] if isinstance(tree, Tensor) else tree_flatten(tree)[0]
         rows = [leaf.reshape(self.batch_size, size) for leaf, size in zip(leaves, self.sizes, strict=True)]
         rows = [row if row.dtype == self.dtype else row.to(self.dtype) for row in rows]
@@ -80,6 +92,8 @@ class Layout:
 
     def unpack(self, flat: Tensor) -> Any:
         """(B, D) -> a pytree like z0, with its dtypes."""
+        if self._is_flat(flat):
+            return flat
         columns = [flat] if len(self.sizes) == 1 else flat.split(self.sizes, dim=1)
         leaves = [
             column.reshape(shape).to(dtype)
@@ -96,6 +110,8 @@ class Layout:
 
         Under autocast another floating-point dtype is accepted: the state keeps its own.
         """
+        if self._is_flat(output) and output.device == self.device:
+            return
         leaves, spec = tree_flatten(output)
         check_structure(spec, self.spec, name)
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):

@@ -145,18 +145,24 @@ class ToleranceTest:
                 else:
                     self._value = fz
                 return False
-        value = self.value  # before any sample ends
+        done = self.done
         with torch.no_grad():
-            active = ~self.done
-            taken = active & improved
-            if step >= self._stale_at or bool((active & ~still_open).any()):
-                met = active & self._measure.met(error, scale, z, fz)
+            taken = ~done & improved
+            ended = None
+            if step >= self._stale_at or bool((~done & ~still_open).any()):
+                met = ~done & self._measure.met(error, scale, z, fz)
                 taken = taken | met
                 self._take(taken, residual)
-                self._stop(met, whole)
+                ended = self._stop(met, whole)
             else:
                 self._take(taken, residual)
-        self._value = fz if bool(taken.all()) else torch.where(taken.unsqueeze(1), fz, value)
+            all_taken = bool((taken | done).all())
+        if ended is None or not all_taken:
+            self._value, self._newest = torch.where(taken.unsqueeze(1), fz, self._value_where(done)), None
+        elif len(ended) == len(done):
+            self._value, self._newest = fz, None
+        else:
+            self._value, self._newest = self._value.index_copy(0, ended, fz.index_select(0, ended)), fz
         return self.num_done == len(self.status)
 
     def _start(self, error: Tensor, scale: Tensor, z: Tensor, fz: Tensor) -> None:
@@ -176,8 +182,8 @@ class ToleranceTest:
         self.residual = torch.where(taken, residual, self.residual)
         self._best_step = torch.where(taken, self._step, self._best_step.clamp_min(self._all_improved_at))
 
-    def _stop(self, met: Tensor, error: Tensor) -> None:
-        """Decide of each sample whether it ends here, and how."""
+    def _stop(self, met: Tensor, error: Tensor) -> Tensor:
+        """Decide of each sample whether it ends here, and how; returns (n,) those that do."""
         active = ~self.done
         waited = self._step - self._best_step
         # The later line wins: what is not finite is no matter of stagnation.
@@ -196,6 +202,7 @@ class ToleranceTest:
         if self.num_done < len(self.done):
             oldest = self._best_step.masked_fill(self.done, self._step).min()
             self._stale_at = int(oldest) + self._least_patience
+        return ended
 
     def _with_secant_ratio(self, rows: Tensor) -> Tensor:
         """The error ratios with those of ``rows`` (n,) set: near a solution, what error is to residual.
@@ -221,19 +228,22 @@ class ToleranceTest:
     @property
     def value(self) -> Tensor:
         """(B, D) the image of the best iterate of each sample."""
-        if self._newest is not None:
-            newest, self._newest = self._newest, None
-            self._value = torch.where(self.done.unsqueeze(1), self._value, newest) if self.num_done else newest
+        self._value, self._newest = self._value_where(self.done), None
         return self._value
+
+    def _value_where(self, done: Tensor) -> Tensor:
+        """The values where these samples are done, and the newest image, if there is one, is that of all others."""
+        return self._value if self._newest is None else torch.where(done.unsqueeze(1), self._value, self._newest)
 
     def forget_earlier(self) -> None:
         """Drop the iterate before the latest, which only a solution asks for: a step needs the room."""
         self._earlier = None
 
-    def held(self) -> Tensor:
-        """(B, D) what the map is to be called with for samples that have stopped: always finite, if z0 was."""
-        lost = (self.status == Status.NONFINITE) & ~self.residual.isfinite()
-        return torch.where(lost.unsqueeze(1), self._start_z, self.value).detach()
+    def held(self) -> tuple[Tensor, Tensor]:
+        """The samples that have stopped (n,), and what the map is to be called with for them: finite, if z0 was."""
+        rows = self.done.nonzero().squeeze(1)
+        lost = (self.status[rows] == Status.NONFINITE) & ~self.residual[rows].isfinite()  # (n,)
+        return rows, torch.where(lost.unsqueeze(1), self._start_z[rows], self.value[rows]).detach()
 
     def drop_done(self) -> Tensor:
         """Put the finished samples aside; from now on updates are of the others alone.
