@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from solver_rows import SOLVERS
+from solver_rows import CALLS_VARY, SOLVERS
 
 from solvers import Solution, Status, solve
 from solvers.testing import BANK
@@ -64,9 +64,12 @@ def test_solves_the_bank(solver, problem):
         require_true(solution, solution.value, bank.f, rtol)
         if solver not in UNSOLVED.get(problem, ()):
             assert solution.converged.all(), solution.summary()
-            # A symmetric map of radius 0.99 turns a residual into an error a hundred times as large.
+            # At a contraction factor of at most 0.9 the error is within ten residuals or so, at 0.99 a hundred.
             error = (solution.value - bank.solution).norm(dim=1) / bank.solution.norm(dim=1)
-            assert (error <= 200 * rtol).all()
+            assert (error <= (20 if problem in EASY else 200) * rtol).all()
+        if solver not in CALLS_VARY:
+            assert solution.num_evals == int(solution.num_steps.max())
+        assert solution.value.dtype == dtype
 
 
 @pytest.mark.parametrize("problem", BANK)
