@@ -84,8 +84,8 @@ class FlatMap:
         self._layout = layout
         # The driver switches autocast off for the solver's algebra; f runs in the mode that it was given in.
         self._autocast = AutocastMode.current(layout.device.type)
-        self._rows: Tensor | None = None
-        self._held: Tensor | None = None
+        self._done: Tensor | None = None
+        self._value: Tensor | None = None
         self.num_evals = 0
 
     @property
@@ -94,12 +94,13 @@ class FlatMap:
         dtypes = [*self._layout.dtypes, *((self._autocast.dtype,) if self._autocast.dtype else ())]
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
-    def freeze(self, rows: Tensor, value: Tensor) -> None:
-        """From now on call f with ``value`` (n, D) in these ``rows`` (n,), whatever the solver asks for.
+    def freeze(self, done: Tensor, value: Tensor) -> None:
+        """From now on call f with the rows of ``value`` (B, D) where ``done`` (B,), whatever the solver asks for.
 
         A finished sample's row in the solver's state may degenerate (differences of equal vectors); f never sees it.
         """
-        self._rows, self._held = rows, value
+        # All of the batch, by a mask: the shapes are the same however many samples are done.
+        self._done, self._value = done.unsqueeze(1), value
 
     def check_in_dims(self, in_dims: InDims) -> None:
         """Raise a ValueError unless every argument has the samples where ``in_dims`` says."""
@@ -121,7 +122,7 @@ class FlatMap:
 
         self._args = tuple(take(arg, dim) for arg, dim in zip(self._args, self._dims(in_dims), strict=True))
         self._layout = self._layout.resized(len(keep))
-        self._rows = self._held = None
+        self._done = self._value = None
 
     def _dims(self, in_dims: InDims) -> tuple[int | None, ...]:
         """One entry an argument."""
@@ -132,8 +133,8 @@ class FlatMap:
         return in_dims
 
     def __call__(self, z: Tensor) -> Tensor:
-        if self._rows is not None and self._held is not None:
-            z = z.index_copy(0, self._rows, self._held)
+        if self._done is not None and self._value is not None:
+            z = torch.where(self._done, self._value, z)
         argument = self._layout.unpack(z)
         self.num_evals += 1
         versioned = not (torch.compiler.is_compiling() or z.is_inference())

@@ -239,11 +239,10 @@ class ToleranceTest:
         """Drop the iterate before the latest, which only a solution asks for: a step needs the room."""
         self._earlier = None
 
-    def held(self) -> tuple[Tensor, Tensor]:
-        """The samples that have stopped (n,), and what the map is to be called with for them: finite, if z0 was."""
-        rows = self.done.nonzero().squeeze(1)
-        lost = (self.status[rows] == Status.NONFINITE) & ~self.residual[rows].isfinite()  # (n,)
-        return rows, torch.where(lost.unsqueeze(1), self._start_z[rows], self.value[rows]).detach()
+    def held(self) -> Tensor:
+        """(B, D) what the map is to be called with for samples that have stopped: always finite, if z0 was."""
+        lost = (self.status == Status.NONFINITE) & ~self.residual.isfinite()
+        return torch.where(lost.unsqueeze(1), self._start_z, self.value).detach()
 
     def drop_done(self) -> Tensor:
         """Put the finished samples aside; from now on updates are of the others alone.

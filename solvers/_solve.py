@@ -245,7 +245,7 @@ class Iteration:
             self.state = take_samples(self.state, keep)
             self._map.take_samples(keep, self._in_dims)
         else:
-            self._map.freeze(*progress.held())
+            self._map.freeze(progress.done, progress.held())
         self._num_apart = progress.num_done
 
 
