@@ -99,7 +99,6 @@ class FlatMap:
 
         A finished sample's row in the solver's state may degenerate (differences of equal vectors); f never sees it.
         """
-        # All of the batch, by a mask: the shapes are the same however many samples are done.
         self._done, self._value = done.unsqueeze(1), value
 
     def check_in_dims(self, in_dims: InDims) -> None:

@@ -145,24 +145,18 @@ class ToleranceTest:
                 else:
                     self._value = fz
                 return False
-        done = self.done
+        value = self.value  # before any sample ends
         with torch.no_grad():
-            taken = ~done & improved
-            ended = None
-            if step >= self._stale_at or bool((~done & ~still_open).any()):
-                met = ~done & self._measure.met(error, scale, z, fz)
+            active = ~self.done
+            taken = active & improved
+            if step >= self._stale_at or bool((active & ~still_open).any()):
+                met = active & self._measure.met(error, scale, z, fz)
                 taken = taken | met
                 self._take(taken, residual)
-                ended = self._stop(met, whole)
+                self._stop(met, whole)
             else:
                 self._take(taken, residual)
-            all_taken = bool((taken | done).all())
-        if ended is None or not all_taken:
-            self._value, self._newest = torch.where(taken.unsqueeze(1), fz, self._value_where(done)), None
-        elif len(ended) == len(done):
-            self._value, self._newest = fz, None
-        else:
-            self._value, self._newest = self._value.index_copy(0, ended, fz.index_select(0, ended)), fz
+        self._value = fz if bool(taken.all()) else torch.where(taken.unsqueeze(1), fz, value)
         return self.num_done == len(self.status)
 
     def _start(self, error: Tensor, scale: Tensor, z: Tensor, fz: Tensor) -> None:
@@ -182,8 +176,8 @@ class ToleranceTest:
         self.residual = torch.where(taken, residual, self.residual)
         self._best_step = torch.where(taken, self._step, self._best_step.clamp_min(self._all_improved_at))
 
-    def _stop(self, met: Tensor, error: Tensor) -> Tensor:
-        """Decide of each sample whether it ends here, and how; returns (n,) those that do."""
+    def _stop(self, met: Tensor, error: Tensor) -> None:
+        """Decide of each sample whether it ends here, and how."""
         active = ~self.done
         waited = self._step - self._best_step
         # The later line wins: what is not finite is no matter of stagnation.
@@ -202,7 +196,6 @@ class ToleranceTest:
         if self.num_done < len(self.done):
             oldest = self._best_step.masked_fill(self.done, self._step).min()
             self._stale_at = int(oldest) + self._least_patience
-        return ended
 
     def _with_secant_ratio(self, rows: Tensor) -> Tensor:
         """The error ratios with those of ``rows`` (n,) set: near a solution, what error is to residual.
@@ -228,12 +221,10 @@ class ToleranceTest:
     @property
     def value(self) -> Tensor:
         """(B, D) the image of the best iterate of each sample."""
-        self._value, self._newest = self._value_where(self.done), None
+        if self._newest is not None:
+            newest, self._newest = self._newest, None
+            self._value = torch.where(self.done.unsqueeze(1), self._value, newest) if self.num_done else newest
         return self._value
-
-    def _value_where(self, done: Tensor) -> Tensor:
-        """The values where these samples are done, and the newest image, if there is one, is that of all others."""
-        return self._value if self._newest is None else torch.where(done.unsqueeze(1), self._value, self._newest)
 
     def forget_earlier(self) -> None:
         """Drop the iterate before the latest, which only a solution asks for: a step needs the room."""
