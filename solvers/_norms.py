@@ -1,4 +1,4 @@
-"""Norms of the rows of a (B, D) problem, whole or leaf by leaf of the state that it was packed from."""
+"""Norms and inner products of the rows of a (B, D) problem."""
 
 import math
 
@@ -15,6 +15,11 @@ def rms_norm(x: Tensor) -> Tensor:
 def relative(error: Tensor, scale: Tensor) -> Tensor:
     """``error / scale``, 0 where both are 0."""
     return error / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """(B, D), (B, D) -> (B, 1) inner products of rows."""
+    return (x * y).sum(dim=1, keepdim=True)
 
 
 def underflow(x: Tensor) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from solvers._base import FlatMapping, Solver, State
+from solvers._norms import inner
 from solvers._small_systems import inverse_or_zero
 
 # Longer steps would reach the driver's limit for divergence before they can be taken back.
@@ -61,7 +62,7 @@ class Squarem(Solver):
             raise ValueError(f'Squarem(scheme=...) must be "S1", "S2" or "S3", got {self.scheme!r}.')
 
     def init(self, f: FlatMapping, z0: Tensor) -> SquaremState:
-        return SquaremState(z=z0, fz=f(z0), kept=z0, square=_dot(z0, z0))
+        return SquaremState(z=z0, fz=f(z0), kept=z0, square=inner(z0, z0))
 
     def step(self, f: FlatMapping, state: SquaremState) -> SquaremState:
         if state.phase == 0:
@@ -72,9 +73,9 @@ class Squarem(Solver):
             v = g - r
             alpha = self._step_length(r, v)
             z = state.kept - 2 * alpha * r + alpha * alpha * v
-            return SquaremState(z=z, fz=f(z), kept=state.fz, square=_dot(g, g), phase=2)
+            return SquaremState(z=z, fz=f(z), kept=state.fz, square=inner(g, g), phase=2)
         # Not accepted also where it is nan.
-        accepted = _dot(g, g) <= _TOLERATED_GROWTH**2 * state.square
+        accepted = inner(g, g) <= _TOLERATED_GROWTH**2 * state.square
         z = torch.where(accepted, state.fz, state.kept)
         return SquaremState(z=z, fz=f(z), kept=z, square=state.square)
 
@@ -82,15 +83,10 @@ class Squarem(Solver):
         """alpha (B, 1), negative; -1 where the differences vanish or do not tell."""
         tiny = torch.finfo(r.dtype).tiny
         if self.scheme == "S1":
-            length = -_dot(r, v) * inverse_or_zero(_dot(v, v), tiny)
+            length = -inner(r, v) * inverse_or_zero(inner(v, v), tiny)
         elif self.scheme == "S2":
-            length = -_dot(r, r) * inverse_or_zero(_dot(r, v), tiny)
+            length = -inner(r, r) * inverse_or_zero(inner(r, v), tiny)
         else:
-            square = _dot(r, r) * inverse_or_zero(_dot(v, v), tiny)
+            square = inner(r, r) * inverse_or_zero(inner(v, v), tiny)
             length = torch.where(square > 0, square, 1.0).sqrt()
         return -torch.where(length > 0, length, 1.0).clamp_max(_LONGEST)
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """(B, D), (B, D) -> (B, 1)."""
-    return (x * y).sum(dim=1, keepdim=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from implicit._explicit_map import ExplicitMap, transform_active
-from implicit._parametrized import modules_used_by, parametrized_slots, substituted
+from implicit._parametrized import constant_weights
 from implicit.backward._base import Backward, SolveOptions
 from implicit.backward.implicit import Implicit
 from solvers import Solution
@@ -61,8 +61,7 @@ class Phantom(Backward):
             fz = fz.to(z.dtype)  # under autocast
             return fz if self.damping == 1.0 else z.lerp(fz, self.damping)
 
-        slots = parametrized_slots(modules_used_by(f))
-        with substituted(slots, [getattr(module, name) for module, name in slots]):
+        with constant_weights(f):
             solution = _solution(f, z0, args, options)
             z = tree_map(torch.Tensor.detach, solution.value)
             for _ in range(self.steps):

@@ -110,14 +110,7 @@ class _Estimate(LinearSolver):
         start = torch.where((residual < 1).unsqueeze(1), x, 0.0)
         r = torch.where((residual < 1).unsqueeze(1), r, b)
         found = self.shine.fallback.run(matvec, torch.where(poor.unsqueeze(1), r, 0.0))
-        size = relative(rms_norm(r), norm_b)
-        return LinearResult(
-            x=torch.where(poor.unsqueeze(1), start + found.x, x),
-            status=torch.where(poor, found.status, result.status),
-            residual=torch.where(poor, found.residual * size, residual),
-            num_steps=result.num_steps + torch.where(poor, found.num_steps, 0),
-            history=torch.cat((result.history, torch.where(poor, found.history * size, residual))),
-        )
+        return result.continued(poor, found, start, relative(rms_norm(r), norm_b))
 
 
 class _FirstOrderProblem(Problem):

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from solvers._hyperparameters import Hyperparameters
@@ -29,6 +30,23 @@ class LinearResult:
     residual: Tensor
     num_steps: Tensor
     history: Tensor
+
+    def continued(self, rows: Tensor, found: "LinearResult", start: Tensor, size: Tensor) -> "LinearResult":
+        """This result, but for the systems ``rows`` (B,), which another solver took further.
+
+        Args:
+            rows: (B,) bool.
+            found: What it found for the residual that was left of them.
+            start: (B, D) the x that this residual belongs to.
+            size: (B,) the norm of this residual in units of ``norm(b)``.
+        """
+        return LinearResult(
+            x=torch.where(rows.unsqueeze(1), start + found.x, self.x),
+            status=torch.where(rows, found.status, self.status),
+            residual=torch.where(rows, found.residual * size, self.residual),
+            num_steps=self.num_steps + torch.where(rows, found.num_steps, 0),
+            history=torch.cat((self.history, torch.where(rows, found.history * size, self.residual))),
+        )
 
 
 class LinearSolver(Hyperparameters, abc.ABC):

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from solvers._norms import relative, rms_norm
+from solvers._norms import inner, relative, rms_norm
 from solvers._small_systems import inverse_or_zero
 from solvers.linear._base import FlatMatvec
 from solvers.linear._krylov import KrylovSolver
@@ -34,25 +34,25 @@ class BiCGStab(KrylovSolver):
     ) -> tuple[Tensor, Tensor, Tensor]:
         eps = torch.finfo(r.dtype).eps
         shadow, p, x = r, r, torch.zeros_like(r)
-        rho = _dot(shadow, r)  # (B, 1)
+        rho = inner(shadow, r)  # (B, 1)
         running = rho > 0
         broken = torch.zeros_like(running)
         steps = torch.zeros_like(running, dtype=torch.int64)
         for _ in range(self.max_steps - len(history)):
             steps = steps + running
             v = matvec(p)
-            slope = _dot(shadow, v)
+            slope = inner(shadow, v)
             alpha = rho * inverse_or_zero(slope, eps * _norm(shadow) * _norm(v))
             s = r - alpha * v
             t = matvec(s)
             # The minimum of |s - omega t|; where s is zero, so is t, and omega does not matter.
-            omega = _dot(t, s) * inverse_or_zero(_dot(t, t), 0.0)
+            omega = inner(t, s) * inverse_or_zero(inner(t, t), 0.0)
             x = torch.where(running, x + alpha * p + omega * s, x)
             r = torch.where(running, s - omega * t, r)
             error = rms_norm(r).unsqueeze(1)  # (B, 1)
             history.append(relative(error.squeeze(1), norm_b))
 
-            rho_next = _dot(shadow, r)
+            rho_next = inner(shadow, r)
             short = running & (error > 0.9 * tolerance.unsqueeze(1))
             # Zero factors, or a residual orthogonal to the shadow: no direction is left in this cycle.
             stuck = (alpha == 0) | (omega == 0) | (rho_next.abs() <= eps * _norm(shadow) * _norm(r))
@@ -64,11 +64,6 @@ class BiCGStab(KrylovSolver):
             p = torch.where(running, r + beta * (p - omega * v), 0.0)
             rho = rho_next
         return x, broken.squeeze(1), steps.squeeze(1)
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """(B, D), (B, D) -> (B, 1)."""
-    return (x * y).sum(dim=1, keepdim=True)
 
 
 def _norm(x: Tensor) -> Tensor:

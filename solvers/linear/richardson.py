@@ -90,17 +90,7 @@ class Richardson(LinearSolver):
             num_steps=num_steps,
             history=torch.stack(history) if history else norm_b.new_zeros(0, norm_b.shape[0]),
         )
-        return self._finished(matvec, result, slow, r, tolerance) if bool(slow.any()) else result
-
-    def _finished(
-        self, matvec: FlatMatvec, result: LinearResult, slow: Tensor, r: Tensor, tolerance: Tensor
-    ) -> LinearResult:
-        """``result`` with the systems that are ``slow`` (B,), whose residuals are ``r`` (B, D), solved further."""
+        if not bool(slow.any()):
+            return result
         found = self.otherwise.run(matvec, torch.where(slow.unsqueeze(1), r, 0.0), tolerance)
-        return LinearResult(
-            x=torch.where(slow.unsqueeze(1), result.x + found.x, result.x),
-            status=torch.where(slow, found.status, result.status),
-            residual=torch.where(slow, found.residual * result.residual, result.residual),
-            num_steps=result.num_steps + torch.where(slow, found.num_steps, 0),
-            history=torch.cat((result.history, torch.where(slow, found.history * result.residual, result.residual))),
-        )
+        return result.continued(slow, found, result.x, result.residual)
