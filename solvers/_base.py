@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from solvers._autocast import AutocastMode
 from solvers._batching import Layout
 from solvers._hyperparameters import Hyperparameters
+from solvers._replaced_tensors import with_tensors
 
 FlatMapping = Callable[[Tensor], Tensor]
 
@@ -151,14 +152,11 @@ class FlatMap:
 
 def take_samples(state: Any, keep: Tensor) -> Any:
     """A solver's state for the samples at the positions ``keep`` (n,) alone."""
-    if isinstance(state, Tensor):
-        return state.index_select(0, keep)
-    if isinstance(state, Resource):
-        return state.select(keep)
-    if dataclasses.is_dataclass(state) and not isinstance(state, type):
-        fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-        return dataclasses.replace(state, **{name: take_samples(value, keep) for name, value in fields.items()})
-    return state
+
+    def take(part: Tensor | Resource) -> Tensor | Resource:
+        return part.select(keep) if isinstance(part, Resource) else part.index_select(0, keep)
+
+    return with_tensors(state, take, (Tensor, Resource))
 
 
 def close(state: State) -> None:

@@ -11,18 +11,18 @@ from torch.utils._pytree import tree_map
 T = TypeVar("T")
 
 
-def with_tensors(thing: T, change: Callable[[Tensor], Tensor]) -> T:
+def with_tensors(thing: T, change: Callable[[Any], Any], kinds: type | tuple[type, ...] = Tensor) -> T:
     """``thing``, a pytree of tensors, dataclasses and whatever else, with ``change`` of every tensor in its place.
 
-    The tensors are visited in an order that depends on the structure alone.
+    The tensors, or what is of ``kinds``, are visited in an order that depends on the structure alone.
     """
 
     def leaf(x: Any) -> Any:
-        if isinstance(x, Tensor):
+        if isinstance(x, kinds):
             return change(x)
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
-            fields = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
-            return dataclasses.replace(x, **{name: with_tensors(value, change) for name, value in fields.items()})
+            names = [field.name for field in dataclasses.fields(x)]
+            return dataclasses.replace(x, **{name: with_tensors(getattr(x, name), change, kinds) for name in names})
         return x
 
     replaced: T = tree_map(leaf, thing)
