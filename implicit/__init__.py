@@ -14,6 +14,7 @@ from implicit.backward import (
 from implicit.diagnostics import check_map, checked_maps, record_solutions
 from implicit.dropout import dropout_mask
 from implicit.functional import fixed_point
+from implicit.invertible_residual import ExactLogDet, InvertibleResidual, PowerSeriesLogDet
 from implicit.iterates import iterates
 from implicit.jacobian_regularization import jacobian_regularization
 from implicit.layer import FixedPointLayer
@@ -24,10 +25,13 @@ __all__ = [
     "AutoBackward",
     "Backward",
     "Checkpointed",
+    "ExactLogDet",
     "FixedPointLayer",
     "Implicit",
+    "InvertibleResidual",
     "JFB",
     "Phantom",
+    "PowerSeriesLogDet",
     "SHINE",
     "SpectralNorm",
     "Unrolled",
