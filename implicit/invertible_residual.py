@@ -53,7 +53,7 @@ class PowerSeriesLogDet(Hyperparameters):
 
     The gradient is that of the estimate with the same signs: unbiased where the estimate is. Costs one call of g and
     ``num_samples`` vector-Jacobian products a term; for the gradient a double backward pass through them all, which
-    are kept for it. Under roulette a batch takes as many terms as its longest sample, about
+    are kept for it. Under roulette a batch takes as many terms as the sample that takes the most, about
     ``terms + log(B) / log(1 / p)``.
 
     Args:
@@ -125,18 +125,18 @@ class PowerSeriesLogDet(Hyperparameters):
 class InvertibleResidual(nn.Module):
     """The residual block ``y = x + g(x)`` with a contraction g, which makes it invertible.
 
-    If ``Lip(g) < 1``, the inverse is the one fixed point of ``x = y - g(x)``, and ``log|det dy/dx|`` =
-    ``log det(I + dg/dx)`` is finite: what a normalizing flow is made of. The block runs no network backwards, and asks
-    nothing of g but that bound, which is yours to keep: :func:`implicit.spectral_norm` on linear layers, together with
-    activations whose slopes are accounted for. Where it does not hold the inverse is reported as not converged, and a
-    log-determinant that shows it is reported as well, both as ``on_failure`` says.
+    If ``Lip(g) < 1``, the inverse is the one fixed point of ``x = y - g(x)``, and ``log det dy/dx``, which is
+    ``log det(I + dg/dx)``, is finite: what normalizing flows are made of. Keeping that bound is up to you:
+    :func:`implicit.spectral_norm` bounds linear layers, and the largest slopes of the activations multiply its bounds.
+    Where g does not contract there need not be an inverse. A solve that does not converge is reported as ``on_failure``
+    says, and so is a log-determinant that shows it.
 
-    Parametrized weights of g are computed once a call of a method and constant in it. Spectral normalization advances
-    its power iteration at each computation in training mode, so that the weights of two calls, such as one of the block
-    and one of its inverse, differ slightly until it has converged. They are the same in eval mode, and within
-    ``with torch.nn.utils.parametrize.cached():``.
+    In training mode spectral normalization advances its power iteration whenever the weights are computed, which is
+    once in each call of the block, of ``log_det`` and of ``inverse``. Until it has settled, two calls are of slightly
+    different maps. In eval mode, and inside ``with torch.nn.utils.parametrize.cached():``, they are of the same one.
 
-    Under autocast the inverse is that of the block in the lower precision, as far as it reaches.
+    Under autocast g runs in the lower precision, and the inverse is that of the map so rounded; sums, the solver's
+    algebra and log-determinants are in float32 at least.
 
     Args:
         g: The map, a module or any callable, taking x and the block's further inputs. It must not mix samples, and its
@@ -145,8 +145,8 @@ class InvertibleResidual(nn.Module):
         solver: A solver of the inverse, such as ``Anderson(memory=10)``, or its name.
         backward: The backward mode of the inverse, or its name.
         rtol: Relative tolerance of the inverse; with ``rtol=None, atol=None`` exactly ``max_steps`` steps are taken.
-        atol: Absolute tolerance, on the root mean square over a sample's entries. An error in y of about both together
-            is amplified in x by 1 / (1 - Lip(g)) at most.
+        atol: Absolute tolerance, on the root mean square over a sample's entries. The error of x can be larger than the
+            residual by 1 / (1 - Lip(g)); ``solution.error_bound`` bounds it.
         max_steps: Most steps of the solver.
         batch_dims: How many leading dimensions of x index samples; the others are the event, of any shape.
         on_failure: "warn", "raise" or "ignore".
@@ -215,7 +215,9 @@ class InvertibleResidual(nn.Module):
         """
         if return_log_det:
             return self._with_log_det(x, inputs, self.estimator, generator)
-        return x + _checked(self.g, self._layout(x), x, inputs)
+        layout = self._layout(x)
+        with constant_weights(self.g):
+            return x + _checked(self.g, layout, x, inputs)
 
     def log_det(
         self,

@@ -49,6 +49,24 @@ def test_backward_modes_have_the_errors_and_costs_that_they_should(capsys: pytes
     assert rows["auto"][-1] == "Implicit"
 
 
+def test_invertible_resnet_fits_a_density_and_is_inverted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plot = tmp_path / "density.png"
+    small = f"--steps 100 --blocks 3 --width 16 --output {plot}"
+    monkeypatch.setattr(sys, "argv", ["invertible_resnet.py", *small.split()])
+    output = run("invertible_resnet", capsys)
+    flow, gaussian, best, integral, lipschitz, error, exact = (
+        float(number) for number in re.findall(r"^.+?  +([\d.e-]+)", output, re.MULTILINE)
+    )
+    assert best < flow < gaussian - 0.3
+    assert integral == pytest.approx(1, abs=0.01)
+    assert lipschitz < 1
+    assert error <= 1e-5
+    assert float(re.findall(r"by power series (\S+)", output)[0]) == pytest.approx(exact, abs=0.01)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_custom_solver_conforms() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/custom_solver.py"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -159,12 +159,13 @@ def test_gradients_of_the_inverse(backward):
     network = Network().eval()
     block = InvertibleResidual(network, backward=backward, solver="picard", **TIGHT)
     y, w = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
-    x = block.inverse(y)
-    jacobian = dense_jacobians(block, x.detach()).detach()
+    context = torch.randn(4, 6, requires_grad=True)
+    x = block.inverse(y, context)
+    jacobian = dense_jacobians(lambda x: block(x, context), x.detach()).detach()
     u = torch.linalg.solve(jacobian.mT, w)  # (B, D), the incoming gradient through (I + J)^-1
-    variables = list(network.parameters())
+    variables = [context, *network.parameters()]
     found = torch.autograd.grad((x * w).sum(), (y, *variables))
-    expected = torch.autograd.grad(network(x.detach()), variables, -u)
+    expected = torch.autograd.grad(network(x.detach(), context), variables, -u)
     for a, b in zip(found, (u, *expected), strict=True):
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-11)
 
@@ -217,6 +218,7 @@ def test_one_map_a_call():
     network.a.parametrizations.weight[0].register_forward_hook(lambda *call: computed.append(call[-1]))
     block, x = InvertibleResidual(network, **TIGHT), torch.randn(4, 3)
     calls = [
+        lambda: block(x),
         lambda: block(x, return_log_det=True),
         lambda: block.log_det(x, estimator=PowerSeriesLogDet(terms=3)),
         lambda: block.inverse(x),
