@@ -52,8 +52,9 @@ class PowerSeriesLogDet(Hyperparameters):
     probability p^j is divided by it, so that the estimate is unbiased. Its variance is finite if ``Lip(g)^2 < p``.
 
     The gradient is that of the estimate with the same signs: unbiased where the estimate is. Costs one call of g and
-    ``num_samples`` vector-Jacobian products a term; for the gradient a double backward pass through them all, which
-    are kept for it. Under roulette a batch takes as many terms as the sample that takes the most, about
+    ``num_samples`` vector-Jacobian products a term; for the gradient a double backward pass through all of them, which
+    are kept for it. ``torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`` around a block keeps its input
+    alone. Under roulette a batch takes as many terms as the sample that takes the most, about
     ``terms + log(B) / log(1 / p)``.
 
     Args:

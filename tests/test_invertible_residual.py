@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from imixer import IMLP
 from implicit import ExactLogDet, Implicit, InvertibleResidual, PowerSeriesLogDet, spectral_norm
@@ -293,6 +294,23 @@ def test_transforms_of_the_inverse():
     block, y = InvertibleResidual(Network(), **EXACT_GRADIENT).eval(), torch.randn(4, 3)
     found = vmap(jacrev(lambda y: block.inverse(y[None])[0]))(y)
     assert torch.allclose(found, torch.linalg.inv(dense_jacobians(block, block.inverse(y))))
+
+
+def test_checkpointing_changes_nothing():
+    block = InvertibleResidual(Network(), estimator=PowerSeriesLogDet(terms=3)).eval()
+    x = torch.randn(4, 3, requires_grad=True)
+
+    def log_det(x):
+        return block.log_det(x, generator=seeded())
+
+    variables = (x, block.g.a.parametrizations.weight.original)
+    log_det(x).sum().backward()
+    expected = [variable.grad.clone() for variable in variables]
+    for variable in variables:
+        variable.grad = None
+    checkpoint(log_det, x, use_reentrant=True).sum().backward()
+    for variable, gradient in zip(variables, expected, strict=True):
+        assert torch.equal(variable.grad, gradient)
 
 
 def test_compiles_to_one_graph():
