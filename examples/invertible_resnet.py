@@ -21,7 +21,7 @@ from tqdm import trange
 from implicit import InvertibleResidual, PowerSeriesLogDet, spectral_norm
 
 NOISE = 0.08
-EXTENT = 2.2  # half the width of the plots
+EXTENT = 1.9  # half the width of the plots
 
 
 def half_moons(n):

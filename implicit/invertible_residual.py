@@ -298,10 +298,11 @@ class InvertibleResidual(nn.Module):
             return layout.pack(_checked(self.g, layout, layout.unpack(flat), inputs))
 
         with constant_weights(self.g):
-            gx, log_det, sound = estimator.run(flat_g, layout.pack(x), generator)
+            gx, *per_sample = estimator.run(flat_g, layout.pack(x), generator)
+        log_det, sound = (layout.unpack_batch(part) for part in per_sample)
         if not (self.on_failure == "ignore" or torch.compiler.is_compiling() or transform_active()):
             self._report_unsound(log_det, sound)
-        return x + layout.unpack(gx), layout.unpack_batch(log_det)
+        return x + layout.unpack(gx), log_det
 
     def _report_unsound(self, log_det: Tensor, sound: Tensor) -> None:
         if bool(sound.all()):

@@ -258,6 +258,9 @@ def test_maps_that_do_not_contract_are_reported():
         assert log_det[1] == 0
         steep.on_failure = "ignore"
         steep.log_det(x)
+    with pytest.raises(ConvergenceError) as raised:
+        InvertibleResidual(lambda x: -1.5 * x, batch_dims=2, on_failure="raise").log_det(torch.ones(2, 3, 1))
+    assert raised.value.solution.status.shape == (2, 3)
 
 
 def test_one_bad_sample_marks_itself():
