@@ -2,10 +2,12 @@
 
 from imixer.checkpoint import load_checkpoint, translate_published_keys
 from imixer.convergence import IMLPConvergence, format_convergence, measure_convergence
+from imixer.hopfield import HierarchicalHopfield
 from imixer.imixer import IMixer, IMixerBlock
 from imixer.imlp import IMLP
 
 __all__ = [
+    "HierarchicalHopfield",
     "IMLP",
     "IMLPConvergence",
     "IMixer",

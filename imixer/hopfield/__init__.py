@@ -1,0 +1,17 @@
+"""Hierarchical Hopfield networks, the energy-based model that iMixer is derived from."""
+
+from imixer.hopfield.lagrangians import GELU, CentredNorm, Identity, Lagrangian, ReLU, Softmax
+from imixer.hopfield.network import HierarchicalHopfield
+from imixer.hopfield.trajectory import IntegrationError, Trajectory
+
+__all__ = [
+    "CentredNorm",
+    "GELU",
+    "HierarchicalHopfield",
+    "Identity",
+    "IntegrationError",
+    "Lagrangian",
+    "ReLU",
+    "Softmax",
+    "Trajectory",
+]

@@ -1,0 +1,282 @@
+"""Hierarchical Hopfield networks: the energy, the adiabatic limit, and the mixers that follow from them."""
+
+import dataclasses
+import itertools
+import sys
+
+import pytest
+import torch
+from timm.layers import Mlp
+from torch.nn import functional as F
+
+from imixer import IMLP
+from imixer.hopfield import (
+    GELU,
+    CentredNorm,
+    HierarchicalHopfield,
+    Identity,
+    IntegrationError,
+    ReLU,
+    Softmax,
+)
+from implicit import Implicit, fixed_point
+from solvers import ConvergenceError, ConvergenceWarning, Status
+from solvers.linear import GMRES
+
+pytestmark = pytest.mark.usefixtures("double")
+
+# Sizes and Lagrangians of layers whose energy is monotone, by depth.
+CONVEX = {
+    2: ((5, 8), (CentredNorm(), Softmax(beta=3.0))),
+    3: ((6, 5, 4), (Identity(), ReLU(), Softmax(beta=3.0))),
+    4: ((6, 5, 4, 3), (CentredNorm(), Softmax(beta=3.0), ReLU(), Identity())),
+}
+GELUS = {depth: (sizes, (CentredNorm(), *[GELU()] * (depth - 1))) for depth, (sizes, _) in CONVEX.items()}
+EXACT = {"backward": Implicit(linear_solver=GMRES(rtol=1e-13)), "rtol": 1e-13}
+seeds = pytest.mark.parametrize("seed", range(3))
+depths = pytest.mark.parametrize("depth", CONVEX)
+
+
+def network(kind, seed=0, *, norm=0.6, **options):
+    """Couplings of the given spectral norm, and a start well away from rest."""
+    torch.manual_seed(seed)
+    sizes, lagrangians = kind
+    couplings = [torch.randn(upper, lower) for lower, upper in itertools.pairwise(sizes)]
+    couplings = [norm * xi / torch.linalg.matrix_norm(xi, 2) for xi in couplings]
+    return HierarchicalHopfield(couplings, lagrangians, **options), [2 * torch.randn(2, n) for n in sizes]
+
+
+@seeds
+@depths
+def test_energy_never_increases(depth, seed):
+    """With couplings that do not contract, and time constants that differ."""
+    model, start = network(CONVEX[depth], seed, norm=1.5, time_constants=[1.0, 0.4, 2.0, 0.2][:depth], decay=0.5)
+    trajectory = model.integrate(start, 8.0, rtol=1e-10, atol=1e-12)
+    energy = model.energy(trajectory.states)  # (T, 2)
+    assert trajectory.times[-1] == 8
+    assert (energy[0] - energy[-1] > 0.1).all()
+    assert (energy.diff(dim=0) <= 1e-12).all()
+    assert (model.energy_rate(trajectory.states) <= 0).all()
+
+
+@pytest.mark.parametrize("kind", [*CONVEX.values(), *GELUS.values()], ids=str)
+def test_energy_rate_is_the_chain_rule(kind):
+    depth = len(kind[0])
+    model, states = network(kind, time_constants=[1.0, 0.4, 2.0, 0.2][:depth], decay=0.3)
+    velocity = model.velocity(states)
+    _, expected = torch.func.jvp(lambda *states: model.energy(states), tuple(states), tuple(velocity))
+    assert torch.allclose(model.energy_rate(states), expected, rtol=1e-12)
+
+
+@seeds
+def test_energy_can_increase_with_gelu(seed):
+    """Where its slope is negative and the visible layer has nothing left to lose."""
+    model = HierarchicalHopfield([torch.tensor([[-2.0, 2.0]])], [CentredNorm(), GELU()])
+    start = [torch.tensor([1.0, -1.0]), torch.tensor([-0.9 - 0.3 * seed])]
+    trajectory = model.integrate(start, 20.0, rtol=1e-10, atol=1e-12)
+    energy = model.energy(trajectory.states)
+    assert (energy.diff(dim=0) > -1e-12).all()
+    assert energy[-1] - energy[0] > 0.03
+    assert model.energy_rate(start) > 0
+    # It comes to rest at a maximum of the energy, seen from the hidden layer.
+    rest = [x[-1] for x in trajectory.states]
+    assert torch.allclose(rest[1], torch.tensor([-2 * 2**0.5]), atol=1e-6)
+    assert all(model.energy([rest[0], rest[1] + d]) < model.energy(rest) for d in (-0.1, 0.1))
+
+
+@seeds
+@pytest.mark.parametrize("depth", [2, 3])
+def test_energy_falls_in_the_adiabatic_limit_also_with_gelu(depth, seed):
+    """Settled layers are at a stationary point of the energy, so that the visible Lagrangian alone has to be convex."""
+    model, start = network(GELUS[depth], seed, decay=0.5)
+    energy = model.energy(model.integrate(start, 4.0, adiabatic=True, rtol=1e-9, atol=1e-11).states)
+    assert (energy.diff(dim=0) < 0).all()
+    assert (energy[0] - energy[-1] > 5e-4).all()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", [CONVEX[2], CONVEX[4], GELUS[3]], ids=str)
+def test_fast_hidden_layers_tend_to_the_adiabatic_limit(kind, nested):
+    """The error is of the order of the hidden time constants: all alike, or each layer faster than the one below."""
+    model, start = network(kind, rtol=1e-12, decay=0.2)
+    start = [start[0], *model.settle(start[0])]
+    options = {"times": torch.linspace(0, 3, 7), "rtol": 1e-9, "atol": 1e-11}
+    limit = model.integrate(start, 3.0, adiabatic=True, **options)
+    errors = []
+    for tau in (1.0, 0.1, 0.01, 0.001):
+        taus = [tau ** (layer if nested else min(layer, 1)) for layer in range(len(start))]
+        path = dataclasses.replace(model, time_constants=taus).integrate(start, 3.0, **options)
+        errors.append((path.states[0] - limit.states[0]).abs().max())
+    assert errors[0] > 0.001
+    assert errors[1] < 0.4 * errors[0]
+    assert errors[2] / errors[1] == pytest.approx(0.1, rel=0.3)
+    assert errors[3] / errors[2] == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden", "newton_krylov", "auto"])
+@depths
+def test_settled_layers_are_at_rest(depth, solver):
+    model, states = network(GELUS[depth], solver=solver, rtol=1e-12, on_failure="raise")
+    hidden, solution = model.settle(states[0], return_solution=True)
+    assert (solution.status == Status.CONVERGED).all()
+    for velocity in model.velocity([states[0], *hidden])[1:]:
+        assert velocity.abs().max() < 1e-11
+    alone = model.settle(states[0][1])
+    assert all(torch.allclose(one, x[1], atol=1e-11) for one, x in zip(alone, hidden, strict=True))
+
+
+def test_joint_equilibrium_is_the_nested_one():
+    """F_3 inside F_2, as layers are eliminated from the top."""
+    model, states = network(GELUS[4], **EXACT)
+    xi1, xi2, xi3 = model.couplings
+    gelu = F.gelu
+
+    def inverse(f, drive):
+        """The solution of z - f(z) = drive."""
+        return fixed_point(lambda z, drive: drive + f(z), drive, drive, atol=0.0, **EXACT)
+
+    def f3(x):
+        return gelu(gelu(x) @ xi3.mT) @ xi3
+
+    def f2(x):
+        return gelu(inverse(f3, gelu(x) @ xi2.mT)) @ xi2
+
+    visible = states[0].requires_grad_()
+    nested = inverse(f2, CentredNorm().activation(visible) @ xi1.mT)
+    joint = model.settle(visible)[0]
+    assert torch.allclose(joint, nested, rtol=0, atol=1e-11)
+    weight = torch.randn_like(nested)
+    gradients = [torch.autograd.grad((x * weight).sum(), visible)[0] for x in (joint, nested)]
+    assert torch.allclose(*gradients, rtol=0, atol=1e-11)
+
+
+def test_settle_is_differentiable_in_all_tensors():
+    model, states = network(GELUS[3], **EXACT)
+
+    def settle(visible, *couplings):
+        return dataclasses.replace(model, couplings=couplings).settle(visible)
+
+    inputs = [x.requires_grad_() for x in (states[0], *model.couplings)]
+    assert torch.autograd.gradcheck(settle, inputs)
+
+
+def test_three_layers_make_an_imlp():
+    """With tied weights, no bias, and spectral norms that leave the normalization inactive."""
+    model, states = network(((6, 8, 5), (CentredNorm(), GELU(), GELU())), norm=0.8, decay=0.0, **EXACT)
+    visible, *couplings = tensors = [x.requires_grad_() for x in (states[0], *model.couplings)]
+    xi1, xi2 = couplings
+    imlp = IMLP(6, 8, bias=False, h_ratio=5 / 8, coeff=0.9, solver="anderson", n_iter=100, **EXACT).eval()
+    with torch.no_grad():
+        imlp.fc1.weight.copy_(xi1)
+        imlp.fc2.weight.copy_(xi1.mT)
+    imlp.fc_sn1.weight, imlp.fc_sn2.weight = xi2.detach(), xi2.detach().mT
+
+    found = model.update(visible)
+    expected = visible + imlp(CentredNorm().activation(visible))
+    assert (expected - visible).abs().max() > 0.01
+    assert torch.allclose(found, expected, rtol=0, atol=1e-10)
+
+    cotangent = torch.randn_like(visible)
+    found = torch.autograd.grad(found, tensors, cotangent)
+    up1, up2, down2, down1 = imlp.parameters()
+    expected = torch.autograd.grad(expected, [visible, up1, down1, up2, down2], cotangent)
+    tied = [expected[0], expected[1] + expected[2].mT, expected[3] + expected[4].mT]
+    for name, one, other in zip(("visible", "xi_1", "xi_2"), found, tied, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10), name
+
+
+def test_two_layers_make_mixers_block():
+    model, states = network(((6, 9), (CentredNorm(), GELU())), decay=0.0)
+    (xi,) = model.couplings
+    mlp = Mlp(6, 9, bias=False)
+    with torch.no_grad():
+        mlp.fc1.weight.copy_(xi / 6**0.5)
+        mlp.fc2.weight.copy_(xi.mT)
+    visible = states[0]
+    expected = visible + mlp(F.layer_norm(visible, (6,), eps=0.0))
+    assert torch.allclose(model.update(visible), expected, rtol=0, atol=1e-14)
+
+
+def test_two_layers_with_softmax_make_attention():
+    """The visible state is the query, the stored patterns are keys and values."""
+    model, states = network(((6, 9), (Identity(), Softmax(beta=0.7))))
+    (patterns,) = model.couplings
+    expected = F.scaled_dot_product_attention(states[0], patterns, patterns, scale=0.7)
+    assert torch.allclose(model.update(states[0]), expected)
+
+
+def test_decay_does_not_move_the_activation_of_a_centred_norm():
+    model, states = network(GELUS[2], decay=0.0)
+    velocities = [dataclasses.replace(model, decay=decay).velocity(states)[0] for decay in (0.0, 3.0)]
+    assert not torch.allclose(*velocities)
+    assert torch.allclose(*[CentredNorm().hvp(states[0], v) for v in velocities])
+    assert torch.allclose(model.energy(states), dataclasses.replace(model, decay=3.0).energy(states))
+
+
+def test_failures_are_reported():
+    model, states = network(((6, 5, 4), (Identity(), Identity(), Identity())), norm=2.0, solver="picard")
+    with pytest.warns(ConvergenceWarning, match="DIVERGED"):
+        model.settle(states[0])
+    with pytest.raises(ConvergenceError, match="DIVERGED"):
+        dataclasses.replace(model, on_failure="raise").update(states[0])
+    with pytest.raises(ConvergenceError, match="DIVERGED"):
+        model.integrate(states, 1.0, adiabatic=True)
+    silent = dataclasses.replace(model, on_failure="ignore")
+    _, solution = silent.settle(states[0], return_solution=True)
+    assert (solution.status == Status.DIVERGED).all()
+
+
+class Cubic(Identity):
+    """Grows so fast that the states reach infinity in finite time."""
+
+    def activation(self, x):
+        return x**3
+
+
+@pytest.mark.parametrize("method", ["DOP853", "LSODA"])
+def test_integration_that_does_not_arrive_is_an_error(method):
+    """LSODA itself reports success, with states that are infinite."""
+    model, states = network(((3, 3), (Cubic(), Cubic())), norm=5.0)
+    with pytest.raises(IntegrationError, match="did not get to time 0.05, only to 0.03") as caught:
+        model.integrate(states, 0.05, method=method)
+    trajectory = caught.value.trajectory
+    assert 0 < trajectory.times[-1] < 0.05
+    assert all(x.isfinite().all() and len(x) == len(trajectory.times) for x in trajectory.states)
+
+
+def test_trajectories():
+    model, states = network(CONVEX[3])
+    trajectory = model.integrate([x.float() for x in states], 2.0, times=[0.0, 0.5, 2.0])
+    assert trajectory.times.tolist() == [0.0, 0.5, 2.0]
+    assert [tuple(x.shape) for x in trajectory.states] == [(3, 2, 6), (3, 2, 5), (3, 2, 4)]
+    assert all(x.dtype == torch.float64 for x in trajectory.states)
+    assert torch.equal(trajectory.states[0][0], states[0].float().double())
+    halfway = [x[1] for x in trajectory.states]
+    again = model.integrate(halfway, 1.5)
+    assert torch.allclose(again.states[0][-1], trajectory.states[0][-1], atol=1e-7)
+
+
+def test_refusals(monkeypatch):
+    model, states = network(CONVEX[3])
+    xi = model.couplings
+    with pytest.raises(ValueError, match=r"K - 1 couplings, got 3 and 1"):
+        HierarchicalHopfield(xi[:1], model.lagrangians)
+    with pytest.raises(ValueError, match=r"K - 1 couplings, got 1 and 0"):
+        HierarchicalHopfield([], [Identity()])
+    with pytest.raises(TypeError, match="sequence of Lagrangian objects such as GELU"):
+        HierarchicalHopfield(xi, [GELU, GELU, GELU])
+    with pytest.raises(ValueError, match=r"\[\(4, 5\), \(5, 6\)\]"):
+        HierarchicalHopfield(xi[::-1], model.lagrangians)
+    with pytest.raises(ValueError, match=r"must be 3 positive numbers, got \(1, 0, 1\)"):
+        HierarchicalHopfield(xi, model.lagrangians, time_constants=[1, 0, 1])
+    with pytest.raises(ValueError, match="decay must be a number >= 0, got -1"):
+        HierarchicalHopfield(xi, model.lagrangians, decay=-1)
+    with pytest.raises(ValueError, match=r"have \[6, 5, 4\] units.*Got the shapes \[\(2, 6\), \(2, 5\)\]"):
+        model.energy(states[:2])
+    with pytest.raises(ValueError, match=r"Got the shapes \[\(6,\), \(2, 5\), \(2, 4\)\]"):
+        model.integrate([states[0][0], *states[1:]], 1.0)
+    with pytest.raises(ValueError, match=r"visible layer has 6 units, got a state of shape \(2, 5\)"):
+        model.settle(states[1])
+    monkeypatch.setitem(sys.modules, "scipy.integrate", None)
+    with pytest.raises(ImportError, match=r"implicit-layers\[scipy\]"):
+        model.integrate(states, 1.0)
