@@ -2,14 +2,13 @@
 
 from imixer.hopfield.lagrangians import GELU, CentredNorm, Identity, Lagrangian, ReLU, Softmax
 from imixer.hopfield.network import HierarchicalHopfield
-from imixer.hopfield.trajectory import IntegrationError, Trajectory
+from imixer.hopfield.trajectory import Trajectory
 
 __all__ = [
     "CentredNorm",
     "GELU",
     "HierarchicalHopfield",
     "Identity",
-    "IntegrationError",
     "Lagrangian",
     "ReLU",
     "Softmax",

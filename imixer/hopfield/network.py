@@ -155,14 +155,14 @@ class HierarchicalHopfield:
                 whatever ``states`` says of them: ``tau_1 dx_1/dt = update(x_1) - x_1``.
             times: Times to return the states at; by default those of the integrator's own steps.
             method: A method of ``solve_ivp``. By default the explicit "DOP853"; where the time constants differ by
-                more than a factor of 20, "LSODA", which turns implicit when the dynamics is stiff. Its memory grows
-                with the square of the size of all states of the batch together.
+                more than a factor of 20, the implicit "BDF", whose memory grows with the square of the size of all
+                states of the batch together.
             rtol: Relative tolerance of a step; that of the equilibrium, if ``adiabatic``, is a tenth of it.
             atol: Absolute tolerance of a step.
 
         Raises:
             ImportError: SciPy is not installed; it comes with ``pip install 'implicit-layers[scipy]'``.
-            IntegrationError: The integrator gave up, or the states are not finite.
+            RuntimeError: The integrator gave up, or the velocity is not finite.
             ConvergenceError: There was no equilibrium to be found, if ``adiabatic``.
         """
         self._check(states)
@@ -175,7 +175,7 @@ class HierarchicalHopfield:
             states[:1] if adiabatic else states,
             duration,
             times=times,
-            method=method or ("LSODA" if stiff else "DOP853"),
+            method=method or ("BDF" if stiff else "DOP853"),
             rtol=rtol,
             atol=atol,
         )

@@ -25,14 +25,6 @@ class Trajectory:
     num_evals: int
 
 
-class IntegrationError(RuntimeError):
-    """``scipy.integrate.solve_ivp`` gave up; ``error.trajectory`` holds how far it came."""
-
-    def __init__(self, message: str, trajectory: Trajectory) -> None:
-        super().__init__(message)
-        self.trajectory = trajectory
-
-
 def integrate(
     velocity: Callable[[States], Sequence[Tensor]],
     start: Sequence[Tensor],
@@ -56,7 +48,7 @@ def integrate(
 
     Raises:
         ImportError: SciPy is not installed.
-        IntegrationError: The integrator gave up, or the states are not finite.
+        RuntimeError: The integrator gave up, or the velocity is not finite.
     """
     try:
         from scipy.integrate import solve_ivp
@@ -73,13 +65,20 @@ def integrate(
     def flat_velocity(flat: Tensor) -> Tensor:
         return torch.cat([v.flatten() for v in velocity(unpack(flat))])
 
+    def right_hand_side(time: float, flat: Any) -> Any:
+        flow = flat_velocity(torch.from_numpy(flat))
+        # Some of the methods never come back from a nan.
+        if not flow.isfinite().all():
+            raise RuntimeError(f"The velocity at time {time:.3g} is not finite, integrating by {method!r}.")
+        return flow.numpy()
+
     options: dict[str, Any] = {}
     if method in ("Radau", "BDF", "LSODA"):  # those that use a Jacobian
         jacobian = torch.func.jacrev(flat_velocity)
-        options["jac"] = lambda _, y: jacobian(torch.from_numpy(y)).numpy()
+        options["jac"] = lambda _, flat: jacobian(torch.from_numpy(flat)).numpy()
     with torch.no_grad():
         result = solve_ivp(
-            lambda _, y: flat_velocity(torch.from_numpy(y)).numpy(),
+            right_hand_side,
             (0.0, duration),
             torch.cat([x.flatten() for x in start]).numpy(),
             method=method,
@@ -88,17 +87,11 @@ def integrate(
             atol=atol,
             **options,
         )
-    path = torch.from_numpy(result.y.T.copy())  # (T, D)
-    # LSODA reports success on the way to infinity.
-    num_finite = int(path.isfinite().all(-1).cumprod(0).sum())
-    path, reached = path[:num_finite], torch.from_numpy(result.t)[:num_finite]
-    trajectory = Trajectory(reached, unpack(path), result.nfev)
-    if not result.success or num_finite < len(result.t):
-        last = f"{float(reached[-1]):.3g}" if num_finite else "the start"
-        reason = "From there on the states are not finite." if result.success else result.message
-        raise IntegrationError(
-            f"solve_ivp(method={method!r}) did not get to time {duration:g}, only to {last}: {reason} Look at the "
-            f"velocity there, loosen rtol={rtol:g} and atol={atol:g}, or choose another method.",
-            trajectory,
+    if not result.success:
+        last = result.t[-1] if len(result.t) else 0.0
+        raise RuntimeError(
+            f"solve_ivp(method={method!r}) did not get to time {duration:g}, the last state is that at {last:.3g}: "
+            f"{result.message} Look at the velocity there, loosen rtol={rtol:g} and atol={atol:g}, or choose another "
+            "method."
         )
-    return trajectory
+    return Trajectory(torch.from_numpy(result.t), unpack(torch.from_numpy(result.y.T.copy())), result.nfev)
