@@ -67,6 +67,24 @@ def test_invertible_resnet_fits_a_density_and_is_inverted(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_hopfield_networks_retrieve_what_they_store(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hopfield.py", "--per-class", "3", "--output", str(tmp_path)])
+    output = run("hopfield", capsys)
+    rows = re.findall(r"^ *(\S.*?) +(\d\.\d+) +(\d+)% +(\d+)%$", output, re.MULTILINE)
+    assert len(rows) == 14
+    for table in (rows[:7], rows[7:]):
+        overlap = {name: float(value) for name, value, *_ in table}
+        corrupted = overlap[table[0][0]]
+        assert overlap["two layers, ReLU"] < 0.7
+        assert min(overlap["two layers"], overlap["three layers"]) > max(0.85, corrupted + 0.2)
+        assert overlap["two layers"] == pytest.approx(overlap["nearest stored"], abs=0.02)
+        assert overlap["three layers, told"] == pytest.approx(overlap["nearest stored of the class"], abs=0.02)
+    assert re.search(r"any energy between one of 161 times and the next: -\d", output)
+    assert (tmp_path / "retrieval.png").stat().st_size > 50_000
+
+
 def test_custom_solver_conforms() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/custom_solver.py"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
