@@ -3,10 +3,13 @@
 import dataclasses
 import itertools
 import sys
+from functools import partial
 
 import pytest
 import torch
 from timm.layers import Mlp
+from timm.models.mlp_mixer import MixerBlock
+from torch import nn
 from torch.nn import functional as F
 
 from imixer import IMLP
@@ -15,11 +18,12 @@ from imixer.hopfield import (
     CentredNorm,
     HierarchicalHopfield,
     Identity,
+    Lagrangian,
     ReLU,
     Softmax,
 )
 from implicit import Implicit, fixed_point
-from solvers import ConvergenceError, ConvergenceWarning, Status
+from solvers import ConvergenceError, ConvergenceWarning, Status, solve
 from solvers.linear import GMRES
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -149,6 +153,17 @@ def test_joint_equilibrium_is_the_nested_one():
     assert torch.allclose(*gradients, rtol=0, atol=1e-11)
 
 
+def test_joint_solve_takes_the_steps_of_the_nested_one():
+    """Twice as many if all layers were updated at once."""
+    model, states = network(GELUS[3], norm=0.85, solver="picard", rtol=1e-8)
+    _, solution = model.settle(states[0], return_solution=True)
+    drive = CentredNorm().activation(states[0]) @ model.couplings[0].mT
+    xi = model.couplings[1]
+    nested = solve(lambda h: drive + F.gelu(F.gelu(h) @ xi.mT) @ xi, drive, "picard", rtol=1e-8, atol=0.0)
+    assert nested.num_evals > 5
+    assert abs(solution.num_evals - nested.num_evals) <= 1
+
+
 def test_settle_is_differentiable_in_all_tensors():
     model, states = network(GELUS[3], **EXACT)
 
@@ -159,16 +174,21 @@ def test_settle_is_differentiable_in_all_tensors():
     assert torch.autograd.gradcheck(settle, inputs)
 
 
+@torch.no_grad()
+def tie(imlp, xi1, xi2, *, scale=1.0):
+    """Give an IMLP the weights of a network, for inputs that are ``scale`` times its visible activation."""
+    imlp.fc1.weight.copy_(xi1 / scale)
+    imlp.fc2.weight.copy_(xi1.mT)
+    imlp.fc_sn1.weight, imlp.fc_sn2.weight = xi2, xi2.mT
+
+
 def test_three_layers_make_an_imlp():
     """With tied weights, no bias, and spectral norms that leave the normalization inactive."""
     model, states = network(((6, 8, 5), (CentredNorm(), GELU(), GELU())), norm=0.8, decay=0.0, **EXACT)
     visible, *couplings = tensors = [x.requires_grad_() for x in (states[0], *model.couplings)]
     xi1, xi2 = couplings
     imlp = IMLP(6, 8, bias=False, h_ratio=5 / 8, coeff=0.9, solver="anderson", n_iter=100, **EXACT).eval()
-    with torch.no_grad():
-        imlp.fc1.weight.copy_(xi1)
-        imlp.fc2.weight.copy_(xi1.mT)
-    imlp.fc_sn1.weight, imlp.fc_sn2.weight = xi2.detach(), xi2.detach().mT
+    tie(imlp, xi1, xi2)
 
     found = model.update(visible)
     expected = visible + imlp(CentredNorm().activation(visible))
@@ -194,6 +214,41 @@ def test_two_layers_make_mixers_block():
     visible = states[0]
     expected = visible + mlp(F.layer_norm(visible, (6,), eps=0.0))
     assert torch.allclose(model.update(visible), expected, rtol=0, atol=1e-14)
+
+
+class TokenNorms(Lagrangian):
+    """The sum of the centred norms of tokens with four channels, which are laid out one after the other."""
+
+    def value(self, x):
+        return CentredNorm().value(x.unflatten(-1, (-1, 4))).sum(-1)
+
+    def activation(self, x):
+        return CentredNorm().activation(x.unflatten(-1, (-1, 4))).flatten(-2)
+
+    def hvp(self, x, direction):
+        return CentredNorm().hvp(*[t.unflatten(-1, (-1, 4)) for t in (x, direction)]).flatten(-2)
+
+
+def test_three_layers_make_the_token_mixing_of_a_block():
+    """LayerNorm acts along the channels, and the couplings along the tokens, alike for all channels."""
+    model, states = network(((6, 8, 5), (CentredNorm(), GELU(), GELU())), norm=0.8)
+    xi1, xi2 = model.couplings
+    norm_layer = partial(nn.LayerNorm, eps=0.0, elementwise_affine=False)
+    mlp_layer = partial(IMLP, bias=False, h_ratio=5 / 8, solver="anderson", n_iter=100, **EXACT)
+    block = MixerBlock(4, 6, (2.0, 1.0), mlp_layer=mlp_layer, norm_layer=norm_layer).eval()
+    tie(block.mlp_tokens, xi1, xi2, scale=2.0)
+    nn.init.zeros_(block.mlp_channels.fc2.weight)
+
+    couplings = [torch.kron(xi, torch.eye(4)) for xi in (xi1, xi2)]
+    hopfield = HierarchicalHopfield(couplings, [TokenNorms(), GELU(), GELU()], decay=0.0, **EXACT)
+    x = torch.randn(3, 6, 4)  # tokens and channels
+    expected = block(x)
+    assert (expected - x).abs().max() > 0.01
+    assert torch.allclose(hopfield.update(x.flatten(1)), expected.flatten(1), rtol=0, atol=1e-10)
+    states = [x.flatten(1), *hopfield.settle(x.flatten(1))]
+    rates = [dataclasses.replace(hopfield, decay=decay).energy_rate(states) for decay in (0.0, 2.0)]
+    assert (rates[0] < 0).all()
+    assert torch.allclose(*rates)
 
 
 def test_two_layers_with_softmax_make_attention():

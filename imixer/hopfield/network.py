@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -113,19 +113,22 @@ class HierarchicalHopfield:
     def energy(self, states: Sequence[Tensor]) -> Tensor:
         """E: states (..., n_A) -> (...)."""
         phis = self.activations(states)
-        received = _received(self.couplings, phis)
-        terms = [
-            rate * (_dot(x, phi) - one.value(x)) - _dot(phi, inflow) / 2  # a half, as each coupling sends both ways
-            for rate, one, x, phi, inflow in zip(self._decays, self.lagrangians, states, phis, received, strict=True)
+        own = [
+            rate * (_dot(x, phi) - one.value(x))
+            for rate, one, x, phi in zip(self._decays, self.lagrangians, states, phis, strict=True)
         ]
-        return torch.stack(terms).sum(0)
+        shared = [
+            -_dot(upper, lower @ xi.mT)
+            for (lower, upper), xi in zip(itertools.pairwise(phis), self.couplings, strict=True)
+        ]
+        return torch.stack(own + shared).sum(0)
 
     def velocity(self, states: Sequence[Tensor]) -> States:
         """dx_A/dt of every layer."""
-        received = _received(self.couplings, self.activations(states))
+        phis = self.activations(states)
         return tuple(
-            (inflow - rate * x) / tau
-            for inflow, rate, x, tau in zip(received, self._decays, states, self._taus, strict=True)
+            (_inflow(layer, phis, self.couplings) - rate * x) / tau
+            for layer, (rate, x, tau) in enumerate(zip(self._decays, states, self._taus, strict=True))
         )
 
     def energy_rate(self, states: Sequence[Tensor]) -> Tensor:
@@ -193,8 +196,10 @@ class HierarchicalHopfield:
     def settle(self, visible: Tensor, *, return_solution: bool = False) -> Any:
         """The hidden layers' equilibrium, the joint fixed point ``x_A = xi_{A-1} phi_{A-1} + xi_A' phi_{A+1}``, A > 1.
 
-        The start is a pass upwards through the layers. Where the map has several fixed points, the one that the solver
-        goes to from there is returned. Differentiable in the visible layer and the couplings.
+        One step computes every other layer from its neighbours and then these from the new ones; with three layers that
+        is one step of h = xi_1 phi_1 + F(h). The start is a pass upwards through the layers. Where there are several
+        fixed points, the one that the solver goes to from there is returned. Differentiable in the visible layer and
+        the couplings.
 
         Args:
             visible: (..., n_1) the visible layer's state.
@@ -215,8 +220,13 @@ class HierarchicalHopfield:
             start.append(one.activation(start[-1]) @ xi.mT)
 
         def relaxed(hidden: States, drive: Tensor, *couplings: Tensor) -> States:
-            phis = [one.activation(x) for one, x in zip(hidden_lagrangians, hidden, strict=True)]
-            return _received(couplings, phis, drive)
+            # Every other layer from its neighbours, then these from the new ones: half the steps of all layers at once.
+            new = list(hidden)
+            for moved in (1, 0):
+                phis = {i: hidden_lagrangians[i].activation(new[i]) for i in range(1 - moved, len(new), 2)}
+                for i in range(moved, len(new), 2):
+                    new[i] = _inflow(i, phis, couplings, drive if i == 0 else None)
+            return tuple(new)
 
         hidden, solution = fixed_point(
             relaxed,
@@ -268,17 +278,19 @@ class HierarchicalHopfield:
             )
 
 
-def _received(
-    couplings: Sequence[Tensor], activations: Sequence[Tensor], drive: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """What each layer is sent by its neighbours; the first one by ``drive`` as well."""
-    received = [torch.zeros_like(phi) for phi in activations]
-    if drive is not None:
-        received[0] = drive
-    for lower, xi in enumerate(couplings):
-        received[lower] = received[lower] + activations[lower + 1] @ xi
-        received[lower + 1] = received[lower + 1] + activations[lower] @ xi.mT
-    return tuple(received)
+def _inflow(
+    layer: int,
+    activations: Mapping[int, Tensor] | Sequence[Tensor],
+    couplings: Sequence[Tensor],
+    drive: Tensor | None = None,
+) -> Tensor:
+    """What a layer is sent by its neighbours, and by ``drive``."""
+    terms = [] if drive is None else [drive]
+    if layer > 0:
+        terms.append(activations[layer - 1] @ couplings[layer - 1].mT)
+    if layer < len(couplings):
+        terms.append(activations[layer + 1] @ couplings[layer])
+    return sum(terms[1:], start=terms[0])
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
