@@ -169,6 +169,8 @@ class HierarchicalHopfield:
             ConvergenceError: There was no equilibrium to be found, if ``adiabatic``.
         """
         self._check(states)
+        if not 0 < duration < math.inf:
+            raise ValueError(f"duration must be a positive number, got {duration!r}.")
         couplings = [xi.detach().double().cpu() for xi in self.couplings]
         exact = dataclasses.replace(self, couplings=couplings, rtol=rtol / 10, atol=None, on_failure="raise")
         tau = self._taus[0]
