@@ -1,0 +1,127 @@
+"""The input pipeline alone: how many augmented images a second reach the device, with no model to feed.
+
+timm's loader with the recipe of the paper (random resized crop, flip, RandAugment, random erasing) over real
+photographs, as files of the size of CIFAR-10's images and of ImageNet's; and, for where that is too slow, torchvision's
+transforms of uint8 images that lie on the device already, one draw for ``GROUP`` images.
+"""
+
+import functools
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import create_loader
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from benchmarks.on_gpu.cells import Cell
+from benchmarks.on_gpu.setup import Setup
+
+TABLE = "Input pipeline alone"
+FILES = {"JPEG 500 x 375": ("jpg", (500, 375)), "PNG 32 x 32": ("png", (32, 32))}
+GROUP = 32
+ERASING = 0.25
+
+
+def images_per_second(batches: Iterable[Tensor], setup: Setup, *, skip: int) -> float:
+    """The rate over some seconds, after so many batches that were under way before anything was waited for."""
+    duration, counted, start = (0.05 if setup.toy else 6.0), 0, 0.0
+    for index, images in enumerate(batches):
+        if index < skip:
+            continue
+        if setup.cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if index == skip:
+            start = now
+        else:
+            counted += len(images)
+            if now - start > duration:
+                break
+    return counted / (now - start)
+
+
+def from_files(kind: str, workers: int, setup: Setup) -> Mapping[str, float]:
+    """The rate of timm's loader over files of this kind."""
+    batch = 4 if setup.toy else 64
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder), *FILES[kind], count=8 if setup.toy else 64)
+        dataset = ImageFolder(folder)
+        dataset.samples *= 2 if setup.toy else 1000
+        loader = create_loader(
+            dataset,
+            input_size=(3, 224, 224),
+            batch_size=batch,
+            is_training=True,
+            re_prob=ERASING,
+            re_mode="pixel",
+            auto_augment="rand-m9-mstd0.5-inc1",
+            color_jitter=0.4,
+            interpolation="random",
+            num_workers=workers,
+            pin_memory=setup.cuda,
+            persistent_workers=workers > 0,
+            device=setup.device,
+        )
+        rate = images_per_second(_forever(loader), setup, skip=1 if setup.toy else 3 * workers)
+        del loader  # its workers end before their files do
+    return {"images/s": rate, "images/s a worker": rate / max(workers, 1)}
+
+
+def on_device(setup: Setup) -> Mapping[str, float]:
+    """The rate of torchvision's transforms on the device."""
+    side, batch = (32, 64) if setup.toy else (256, 512)
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(224, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandAugment(num_ops=2, magnitude=9),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.5] * 3, [0.5] * 3),
+            v2.RandomErasing(ERASING),
+        ]
+    )
+    images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=setup.device)
+
+    def batches() -> Iterator[Tensor]:
+        while True:
+            yield torch.cat([transform(group) for group in images.split(GROUP)])
+
+    return {"images/s": images_per_second(batches(), setup, skip=1)}
+
+
+def write_photographs(folder: Path, suffix: str, size: tuple[int, int], *, count: int) -> None:
+    """Crops of the two photographs that come with scikit-learn, in two classes."""
+    from sklearn.datasets import load_sample_images
+
+    for label, pixels in enumerate(load_sample_images().images):
+        photograph = Image.fromarray(pixels)  # 640 x 427
+        target = folder / str(label)
+        target.mkdir()
+        for index in range(count // 2):
+            corner = (index * 7 % 140, index * 5 % 52)
+            crop = photograph.crop((*corner, corner[0] + 500, corner[1] + 375))
+            crop.resize(size).save(target / f"{index}.{suffix}", quality=90)
+
+
+def _forever(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    while True:
+        for images, _ in loader:
+            yield images
+
+
+def cells(setup: Setup) -> list[Cell]:
+    found = []
+    for kind in FILES:
+        for workers in dict.fromkeys((setup.workers, min(setup.workers, 1))):
+            labels = {"pipeline": "timm's loader", "images": kind, "workers": workers}
+            run = functools.partial(from_files, kind, workers, setup)
+            rank = 5 if workers == setup.workers else 7
+            found.append(Cell(section="pipeline", table=TABLE, labels=labels, run=run, rank=rank, seconds=20))
+    labels = {"pipeline": f"torchvision on the device, {GROUP} images a draw", "images": "uint8 256 x 256"}
+    run = functools.partial(on_device, setup)
+    return [*found, Cell(section="pipeline", table=TABLE, labels=labels, run=run, rank=5, seconds=10)]
