@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "implicit": {"solvers", "implicit"},
     "imixer": {"solvers", "implicit", "imixer"},
     "examples": {"solvers", "implicit", "imixer"},
-    "benchmarks": {"solvers", "implicit", "imixer"},
+    "benchmarks": {"solvers", "implicit", "imixer", "benchmarks"},
     "tests": {"solvers", "implicit", "imixer"},
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

@@ -1,7 +1,9 @@
 """What must hold on a CUDA device: the same answers, no needless waiting, mixed precision, compilation, graphs."""
 
+import contextlib
 import copy
 import types
+import warnings
 
 import pytest
 import torch
@@ -29,12 +31,16 @@ class Map(nn.Module):
         return torch.tanh(self.linear(z)) + x
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_waiting():
-    """Any copy to the host, or wait for the device, is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    """Inside, a wait for the device is an error: a copy to the host, or one to the device from pageable memory."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS[:4], NewtonKrylov()], ids=str)
@@ -57,19 +63,34 @@ def _moved(f):
     return types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, closure)
 
 
-@pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_fixed_steps_do_not_wait_for_the_device(solver):
     layer = FixedPointLayer(Map().cuda(), solver=solver, backward="unrolled", **FIXED)
-    layer(torch.randn(16, 32, device="cuda")).sum().backward()
+    x = torch.randn(16, 32, device="cuda")
+    with no_waiting():
+        layer(x).sum().backward()
 
 
-@pytest.mark.usefixtures("no_waiting")
-def test_an_imixer_step_does_not_wait_for_the_device():
-    model = small().cuda()
-    F.cross_entropy(
-        model(torch.randn(4, 3, 16, 16, device="cuda")), torch.zeros(4, dtype=torch.long, device="cuda")
-    ).backward()
+@pytest.mark.parametrize("backward", ["unrolled", "neumann", "phantom", "jfb"])
+def test_an_imixer_step_does_not_wait_for_the_device(backward):
+    model = small(backward=backward).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x, y = torch.randn(4, 3, 16, 16, device="cuda"), torch.zeros(4, dtype=torch.long, device="cuda")
+    for dtype in (torch.bfloat16, torch.float16):
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        with no_waiting():
+            with torch.autocast("cuda", dtype=dtype):
+                loss = F.cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+
+def test_waiting_is_an_error():
+    x = torch.ones(3, device="cuda")
+    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+        x.sum().item()
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
@@ -117,10 +138,11 @@ SERIES = Implicit(linear_solver=NeumannSeries(terms=8))
 in_one_graph = pytest.mark.parametrize("backward", ["unrolled", SERIES], ids=["unrolled", "implicit"])
 
 
-@pytest.mark.usefixtures("no_waiting")
 def test_a_truncated_series_does_not_wait_for_the_device():
     layer = fixed_layer(SERIES).cuda()
-    layer(torch.randn(16, 32, device="cuda")).sum().backward()
+    x = torch.randn(16, 32, device="cuda")
+    with no_waiting():
+        layer(x).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -149,8 +171,16 @@ def test_layers_train_under_autocast(backward, dtype):
     assert losses[True] == pytest.approx(losses[False], rel=2e-2)
 
 
-# PyTorch's own, while it compiles.
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute")
+# PyTorch's own, while it compiles; TF32 stays off, for the results are compared.
+compiling = pytest.mark.filterwarnings(
+    "ignore::FutureWarning",
+    "ignore::DeprecationWarning",
+    "ignore:The .grad attribute",
+    "ignore:TensorFloat32 tensor cores",
+)
+
+
+@compiling
 @in_one_graph
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compiles_with_inductor(mode, backward):
@@ -165,7 +195,7 @@ def test_compiles_with_inductor(mode, backward):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@compiling
 def test_an_imixer_compiles_with_inductor():
     model = trained_somewhat(small()).cuda().eval()
     x = torch.randn(2, 3, 16, 16, device="cuda")

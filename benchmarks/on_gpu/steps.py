@@ -1,5 +1,6 @@
 """A training or inference step in every precision: eager, compiled, or as one CUDA graph."""
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -86,7 +87,8 @@ class Step:
     def flops(self) -> float:
         """Operations of a step: of one forward (and backward) pass of a few images, eagerly, for the whole batch."""
         images, targets = self.images[:FLOP_IMAGES], self.targets[:FLOP_IMAGES]
-        with Flops() as counter:
+        counter = Flops()
+        with counter:
             if self.training:
                 self.loss(images, targets).backward()
             else:
@@ -110,6 +112,7 @@ class Step:
 
     def _captured(self) -> Callable[[], Tensor]:
         """The step as one CUDA graph, warmed up on a stream of its own as torch.cuda.graph asks for."""
+        gc.collect()  # what is left of earlier graphs accumulates gradients on its stream, which capture forbids
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -34,7 +34,8 @@ def median_seconds(step: Callable[[], Any], setup: Setup) -> float:
         step()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events))
+    milliseconds: list[float] = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return statistics.median(milliseconds) / 1e3
 
 
 def start_peak(setup: Setup) -> None:
@@ -50,7 +51,8 @@ def peak_bytes(step: Callable[[], Any], setup: Setup) -> int:
     """
     if setup.cuda:
         return torch.cuda.max_memory_allocated()
-    with PeakMemory() as memory:
+    memory = PeakMemory()
+    with memory:
         step()
     return memory.peak
 
