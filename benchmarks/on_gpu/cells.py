@@ -30,7 +30,8 @@ class Cell:
         labels: The columns that say what is measured.
         run: Measures the other columns.
         rank: Cells of smaller rank run first.
-        seconds: About how long it takes on an H200; it is left out when less time than that is left.
+        seconds: About how long it takes on an H200; it is left out when less time than that is left, and ended after
+            twice as long, or a minute.
     """
 
     section: str
@@ -72,7 +73,7 @@ def run_cells(cells: Iterable[Cell], *, deadline: float) -> Iterator[Row]:
             )
             continue
         start = time.monotonic()
-        row = _run(cell, left)
+        row = _run(cell, min(left, max(2 * cell.seconds, 60.0)))
         said = row.reason or ", ".join(f"{name} {shown(value)}" for name, value in row.values.items())
         print(f"{cell.name}: {said} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
         yield row

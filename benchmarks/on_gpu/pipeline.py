@@ -10,10 +10,12 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from timm.data import create_loader
+from timm.data.auto_augment import posterize
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -67,6 +69,7 @@ def from_files(kind: str, workers: int, setup: Setup) -> Mapping[str, float]:
             persistent_workers=workers > 0,
             device=setup.device,
         )
+        _allow_no_bits(dataset.transform)
         rate = images_per_second(_forever(loader), setup, skip=1 if setup.toy else 3 * workers)
         del loader  # its workers end before their files do
     return {"images/s": rate, "images/s a worker": rate / max(workers, 1)}
@@ -106,6 +109,18 @@ def write_photographs(folder: Path, suffix: str, size: tuple[int, int], *, count
             corner = (index * 7 % 140, index * 5 % 52)
             crop = photograph.crop((*corner, corner[0] + 500, corner[1] + 375))
             crop.resize(size).save(target / f"{index}.{suffix}", quality=90)
+
+
+def _allow_no_bits(transform: v2.Compose) -> None:
+    """Let RandAugment's posterize keep 0 bits, which its strongest level asks for and Pillow 13 refuses."""
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", ()):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    return posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
 def _forever(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
