@@ -18,6 +18,7 @@ from implicit.invertible_residual import ExactLogDet, InvertibleResidual, PowerS
 from implicit.iterates import iterates
 from implicit.jacobian_regularization import jacobian_regularization
 from implicit.layer import FixedPointLayer
+from implicit.lipschitz import lipschitz_bound
 from implicit.spectral_norm import SpectralNorm, spectral_norm
 from implicit.warm_start import WarmStart
 
@@ -43,6 +44,7 @@ __all__ = [
     "get_backward",
     "iterates",
     "jacobian_regularization",
+    "lipschitz_bound",
     "record_solutions",
     "spectral_norm",
 ]

@@ -153,11 +153,25 @@ def test_compiles():
 
 
 def test_refusals():
-    with pytest.raises(TypeError, match="takes an nn.Linear, got a Conv2d"):
-        spectral_norm(nn.Conv2d(2, 2, 3))
+    with pytest.raises(TypeError, match="of an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, got a ConvTranspose2d"):
+        spectral_norm(nn.ConvTranspose2d(2, 2, 3))
     with pytest.raises(ValueError, match=r"coeff=...\) must be > 0, got 0"):
         spectral_norm(nn.Linear(2, 2), coeff=0)
     with pytest.raises(ValueError, match="n_power_iterations=.* must be an int >= 1, got 0"):
         spectral_norm(nn.Linear(2, 2), n_power_iterations=0)
     with pytest.raises(ValueError, match="normalized already"):
         spectral_norm(spectral_norm(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="must be 'power', 'gram' or 'exact', got 'svd'"):
+        spectral_norm(nn.Linear(2, 2), method="svd")
+    with pytest.raises(ValueError, match="n_gram_iterations=.* must be an int >= 1, got 0"):
+        spectral_norm(nn.Linear(2, 2), method="gram", n_gram_iterations=0)
+    with pytest.raises(ValueError, match=r"depends on the size .* got input_size=None. Give input_size, .* 2 integers"):
+        spectral_norm(nn.Conv2d(2, 2, 3))
+    with pytest.raises(ValueError, match=r"for convolutions alone, got \(4,\) with an nn.Linear"):
+        spectral_norm(nn.Linear(2, 2), input_size=(4,))
+    with pytest.raises(ValueError, match=r"input_size=\(4, 4\) is for method='power'"):
+        spectral_norm(nn.Conv2d(2, 2, 3), method="gram", input_size=(4, 4))
+    with pytest.raises(ValueError, match="padding_mode='reflect', which repeats a part of the input"):
+        spectral_norm(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), method="exact")
+    with pytest.raises(ValueError, match=r"circular padding \(\(2, 2\),\) of a kernel that reaches \(2,\)"):
+        spectral_norm(nn.Conv1d(2, 2, 3, padding=2, padding_mode="circular"), method="exact")
