@@ -20,10 +20,10 @@ import torch
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.mlp_mixer import MixerBlock, MlpMixer
-from torch import nn
+from torch import Tensor, nn
 
 from imixer.imlp import IMLP
-from implicit import Backward
+from implicit import Backward, power_iterations_advanced
 from solvers import Solver
 
 __all__ = ["IMixer", "IMixerBlock"]
@@ -123,6 +123,16 @@ class IMixer(MlpMixer):
             rtol=rtol,
         )
         super().__init__(block_layer=block_layer, **mixer_args)  # type: ignore[arg-type]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, tokens, embed_dim)."""
+        with power_iterations_advanced(self.blocks):
+            return super().forward_features(x)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """As timm's: features of several blocks."""
+        with power_iterations_advanced(self.blocks):
+            return super().forward_intermediates(*args, **kwargs)
 
 
 def _cfg(**overrides: Any) -> dict[str, Any]:

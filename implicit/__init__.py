@@ -1,5 +1,6 @@
 """Implicit layers for PyTorch: any fixed-point map as a layer, with selectable solver and backward mode."""
 
+from implicit._soft_norm import SpectralNorm
 from implicit.backward import (
     JFB,
     SHINE,
@@ -19,7 +20,8 @@ from implicit.iterates import iterates
 from implicit.jacobian_regularization import jacobian_regularization
 from implicit.layer import FixedPointLayer
 from implicit.lipschitz import lipschitz_bound
-from implicit.spectral_norm import SpectralNorm, spectral_norm
+from implicit.power_iteration import power_iterations_advanced
+from implicit.spectral_norm import spectral_norm
 from implicit.warm_start import WarmStart
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "iterates",
     "jacobian_regularization",
     "lipschitz_bound",
+    "power_iterations_advanced",
     "record_solutions",
     "spectral_norm",
 ]

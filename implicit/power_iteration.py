@@ -1,0 +1,203 @@
+"""Spectral normalization by power iteration."""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList
+
+from implicit._linear_operator import LinearOperator
+from implicit._soft_norm import SpectralNorm, check_positive
+from solvers._autocast import without_autocast
+
+# Power iterations from a random start. A start is settled once, so its cost does not matter; the iterations in
+# training start where the last ones ended.
+_SETTLING_ITERATIONS = 100
+
+# Where products of one matrix and one vector are faster one after the other than batched. Elsewhere the time goes into
+# starting kernels, and there are fewer of them in a batch.
+_ONE_BY_ONE = {"cpu"}
+
+
+class PowerIteration(SpectralNorm):
+    """Sigma by power iteration, from below, with singular vectors that follow the weight in training.
+
+    In training mode each computation of the weight first advances the power iteration by ``n_power_iterations``; in
+    eval mode the singular vectors stay. They stay too when gradient checkpointing computes the weight again in the
+    backward pass, so that it is the same one (but not where the layer is compiled and the checkpoint around it is not).
+    The gradient takes the singular vectors as constants, which is the gradient of sigma. All is computed in float32 at
+    least, also under autocast.
+
+    Args:
+        weight: The weight at the start, for its shape, device and singular vectors.
+        operator: What the layer does with it.
+        coeff: The largest spectral norm that is left alone.
+        n_power_iterations: Power iterations a computation in training mode.
+        input_size: Of a convolution, the spatial size of the inputs.
+
+    Attributes:
+        u: (out,) left singular vector; (out channels, *output size) for a convolution.
+        v: (in,) right singular vector; (in channels, *input_size).
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        operator: LinearOperator,
+        *,
+        coeff: float,
+        n_power_iterations: int,
+        input_size: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(operator, coeff=coeff)
+        check_positive("n_power_iterations", n_power_iterations)
+        dims = len(operator.kernel_size)
+        if len(input_size or ()) != dims:
+            raise ValueError(
+                f"The norm of this layer with {dims} spatial dimensions depends on the size of its inputs for "
+                f"method='power', got input_size={input_size!r}. Give input_size, a sequence of {dims} integers, or "
+                "choose method='gram' or 'exact', whose bound holds for every size."
+                if dims
+                else f"input_size is for convolutions alone, got {input_size!r} with an nn.Linear."
+            )
+        self.n_power_iterations = n_power_iterations
+        # Set inside of power_iterations_advanced.
+        self._advanced: tuple[Tensor, Tensor] | None = None
+        v = weight.new_empty(weight.shape[1] * operator.groups, *(input_size or ()))
+        self.register_buffer("u", torch.empty_like(operator(weight, v)))
+        self.register_buffer("v", v)
+        self.settle(weight)
+
+    @torch.no_grad()
+    def settle(self, weight: Tensor) -> None:
+        """Compute the singular vectors of ``weight`` from a random start."""
+        if weight.is_meta:
+            return
+        self.u.normal_()
+        self._advance(weight, _SETTLING_ITERATIONS)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The same shape, with a spectral norm of at most ``coeff`` up to the error of the power iteration."""
+        u, v = self._singular_vectors(weight)
+        return weight / (self._sigma(weight, u, v) / self.coeff).clamp_min(1.0).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The weight itself; the singular vectors become its own."""
+        self.settle(weight)
+        return weight
+
+    @torch.no_grad()
+    def sigma(self, weight: Tensor) -> Tensor:
+        """The spectral norm of the unnormalized ``weight``, as the singular vectors have it."""
+        return self._sigma(weight, self.u, self.v)
+
+    def _sigma(self, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        with without_autocast(weight.device.type):
+            weight, u, v = _at_least_float32(weight), _at_least_float32(u), _at_least_float32(v)
+            return torch.dot(u.flatten(), self.operator(weight, v).flatten())
+
+    def _singular_vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self._advanced is not None:
+            return self._advanced
+        if self.training and not _in_backward_pass():
+            return self._advance(weight.detach(), self.n_power_iterations)
+        # The buffers may change before the backward pass of this computation.
+        return self.u.clone(), self.v.clone()
+
+    @torch.no_grad()
+    def _advance(self, weight: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+        with without_autocast(weight.device.type):
+            weight, u, v = _at_least_float32(weight), _at_least_float32(self.u), _at_least_float32(self.v)
+            for _ in range(iterations):
+                # The length of v cancels in u, so that one normalization a round is enough.
+                v = self.operator.adjoint(weight, u, like=v)
+                u = _unit(self.operator(weight, v))
+            v = _unit(v)
+        # As they are stored, so that a computation from the buffers has the same.
+        u, v = u.to(self.u.dtype), v.to(self.v.dtype)
+        self.u.copy_(u)
+        self.v.copy_(v)
+        return u, v
+
+    def extra_repr(self) -> str:
+        return f"coeff={self.coeff}, n_power_iterations={self.n_power_iterations}"
+
+
+@contextlib.contextmanager
+def power_iterations_advanced(module: nn.Module) -> Iterator[None]:
+    """Advance the power iterations of a model once, together; inside, its normalized weights advance none.
+
+    For the ``forward`` of a model with many layers under :func:`implicit.spectral_norm`: on a GPU the iterations of
+    equal-shaped weights run as one batch, which starts a fraction of the kernels. The weights are what they would be
+    without it, up to rounding; one that is used several times is the same each time. In eval mode, and for other
+    methods than "power", nothing happens.
+
+    Args:
+        module: The model, or a part of it.
+
+    Example:
+        >>> import torch
+        >>> from implicit import power_iterations_advanced, spectral_norm
+        >>> net = torch.nn.Sequential(*[spectral_norm(torch.nn.Linear(4, 4)) for _ in range(3)])
+        >>> with power_iterations_advanced(net):
+        ...     y = net(torch.ones(2, 4))
+    """
+    groups: defaultdict[object, list[tuple[PowerIteration, Tensor]]] = defaultdict(list)
+    for parametrized in module.modules():
+        # Of several parametrizations a later one gets its weight from those before it, and is left to itself.
+        if isinstance(parametrized, ParametrizationList) and isinstance(norm := parametrized[0], PowerIteration):
+            weight = parametrized.original.detach()
+            if norm.training and norm._advanced is None:
+                batched = weight.dim() == 2 and weight.device.type not in _ONE_BY_ONE
+                alike = (weight.shape, weight.dtype, weight.device, norm.u.dtype, norm.n_power_iterations)
+                groups[alike if batched else norm].append((norm, weight))
+    try:
+        for group in groups.values():
+            _advance_together(group)
+        yield
+    finally:
+        for group in groups.values():
+            for norm, _ in group:
+                norm._advanced = None
+
+
+@torch.no_grad()
+def _advance_together(group: list[tuple[PowerIteration, Tensor]]) -> None:
+    """Advance norms whose weights are alike."""
+    norms, weights = [norm for norm, _ in group], [weight for _, weight in group]
+    first = norms[0]
+    if len(norms) == 1:
+        first._advanced = first._advance(weights[0], first.n_power_iterations)
+        return
+    with without_autocast(weights[0].device.type):
+        weight = _at_least_float32(torch.stack(weights))  # (norms, out, in)
+        u = _at_least_float32(torch.stack([norm.u for norm in norms])).unsqueeze(1)  # (norms, 1, out)
+        for _ in range(first.n_power_iterations):
+            v = u @ weight
+            # One kernel; the length does not matter before the end.
+            u = F.rms_norm(v @ weight.mT, u.shape[-1:], eps=1e-30)
+        u = F.normalize(u.squeeze(1), dim=1).to(first.u.dtype)
+        v = F.normalize(v.squeeze(1), dim=1).to(first.v.dtype)
+    torch._foreach_copy_([norm.u for norm in norms], u.unbind())
+    torch._foreach_copy_([norm.v for norm in norms], v.unbind())
+    for norm, u_of_norm, v_of_norm in zip(norms, u.unbind(), v.unbind(), strict=True):
+        norm._advanced = u_of_norm, v_of_norm
+
+
+def _in_backward_pass() -> bool:
+    # While PyTorch traces it is in none.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x.flatten(), dim=0).view_as(x)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
