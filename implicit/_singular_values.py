@@ -50,7 +50,8 @@ def exact_bound(matrices: Tensor) -> Tensor:
     Returns:
         (...) float64.
     """
-    return _bound(matrices, 1, lambda gram: torch.linalg.eigvalsh(gram)[..., -1])
+    # PyTorch raises for nan, which the lengths outside of this product keep.
+    return _bound(matrices, 1, lambda gram: torch.linalg.eigvalsh(gram.where(gram.isfinite(), 0))[..., -1])
 
 
 def _bound(matrices: Tensor, squarings: int, norm: Callable[[Tensor], Tensor]) -> Tensor:

@@ -143,3 +143,13 @@ def test_compiles(method):
         assert torch.allclose(compiled(x), layer(x), atol=1e-6)
         expected = torch.autograd.grad(layer(x).sum(), original(layer))[0]
         assert torch.allclose(torch.autograd.grad(compiled(x).sum(), original(layer))[0], expected, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_never_exceeds_coeff_on_a_gpu_with_tensor_cores(method, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    layer = spectral_norm(nn.Linear(256, 256).cuda(), coeff=0.9, method=method)
+    for _ in range(3):
+        original(layer).data.normal_()
+        assert 0.89 < sigma(layer.weight) <= 0.9

@@ -170,4 +170,14 @@ def test_compiles_to_one_graph_in_training(checkpointing, batched):
     def compiled(model):
         return torch.compile(model, backend="aot_eager", fullgraph=True)(IMAGES)
 
-    assert_same(after_step(model, compiled), expected, 1e-5)
+    # PyTorch 2.11 asks for leave: the cache of parametrized weights is a side effect.
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        assert_same(after_step(model, compiled), expected, 1e-5)
+
+
+@pytest.mark.gpu
+def test_batched_on_a_gpu_as_one_by_one_on_a_cpu():
+    model = moved(trained_somewhat(small(n_power=2)))
+    expected = after_step(model, FORWARDS["forward"])
+    found = after_step(model.cuda(), lambda model: model(IMAGES.cuda()))
+    assert_same({name: value.cpu() for name, value in found.items()}, expected, 1e-3)
