@@ -27,9 +27,9 @@ class PowerIteration(SpectralNorm):
 
     In training mode each computation of the weight first advances the power iteration by ``n_power_iterations``; in
     eval mode the singular vectors stay. They stay too when gradient checkpointing computes the weight again in the
-    backward pass, so that it is the same one (but not where the layer is compiled and the checkpoint around it is not).
-    The gradient takes the singular vectors as constants, which is the gradient of sigma. All is computed in float32 at
-    least, also under autocast.
+    backward pass, so that it is the same one, if there was no other forward pass in between; but not where the layer is
+    compiled and the checkpoint around it is not. The gradient takes the singular vectors as constants, which is the
+    gradient of sigma. All is computed in float32 at least, also under autocast.
 
     Args:
         weight: The weight at the start, for its shape, device and singular vectors.
@@ -153,7 +153,8 @@ def power_iterations_advanced(module: nn.Module) -> Iterator[None]:
         # Of several parametrizations a later one gets its weight from those before it, and is left to itself.
         if isinstance(parametrized, ParametrizationList) and isinstance(norm := parametrized[0], PowerIteration):
             weight = parametrized.original.detach()
-            if norm.training and norm._advanced is None:
+            # Sharded weights, which are tensors of another type, are whole only within their layer.
+            if norm.training and norm._advanced is None and type(weight) is Tensor:
                 batched = weight.dim() == 2 and weight.device.type not in _ONE_BY_ONE
                 alike = (weight.shape, weight.dtype, weight.device, norm.u.dtype, norm.n_power_iterations)
                 groups[alike if batched else norm].append((norm, weight))
