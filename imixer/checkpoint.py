@@ -4,10 +4,11 @@ The published code normalizes through a forward pre-hook, which names a layer's 
 ``weight_v`` and ``weight_sigma``; here they belong to a parametrization. Every IMLP translates the names whenever a
 state dict is loaded, so ``model.load_state_dict``, ``timm.create_model(checkpoint_path=...)`` and timm's scripts take
 published files as they are. Give the model the ``h_ratio`` and ``n_iter`` that the checkpoint was trained with: the
-number of steps is not in the file.
+number of steps is not in the file. Of a checkpoint of this library that holds for all that the iMLP takes.
 """
 
 import os
+import re
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -20,6 +21,9 @@ _PUBLISHED_NAMES = {
     # The last sigma, kept for logging.
     "weight_sigma": None,
 }
+
+# A tensor of a layer inside the map of an iMLP.
+_INNER_LAYER = re.compile(r"(?:^|\.)(?P<layer>(?:fc_sn|bn)\d+)\.")
 
 
 def translate_published_keys(state_dict: MutableMapping[str, Any], prefix: str = "") -> None:
@@ -59,30 +63,38 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, use_ema: 
         raise FileNotFoundError(f"There is no checkpoint file {os.fspath(path)!r}.")
     state_dict = load_state_dict(os.fspath(path), use_ema=use_ema)
     translate_published_keys(state_dict)
-    _check_fit(model.state_dict(), state_dict, os.fspath(path))
+    ours = model.state_dict()
+    for key in state_dict.keys() - ours.keys():
+        if key.endswith((".parametrizations.weight.0.u", ".parametrizations.weight.0.v")):
+            del state_dict[key]  # singular vectors, which certified norms do without
+    _check_fit(ours, state_dict, os.fspath(path))
     model.load_state_dict(state_dict)
 
 
 def _check_fit(ours: dict[str, Tensor], theirs: dict[str, Tensor], path: str) -> None:
     missing, unexpected = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
     if missing or unexpected:
+        hint = ""
+        if any(_INNER_LAYER.search(key) for key in ours) and any(_INNER_LAYER.search(key) for key in theirs):
+            hint = " Create the model with the hidden_layers, the tied and the norm of the checkpoint."
         raise ValueError(
             f"The checkpoint {path!r} is of another model: it lacks {len(missing)} tensors ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}) and has {len(unexpected)} others ({', '.join(unexpected[:3])}"
-            f"{', ...' if len(unexpected) > 3 else ''})."
+            f"{', ...' if len(unexpected) > 3 else ''}).{hint}"
         )
     for key, tensor in ours.items():
         if tensor.shape != theirs[key].shape:
             hint = ""
-            if "fc_sn" in key:
-                rows, columns = theirs[_inner_weight(key)].shape
-                hint = f" The checkpoint has h_ratio={rows / columns:g}: create the model with that."
+            if inner := _INNER_LAYER.search(key):
+                prefix = key[: inner.start("layer")]
+                hint = f" The checkpoint has h_ratio={_h_ratio(theirs, prefix):g}: create the model with that."
             raise ValueError(
                 f"The checkpoint {path!r} does not fit: {key} has shape {tuple(theirs[key].shape)} there and "
                 f"{tuple(tensor.shape)} in the model.{hint}"
             )
 
 
-def _inner_weight(key: str) -> str:
-    """The key of the first normalized weight (inner, D) in the iMLP that ``key`` belongs to."""
-    return key[: key.index("fc_sn")] + "fc_sn1.parametrizations.weight.original"
+def _h_ratio(state_dict: dict[str, Tensor], prefix: str) -> float:
+    """That of the iMLP whose tensors have this prefix; whatever its norm, the first weight has (inner, ...)."""
+    first = (t for key, t in state_dict.items() if key.startswith(f"{prefix}fc_sn1.") and t.dim() == 2)
+    return next(first).shape[0] / state_dict[f"{prefix}fc1.weight"].shape[0]

@@ -1,14 +1,17 @@
 """How far the fixed-point iteration of each iMLP of a model converges on given images."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from imixer.imlp import IMLP
-from implicit import record_solutions
-from solvers import Picard, solve
+from implicit import FixedPointLayer, record_solutions
+from solvers import Picard, Solution, solve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +26,9 @@ class IMLPConvergence:
         rate: Median factor by which one more Picard step shrinks the residual, measured at the solution: the local
             contraction factor.
         rtol: The residual asked for in ``steps_needed``.
-        steps_needed: Picard steps from z = y until 99% of the rows are below ``rtol``; None if ``max_steps`` were not
-            enough.
-        sigma1: Spectral norm of the block's first weight before normalization.
-        sigma2: Of its second.
+        steps_needed: Picard steps from the start until 99% of the rows are below ``rtol``; None if ``max_steps`` were
+            not enough.
+        sigmas: Spectral norms of the weights of the map, ``sn1``, ``sn2`` ..., before normalization.
     """
 
     name: str
@@ -36,17 +38,101 @@ class IMLPConvergence:
     rate: float
     rtol: float
     steps_needed: int | None
-    sigma1: float
-    sigma2: float
+    sigmas: tuple[float, ...]
 
 
-@torch.no_grad()
+@dataclasses.dataclass(frozen=True)
+class ObservedSolve:
+    """What an iMLP solved on given images.
+
+    Attributes:
+        imlp: The iMLP.
+        layer: The layer in it that solves.
+        inputs: The injection y (rows, D) and the couplings, as ``layer`` was given them.
+        solution: What it found, with residuals.
+    """
+
+    imlp: IMLP
+    layer: FixedPointLayer
+    inputs: tuple[Any, ...]
+    solution: Solution
+
+    def picard_history(self, rtol: float, max_steps: int) -> Tensor:
+        """(steps, rows) residuals of Picard steps from the same start to another tolerance."""
+        start = self.layer.start(*self.inputs)
+        solution = solve(
+            self.layer.f,
+            start,
+            Picard(),
+            args=self.inputs,
+            rtol=rtol,
+            atol=0.0,
+            max_steps=max_steps,
+            history=True,
+            on_failure="ignore",
+        )
+        assert solution.history is not None
+        return solution.history
+
+
+def implicit_imlps(model: nn.Module) -> dict[str, tuple[IMLP, FixedPointLayer]]:
+    """The iMLPs of a model that have something to solve, with the layer that does, by name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = {
+        name: (module, module.fixed_point)
+        for name, module in model.named_modules()
+        if isinstance(module, IMLP) and module.fixed_point is not None
+    }
+    if not found:
+        raise ValueError(
+            f"The model has no IMLP with two hidden layers or more, so nothing iterates: got a {type(model).__name__}."
+        )
+    return found
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode and takes no gradients; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def observe_solves(model: nn.Module, images: Tensor) -> dict[str, ObservedSolve]:
+    """Run the model on images, and keep what each of its iMLPs solved, by name."""
+    found = implicit_imlps(model)
+    given: dict[str, tuple[Any, ...]] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: given.__setitem__(name, inputs))
+        for name, (_, layer) in found.items()
+    ]
+    try:
+        with record_solutions(model) as record:
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        name: ObservedSolve(imlp, layer, given[name], record[f"{name}.fixed_point".removeprefix(".")][-1])
+        for name, (imlp, layer) in found.items()
+    }
+
+
 def measure_convergence(
     model: nn.Module, images: Tensor, *, rtol: float = 1e-4, max_steps: int = 100
 ) -> list[IMLPConvergence]:
     """Run the model on images and look at the iteration of each of its iMLPs.
 
-    The model is run in eval mode and put back as it was.
+    The model is run in eval mode and put back as it was. Of nested solves it is the outermost that is looked at, with
+    the inner ones in its map as the model has them.
 
     Args:
         model: A model with :class:`IMLP` modules.
@@ -55,59 +141,26 @@ def measure_convergence(
         max_steps: Most Picard steps to try for it.
 
     Raises:
-        ValueError: The model has no iMLP.
+        ValueError: The model has no iMLP with two hidden layers or more.
     """
-    imlps = {name: module for name, module in model.named_modules() if isinstance(module, IMLP)}
-    if not imlps:
-        raise ValueError(f"The model has no IMLP, so nothing iterates: got a {type(model).__name__}.")
-    injections: dict[str, Tensor] = {}
-    hooks = [
-        module.fc1.register_forward_hook(lambda _m, _i, out, name=name: injections.__setitem__(name, out))
-        for name, module in imlps.items()
-    ]
-    training = model.training
-    model.eval()
-    try:
-        with record_solutions(model) as record:
-            model(images)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
     rows = []
-    for name, module in imlps.items():
-        prefix = f"{name}." if name else ""
-        solution = record[f"{prefix}fixed_point"][-1]
-        assert solution.residual is not None
-        y = injections[name].float().flatten(0, -2)
-        sn1, sn2 = module.normalized_layers
-        block = module.fixed_point.f
-        longer = solve(
-            block,
-            y,
-            Picard(),
-            args=(y, sn1.weight, sn1.bias, sn2.weight, sn2.bias),
-            rtol=rtol,
-            atol=0.0,
-            max_steps=max_steps,
-            history=True,
-            on_failure="ignore",
-        )
-        assert longer.history is not None
-        sigma1, sigma2 = module.sigmas
-        rows.append(
-            IMLPConvergence(
-                name=name,
-                n_iter=int(solution.num_steps.max()),
-                median_residual=float(solution.residual.median()),
-                worst_residual=float(solution.residual.max()),
-                rate=_rate(longer.history),
-                rtol=rtol,
-                steps_needed=_steps_needed(longer.history, rtol),
-                sigma1=sigma1,
-                sigma2=sigma2,
+    with evaluating(model):
+        for name, observed in observe_solves(model, images).items():
+            residual = observed.solution.residual
+            assert residual is not None
+            history = observed.picard_history(rtol, max_steps)
+            rows.append(
+                IMLPConvergence(
+                    name=name,
+                    n_iter=int(observed.solution.num_steps.max()),
+                    median_residual=float(residual.median()),
+                    worst_residual=float(residual.max()),
+                    rate=local_rate(history),
+                    rtol=rtol,
+                    steps_needed=_steps_needed(history, rtol),
+                    sigmas=observed.imlp.sigmas,
+                )
             )
-        )
     return rows
 
 
@@ -115,18 +168,20 @@ def format_convergence(rows: list[IMLPConvergence]) -> str:
     """The rows as a table to print."""
     width = max((len(row.name) for row in rows), default=4)
     goal = f"steps to {rows[0].rtol:.0e}" if rows else "steps"
-    header = f"{'iMLP':<{width}}  steps  median residual    worst   rate  {goal}  sigma 1  sigma 2"
+    num_sigmas = max((len(row.sigmas) for row in rows), default=0)
+    sigmas = "".join(f"  sigma {i}" for i in range(1, num_sigmas + 1))
+    header = f"{'iMLP':<{width}}  steps  median residual    worst   rate  {goal}{sigmas}"
     lines = [header, "-" * len(header)]
     for row in rows:
         needed = "not reached" if row.steps_needed is None else str(row.steps_needed)
         lines.append(
             f"{row.name:<{width}}  {row.n_iter:5d}  {row.median_residual:15.1e}  {row.worst_residual:7.1e}  "
-            f"{row.rate:5.3f}  {needed:>{len(goal)}}  {row.sigma1:7.3f}  {row.sigma2:7.3f}"
+            f"{row.rate:5.3f}  {needed:>{len(goal)}}" + "".join(f"  {sigma:7.3f}" for sigma in row.sigmas)
         )
     return "\n".join(lines)
 
 
-def _rate(history: Tensor) -> float:
+def local_rate(history: Tensor) -> float:
     """Median over rows of the last ratio of two residuals that were both taken while the row was iterating."""
     before, after = history[:-1], history[1:]
     ratios = torch.where((after != before) & (before > 0), after / before, math.nan)

@@ -13,7 +13,9 @@ https://arxiv.org/abs/2304.13061
 An iMixer is timm's MLP-Mixer with an iMLP in the place of each token-mixing MLP; everything else is timm's code.
 """
 
+from collections.abc import Callable
 from functools import partial
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import Tensor, nn
 
-from imixer.imlp import IMLP
+from imixer.imlp import IMLP, Contraction, HiddenSolve, Norm, change_solvers
 from implicit import Backward, power_iterations_advanced
 from solvers import Solver
 
@@ -30,13 +32,13 @@ __all__ = ["IMixer", "IMixerBlock"]
 
 
 class IMixerBlock(MixerBlock):
-    """timm's mixer block with an iMLP as the token mixer.
+    """timm's mixer block with another token mixer.
 
     Args:
         dim: Channels.
         seq_len: Tokens.
-        mlp_ratio: Hidden sizes as multiples of ``dim``: of the token mixer's state, of the channel mixer.
-        h_ratio: As in :class:`IMLP`, and so on.
+        mlp_ratio: Hidden sizes as multiples of ``dim``: of the token mixer, of the channel mixer.
+        token_mixer: Makes the token mixer, with the arguments of ``timm.layers.Mlp``; an iMLP by default.
     """
 
     def __init__(
@@ -45,51 +47,36 @@ class IMixerBlock(MixerBlock):
         seq_len: int,
         mlp_ratio: float | tuple[float, float] = (0.5, 4.0),
         *,
+        token_mixer: Callable[..., nn.Module] = IMLP,
         act_layer: type[nn.Module] = nn.GELU,
         drop: float = 0.0,
-        h_ratio: float,
-        n_iter: int,
-        n_power: int,
-        coeff: float,
-        solver: Solver | str,
-        backward: Backward | str,
-        rtol: float | None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **block_args: Any,
     ) -> None:
-        super().__init__(
-            dim, seq_len, mlp_ratio, act_layer=act_layer, drop=drop, device=device, dtype=dtype, **block_args
-        )
-        tokens_ratio = mlp_ratio[0] if isinstance(mlp_ratio, tuple) else mlp_ratio
-        self.mlp_tokens = IMLP(
-            seq_len,
-            int(tokens_ratio * dim),
-            act_layer=act_layer,
-            drop=drop,
-            h_ratio=h_ratio,
-            n_iter=n_iter,
-            n_power=n_power,
-            coeff=coeff,
-            solver=solver,
-            backward=backward,
-            rtol=rtol,
-            device=device,
-            dtype=dtype,
-        )
+        shared: dict[str, Any] = {"act_layer": act_layer, "drop": drop, "device": device, "dtype": dtype}
+        super().__init__(dim, seq_len, mlp_ratio, **shared, **block_args)
+        self.mlp_tokens = token_mixer(seq_len, int(to_2tuple(mlp_ratio)[0] * dim), **shared)
 
 
 class IMixer(MlpMixer):
     """MLP-Mixer with implicit token mixing: images (B, C, H, W) to logits (B, classes).
 
+    The arguments of each :class:`IMLP`, which says more about them:
+
     Args:
-        h_ratio: Width of the inner layer of each iMLP's block, as a multiple of its state's.
+        h_ratio: Width of the inner layers of each iMLP's map, as a multiple of its state's.
         n_iter: Steps of each solve: exactly so many when ``rtol`` is None, else at most.
         n_power: Power iterations of the spectral normalization a training step.
-        coeff: Bound on the spectral norms inside the block.
+        coeff: Bound on the spectral norms inside the map, or, if certified, on its Lipschitz constant.
         solver: A solver or its name.
         backward: A backward mode or its name.
         rtol: Relative tolerance of each solve, or None for a fixed number of steps.
+        hidden_layers: Hidden layers of each iMLP: 1 is MLP-Mixer, 2 the paper's model.
+        hidden_solve: How three and more of them are solved for: "nested" or "joint".
+        tied: Whether couplings are symmetric.
+        norm: Normalization inside the map: "spectral", "none", "batch" or "weight".
+        contraction: "paper", or "certified" to guarantee that the map contracts.
         **mixer_args: All that ``timm.models.mlp_mixer.MlpMixer`` takes: ``img_size``, ``patch_size``, ``num_blocks``,
             ``embed_dim``, ``num_classes``, ``drop_path_rate`` ...
     """
@@ -104,6 +91,11 @@ class IMixer(MlpMixer):
         solver: Solver | str = "picard",
         backward: Backward | str = "unrolled",
         rtol: float | None = None,
+        hidden_layers: int = 2,
+        hidden_solve: HiddenSolve = "nested",
+        tied: bool = False,
+        norm: Norm = "spectral",
+        contraction: Contraction = "paper",
         **mixer_args: Any,
     ) -> None:
         img_size, patch_size = mixer_args.get("img_size", 224), mixer_args.get("patch_size", 16)
@@ -112,8 +104,8 @@ class IMixer(MlpMixer):
                 f"img_size={img_size} is no multiple of patch_size={patch_size}: the border would be left out. Choose "
                 "another patch_size, or resize the images."
             )
-        block_layer = partial(
-            IMixerBlock,
+        token_mixer = partial(
+            IMLP,
             h_ratio=h_ratio,
             n_iter=n_iter,
             n_power=n_power,
@@ -121,8 +113,49 @@ class IMixer(MlpMixer):
             solver=solver,
             backward=backward,
             rtol=rtol,
+            hidden_layers=hidden_layers,
+            hidden_solve=hidden_solve,
+            tied=tied,
+            norm=norm,
+            contraction=contraction,
         )
+        block_layer = partial(IMixerBlock, token_mixer=token_mixer)
         super().__init__(block_layer=block_layer, **mixer_args)  # type: ignore[arg-type]
+
+    def set_solver(
+        self,
+        *,
+        n_iter: int | EllipsisType = ...,
+        solver: Solver | str | EllipsisType = ...,
+        rtol: float | EllipsisType | None = ...,
+        backward: Backward | str | EllipsisType = ...,
+    ) -> "IMixer":
+        """Solve in another way from now on, in every iMLP: more steps than in training, to a tolerance, faster.
+
+        What is not given stays as it is, and if a value is unfit, all does. The weights were trained with the old
+        solve: what another does to the accuracy has to be looked at. A state dict does not hold these settings.
+
+        Args:
+            n_iter: As at construction, and so on.
+            solver: Likewise.
+            rtol: Likewise; None takes exactly ``n_iter`` steps.
+            backward: Likewise.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            TypeError, ValueError: A value is unfit, or solver and backward mode cannot go together.
+
+        Example:
+            >>> import timm
+            >>> import imixer
+            >>> model = timm.create_model("imixer_ti4_32")
+            >>> model = model.set_solver(solver="anderson", n_iter=30, rtol=1e-4)
+        """
+        imlps = [module for module in self.modules() if isinstance(module, IMLP)]
+        change_solvers(imlps, n_iter=n_iter, solver=solver, rtol=rtol, backward=backward)
+        return self
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, tokens, embed_dim)."""

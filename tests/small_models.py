@@ -19,7 +19,7 @@ def trained_somewhat(model):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         for module in model.modules():
-            if isinstance(module, IMLP):
+            if isinstance(module, IMLP) and module.norm == "spectral":
                 for layer in module.normalized_layers:
                     layer.weight = 2 * layer.parametrizations.weight.original
     return model

@@ -1,18 +1,21 @@
 """iMLP and the iMixer models: what the published code computes, what the paper counts, and the traps."""
 
 import copy
+import inspect
 import math
 
 import pytest
 import timm
 import torch
 from small_models import SMALL, relative_error, small, trained_somewhat
+from timm.layers import Mlp
 from timm.models import MlpMixer
 from torch import nn
 from torch.nn import functional as F
 
 import imixer
-from imixer import IMLP, IMixer, format_convergence, measure_convergence
+from imixer import IMLP, IMixer, IMixerBlock, format_convergence, measure_convergence
+from imixer.contractive_block import JointBlock
 from implicit import record_solutions
 from solvers import Anderson, Status
 
@@ -60,7 +63,7 @@ def test_weights_are_computed_once_a_forward():
     for layer in imlp.normalized_layers:
         layer.parametrizations.weight[0].register_forward_hook(lambda *call: computed.append(call[-1]))
     used = []
-    imlp.fixed_point.f.register_forward_hook(lambda _m, inputs, _o: used.append((inputs[2], inputs[4])))
+    imlp.fixed_point.f.register_forward_hook(lambda _m, inputs, _o: used.append((inputs[2].up, inputs[2].down)))
     imlp(torch.randn(3, 8))
     assert len(computed) == 2
     assert len(used) == 5
@@ -128,6 +131,30 @@ def test_overrides():
                     "coeff": module.fc_sn2.parametrizations.weight[0].coeff,
                 }
                 assert seen[name] == value
+
+
+def test_the_models_arguments_are_the_imlps():
+    """Written out twice, so that help() lists them; with the same defaults, and each reaches the iMLP."""
+    models, imlps = (dict(inspect.signature(cls).parameters) for cls in (IMixer, IMLP))
+    del models["mixer_args"]
+    of_mlp = {"in_features", "hidden_features", "out_features", "act_layer", "bias", "drop", "device", "dtype"}
+    assert models.keys() == imlps.keys() - of_mlp
+    assert all(parameter == imlps[name] for name, parameter in models.items())
+    options = {"hidden_layers": 3, "hidden_solve": "joint", "tied": True, "contraction": "certified"}
+    imlp = small(**options).blocks[1].mlp_tokens
+    assert imlp.hidden_layers == 3
+    assert imlp.tied
+    assert isinstance(imlp.fixed_point.f, JointBlock)
+    assert imlp.fc_sn1.parametrizations.weight[0].coeff < 0.9
+    assert small(norm="batch").blocks[0].mlp_tokens.norm == "batch"
+
+
+def test_the_block_takes_any_token_mixer():
+    block = IMixerBlock(6, 4, token_mixer=Mlp, drop=0.25)
+    assert isinstance(block.mlp_tokens, Mlp)
+    assert block.mlp_tokens.drop1.p == 0.25
+    assert isinstance(IMixerBlock(6, 4).mlp_tokens, IMLP)
+    assert IMixerBlock(6, 4, mlp_ratio=2.0).mlp_tokens.fc1.out_features == 12
 
 
 def test_refusals():
@@ -239,9 +266,19 @@ def test_measure_convergence():
         assert 0 < row.rate < 1
         assert 3 < row.steps_needed < 100
         weight = imlp.fc_sn1.parametrizations.weight.original
-        assert row.sigma1 == pytest.approx(torch.linalg.matrix_norm(weight, 2).item(), rel=0.01)
+        assert row.sigmas[0] == pytest.approx(torch.linalg.matrix_norm(weight, 2).item())
+        assert len(row.sigmas) == 2
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.norm.eval()
+    measure_convergence(model, images)
+    assert not model.norm.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     table = format_convergence(rows)
     assert table.splitlines()[2].startswith("blocks.0.mlp_tokens      3")
+    deep = trained_somewhat(small(hidden_layers=3, hidden_solve="joint")).double()
+    rows = measure_convergence(deep, images.double())
+    assert [len(row.sigmas) for row in rows] == [4, 4]
+    assert format_convergence(rows).splitlines()[0].endswith("sigma 1  sigma 2  sigma 3  sigma 4")
     assert "not reached" in format_convergence(measure_convergence(model, images, max_steps=2))
     with pytest.raises(ValueError, match="no IMLP.*got a Linear"):
         measure_convergence(nn.Linear(2, 2), images)

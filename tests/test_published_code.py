@@ -11,7 +11,7 @@ from small_models import relative_error, small, trained_somewhat
 from torch import nn
 from torch.nn import functional as F
 
-from imixer import load_checkpoint
+from imixer import IMLP, load_checkpoint
 from implicit import Implicit
 from solvers.linear import GMRES
 
@@ -140,5 +140,15 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         ValueError, match=r"of another model: it lacks \d+ tensors .* and has 2 others \(bias, weight\)"
     ):
         load_checkpoint(small(), path)
+    for norm in ("none", "weight", "batch"):
+        torch.save(small(h_ratio=1.5, norm=norm).state_dict(), path)
+        with pytest.raises(ValueError, match=r"has h_ratio=1.5: create the model with that"):
+            load_checkpoint(small(norm=norm), path)
+        with pytest.raises(ValueError, match=r"Create the model with the hidden_layers, the tied and the norm of"):
+            load_checkpoint(small(), path)
+    imlp = IMLP(4, h_ratio=3.0)
+    torch.save(imlp.state_dict(), path)
+    with pytest.raises(ValueError, match=r"has h_ratio=3: create"):
+        load_checkpoint(IMLP(4), path)
     with pytest.raises(FileNotFoundError, match="no checkpoint file 'nowhere.pt'"):
         load_checkpoint(small(), "nowhere.pt")
