@@ -6,6 +6,7 @@ from types import EllipsisType
 from typing import Any, Literal, cast, get_args
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
@@ -23,6 +24,7 @@ HiddenSolve = Literal["nested", "joint"]
 Contraction = Literal["paper", "certified"]
 
 
+@register_notrace_module  # torch.fx has no values, which checks of the map and tests for convergence look at
 class IMLP(nn.Module):
     """``fc2(act(z))`` at the solution of ``z = y + g(z)``, with ``y = fc1(x)`` and ``g = sn2 o act o sn1 o act``.
 
