@@ -115,6 +115,11 @@ def fixed_point(
     mode.check(options.solver)
     # Not while torch.compile traces, when PyTorch 2.11 says that it is exporting too.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if exporting and options.stopping is not None:
+        raise ValueError(
+            f"A solve to a tolerance, got rtol={rtol!r}, cannot be exported: its test for convergence decides by the "
+            "values, and a graph has none. Export a fixed number of steps: rtol=None, atol=None, max_steps=n."
+        )
     if not exporting and (torch.is_grad_enabled() or transform_active()):
         mode = mode.chosen(options)
         solution = mode.solve(f, z0, args, options)
