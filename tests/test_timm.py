@@ -1,4 +1,4 @@
-"""The models as timm's own: what its conformance tests ask of every registered model, and what its tools do with one."""
+"""The models as timm's own: what its tests ask of every registered model, and what its tools do with one."""
 
 import copy
 
@@ -7,7 +7,7 @@ import timm
 import torch
 from small_models import relative_error, trained_somewhat
 from timm.data import resolve_model_data_config
-from timm.models import FeatureGraphNet, GraphExtractNet, MlpMixer, group_parameters, load_checkpoint
+from timm.models import FeatureGraphNet, GraphExtractNet, group_parameters, load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -358,13 +358,3 @@ def test_layer_decay():
         depth = {"head": 0, "norm": 1, "stem": BLOCKS + 1}.get(parts[0])
         expected = 0.5 ** (BLOCKS - int(parts[1]) if depth is None else depth)
         assert scale[id(parameter)] == expected, name
-
-
-def test_is_timms_mixer():
-    """All but the token mixers, name by name and shape by shape."""
-    mixer = MlpMixer(img_size=16, patch_size=4, num_blocks=BLOCKS, embed_dim=WIDTH)
-
-    def shapes(model):
-        return {name: p.shape for name, p in model.named_parameters() if "mlp_tokens" not in name}
-
-    assert shapes(tiny(num_classes=1000)) == shapes(mixer)

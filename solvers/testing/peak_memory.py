@@ -16,7 +16,8 @@ class PeakMemory(TorchDispatchMode):
     Counted is what PyTorch's operations return, not what they need within.
 
     Attributes:
-        peak: The largest number of bytes so far.
+        held: The number of bytes now.
+        peak: The largest number so far.
 
     Example:
         >>> import torch
@@ -31,8 +32,7 @@ class PeakMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._held = 0
+        self.held = self.peak = 0
         self._storages: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     def __torch_dispatch__(
@@ -54,9 +54,9 @@ class PeakMemory(TorchDispatchMode):
         if key in given or self._storages.get(key) is storage:
             return
         self._storages[key] = storage
-        self._held += storage.nbytes()
-        self.peak = max(self.peak, self._held)
+        self.held += storage.nbytes()
+        self.peak = max(self.peak, self.held)
         weakref.finalize(storage, self._release, storage.nbytes())
 
     def _release(self, nbytes: int) -> None:
-        self._held -= nbytes
+        self.held -= nbytes

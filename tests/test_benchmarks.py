@@ -1,0 +1,34 @@
+"""The benchmarks run, and what does not depend on time is as they say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_imixer() -> None:
+    options = ("--quick", "--no-compile", "--repeats", "1", "--models", "imixer_ti4_32", "--n-iter", "1", "8")
+    done = run("benchmarks.imixer", *options)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^imixer_ti4_32 +(\d) +(\S.*\S) +[\d.]+ +[\d.]+ +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE)
+    saved = {(int(n_iter), name): float(saved) for n_iter, name, saved, _ in rows}
+    assert len(saved) == 8
+    assert all(float(peak) >= float(saved) > 0 for *_, saved, peak in rows)
+    assert saved[8, "unrolled"] > 1.5 * saved[1, "unrolled"]
+    # What the backward pass needs of these does not depend on the number of steps.
+    for name in ("JFB", "Implicit", "timm's Mixer"):
+        assert saved[8, name] == saved[1, name]
+
+
+def test_checkout_that_is_none(tmp_path: Path) -> None:
+    done = run("benchmarks.imixer", "--quick", "--published", str(tmp_path))
+    assert done.returncode == 1
+    assert "there is no models/mlp_imixer.py. Name a clone of Toshihiro-Ota/imixer." in done.stderr
