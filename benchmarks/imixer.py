@@ -71,7 +71,7 @@ def published_code(checkout: Path) -> Maker:
     with mock.patch.dict(sys.modules, moved):
         mixer = load("models/mlp_imixer.py").MlpMixer
 
-    def make(n_iter: int, **architecture: int) -> nn.Module:
+    def make(n_iter: int, **architecture: Any) -> nn.Module:
         options = {"hidden_ratio": H_RATIO, "n_power_iterations": N_POWER, "n_repeat": n_iter}
         model: nn.Module = mixer(num_classes=CLASSES, **options, **architecture)
         return model
@@ -86,14 +86,14 @@ def variants(name, n_iter, size, published, compiled) -> dict[str, Any]:
         options = {"h_ratio": H_RATIO, "n_power": N_POWER, "n_iter": n_iter, "backward": backward}
         return timm.create_model(name, num_classes=CLASSES, **options, **size)
 
-    unrolled = ours("unrolled")
-    architecture = {
+    unrolled: Any = ours("unrolled")
+    architecture: dict[str, Any] = {
         "img_size": unrolled.stem.img_size[0],
         "patch_size": unrolled.stem.patch_size[0],
         "num_blocks": len(unrolled.blocks),
         "embed_dim": unrolled.embed_dim,
     }
-    found = {} if published is None else {"published": published(n_iter, **architecture)}
+    found: dict[str, Any] = {} if published is None else {"published": published(n_iter, **architecture)}
     found |= {"unrolled": unrolled, "JFB": ours("jfb"), "Implicit": ours("implicit")}
     found["timm's Mixer"] = timm.models.MlpMixer(num_classes=CLASSES, **architecture)
     for model in found.values():
