@@ -159,6 +159,8 @@ class IMixer(MlpMixer):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, tokens, embed_dim)."""
+        if isinstance(x, torch.fx.Proxy):  # traced without values, where every iMLP is a leaf and advances its own
+            return super().forward_features(x)
         with power_iterations_advanced(self.blocks):
             return super().forward_features(x)
 
