@@ -12,18 +12,15 @@ cannot be. Before it is measured, the unrolled model must give the logits of the
 
 import argparse
 import functools
-import importlib.util
 import os
 import platform
 import statistics
 import sys
 import time
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 if not __package__:
     # Started by its path, it would be imported in the place of the package of the same name.
@@ -38,45 +35,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import imixer  # noqa: F401  registers the models
+from benchmarks.published_imixer import load_published
 from solvers.testing import PeakMemory
 
 BATCH = {"imixer_s16_224": 8, "imixer_ti4_32": 64, "imixer_s4_32": 64}
 QUICK = {"img_size": 16, "num_blocks": 2, "embed_dim": 16}
 CLASSES, H_RATIO, N_POWER = 10, 2.0, 8
 
-# A model from an architecture and the number of steps.
+# The published model, from its arguments.
 Maker = Callable[..., nn.Module]
-
-
-def published_code(checkout: Path) -> Maker:
-    """The published model, from files of a checkout, under the version of timm that is installed."""
-
-    def load(path: str) -> types.ModuleType:
-        spec = importlib.util.spec_from_file_location(f"published.{Path(path).stem}", checkout / path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    if not (checkout / "models" / "mlp_imixer.py").is_file():
-        sys.exit(f"--published {checkout}: there is no models/mlp_imixer.py. Name a clone of Toshihiro-Ota/imixer.")
-    moved = {
-        "timm.models.helpers": timm.models,
-        "timm.models.layers": timm.layers,
-        # Its models have the names of ours, which they must not replace.
-        "timm.models.registry": types.SimpleNamespace(register_model=lambda function: function),
-        "utils.spectral_norm_fc": load("utils/spectral_norm_fc.py"),
-    }
-    with mock.patch.dict(sys.modules, moved):
-        mixer = load("models/mlp_imixer.py").MlpMixer
-
-    def make(n_iter: int, **architecture: Any) -> nn.Module:
-        options = {"hidden_ratio": H_RATIO, "n_power_iterations": N_POWER, "n_repeat": n_iter}
-        model: nn.Module = mixer(num_classes=CLASSES, **options, **architecture)
-        return model
-
-    return make
 
 
 def variants(name, n_iter, size, published, compiled) -> dict[str, Any]:
@@ -93,7 +60,10 @@ def variants(name, n_iter, size, published, compiled) -> dict[str, Any]:
         "num_blocks": len(unrolled.blocks),
         "embed_dim": unrolled.embed_dim,
     }
-    found: dict[str, Any] = {} if published is None else {"published": published(n_iter, **architecture)}
+    found: dict[str, Any] = {}
+    if published is not None:
+        shared = {"h_ratio": H_RATIO, "n_power": N_POWER, "n_iter": n_iter, "num_classes": CLASSES}
+        found["published"] = published(**shared, **architecture)
     found |= {"unrolled": unrolled, "JFB": ours("jfb"), "Implicit": ours("implicit")}
     found["timm's Mixer"] = timm.models.MlpMixer(num_classes=CLASSES, **architecture)
     for model in found.values():
@@ -186,7 +156,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
-    published = None if options.published is None else published_code(options.published)
+    try:
+        published = None if options.published is None else load_published(options.published)
+    except FileNotFoundError as error:
+        parser.error(f"--published: {error}")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     print(f"{platform.machine()}, {options.threads} threads, {versions}\n")
     faster = "" if published is None else f"{'/ p':>7}"

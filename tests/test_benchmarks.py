@@ -30,5 +30,5 @@ def test_imixer() -> None:
 
 def test_checkout_that_is_none(tmp_path: Path) -> None:
     done = run("benchmarks.imixer", "--quick", "--published", str(tmp_path))
-    assert done.returncode == 1
-    assert "there is no models/mlp_imixer.py. Name a clone of Toshihiro-Ota/imixer." in done.stderr
+    assert done.returncode == 2
+    assert f"--published: {tmp_path} is no checkout of the published code: it has no utils" in done.stderr
