@@ -174,21 +174,20 @@ def test_settle_is_differentiable_in_all_tensors():
     assert torch.autograd.gradcheck(settle, inputs)
 
 
-@torch.no_grad()
-def tie(imlp, xi1, xi2, *, scale=1.0):
-    """Give an IMLP the weights of a network, for inputs that are ``scale`` times its visible activation."""
-    imlp.fc1.weight.copy_(xi1 / scale)
-    imlp.fc2.weight.copy_(xi1.mT)
-    imlp.fc_sn1.weight, imlp.fc_sn2.weight = xi2, xi2.mT
-
-
-def test_three_layers_make_an_imlp():
+@pytest.mark.parametrize("hidden_solve", ["nested", "joint"])
+@pytest.mark.parametrize("hidden", [2, 3])
+def test_the_update_is_an_imlp(hidden, hidden_solve):
     """With tied weights, no bias, and spectral norms that leave the normalization inactive."""
-    model, states = network(((6, 8, 5), (CentredNorm(), GELU(), GELU())), norm=0.8, decay=0.0, **EXACT)
+    sizes = (6, 8, 5, 5)[: hidden + 1]
+    norm = {2: 0.8, 3: 0.6}[hidden]  # contracts
+    model, states = network((sizes, (CentredNorm(), *[GELU()] * hidden)), norm=norm, decay=0.0, **EXACT)
     visible, *couplings = tensors = [x.requires_grad_() for x in (states[0], *model.couplings)]
-    xi1, xi2 = couplings
-    imlp = IMLP(6, 8, bias=False, h_ratio=5 / 8, coeff=0.9, solver="anderson", n_iter=100, **EXACT).eval()
-    tie(imlp, xi1, xi2)
+    depth = {"hidden_layers": hidden, "hidden_solve": hidden_solve}
+    imlp = IMLP(6, 8, tied=True, bias=False, h_ratio=5 / 8, solver="anderson", n_iter=100, **depth, **EXACT).eval()
+    with torch.no_grad():
+        imlp.fc1.weight.copy_(couplings[0])
+        for layer, xi in zip(imlp.normalized_layers, couplings[1:], strict=True):
+            layer.weight = xi
 
     found = model.update(visible)
     expected = visible + imlp(CentredNorm().activation(visible))
@@ -197,11 +196,9 @@ def test_three_layers_make_an_imlp():
 
     cotangent = torch.randn_like(visible)
     found = torch.autograd.grad(found, tensors, cotangent)
-    up1, up2, down2, down1 = imlp.parameters()
-    expected = torch.autograd.grad(expected, [visible, up1, down1, up2, down2], cotangent)
-    tied = [expected[0], expected[1] + expected[2].mT, expected[3] + expected[4].mT]
-    for name, one, other in zip(("visible", "xi_1", "xi_2"), found, tied, strict=True):
-        assert torch.allclose(one, other, rtol=0, atol=1e-10), name
+    expected = torch.autograd.grad(expected, [visible, *imlp.parameters()], cotangent)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)
 
 
 def test_two_layers_make_mixers_block():
@@ -229,14 +226,18 @@ class TokenNorms(Lagrangian):
         return CentredNorm().hvp(*[t.unflatten(-1, (-1, 4)) for t in (x, direction)]).flatten(-2)
 
 
+@torch.no_grad()
 def test_three_layers_make_the_token_mixing_of_a_block():
     """LayerNorm acts along the channels, and the couplings along the tokens, alike for all channels."""
     model, states = network(((6, 8, 5), (CentredNorm(), GELU(), GELU())), norm=0.8)
-    xi1, xi2 = model.couplings
     norm_layer = partial(nn.LayerNorm, eps=0.0, elementwise_affine=False)
     mlp_layer = partial(IMLP, bias=False, h_ratio=5 / 8, solver="anderson", n_iter=100, **EXACT)
     block = MixerBlock(4, 6, (2.0, 1.0), mlp_layer=mlp_layer, norm_layer=norm_layer).eval()
-    tie(block.mlp_tokens, xi1, xi2, scale=2.0)
+    xi1, xi2 = model.couplings
+    imlp = block.mlp_tokens
+    imlp.fc1.weight.copy_(xi1 / 2)  # LayerNorm gives sqrt(4) times the activation
+    imlp.fc2.weight.copy_(xi1.mT)
+    imlp.fc_sn1.weight, imlp.fc_sn2.weight = xi2, xi2.mT
     nn.init.zeros_(block.mlp_channels.fc2.weight)
 
     couplings = [torch.kron(xi, torch.eye(4)) for xi in (xi1, xi2)]
