@@ -21,8 +21,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.mlp_mixer import MlpMixer
 
 import imixer  # noqa: F401  registers the models
-from imixer.training import load_data, train
-from imixer.training_config import TrainingConfig
+from imixer.training import PRESETS, TrainingConfig, load_data, train
 
 default_cfgs = generate_default_cfgs({"mixer_ti4_32.untrained": {"num_classes": 10, "input_size": (3, 32, 32)}})
 
@@ -38,7 +37,7 @@ def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="runs a model, with seeds 0, 1, ... [%(default)s]")
-    parser.add_argument("--epochs", type=int, default=TrainingConfig().epochs, help="epochs a run [%(default)s]")
+    parser.add_argument("--epochs", type=int, default=PRESETS["digits"]["epochs"], help="epochs a run [%(default)s]")
     options = parser.parse_args()
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
@@ -49,7 +48,8 @@ def main() -> None:
         accuracies, times = [], []
         for seed in range(options.seeds):
             with tempfile.TemporaryDirectory() as folder:
-                config = TrainingConfig(model=model, seed=seed, epochs=options.epochs, output=folder)
+                chosen = {"model": model, "seed": seed, "epochs": options.epochs, "output": folder}
+                config = TrainingConfig(**{**PRESETS["digits"], **chosen})
                 last = train(config, load_data(config), progress=False).metrics[-1]
             accuracies.append(last.test_top1)
             times.append(last.seconds)

@@ -34,7 +34,8 @@ CORE = {"solvers", "implicit"}
 ADAPTED = {"numpy", "scipy", "torchdeq"}
 ADAPTERS = ROOT / "solvers" / "adapters"
 # What only the optional parts need.
-OPTIONAL = {"accelerate", "matplotlib", "PIL", "scipy", "sklearn", "timm", "torchdeq", "torchvision", "tqdm"}
+OPTIONAL = {"accelerate", "matplotlib", "PIL", "psutil", "scipy", "sklearn", "tensorboard", "timm", "torchdeq"}
+OPTIONAL |= {"torchvision", "tqdm", "yaml"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))

@@ -47,18 +47,21 @@ def test_digits_are_normalized_and_resized() -> None:
 
 def test_affine_without_motion_is_the_identity() -> None:
     images = torch.rand(4, 3, 8, 8)
-    torch.testing.assert_close(RandomAffine()(images), images)
+    affine = RandomAffine()
+    torch.testing.assert_close(affine(images, affine.draw(4)), images)
 
 
 def test_affine_mirrors() -> None:
     images = torch.rand(4, 3, 8, 8)
-    torch.testing.assert_close(RandomAffine(hflip=1.0)(images), images.flip(-1))
+    affine = RandomAffine(hflip=1.0)
+    torch.testing.assert_close(affine(images, affine.draw(4)), images.flip(-1))
 
 
 def test_affine_moves_each_image_by_its_own_whole_pixels() -> None:
     torch.manual_seed(0)
     image = torch.rand(1, 1, 8, 8)
-    moved = RandomAffine(shift=1 / 4)(image.expand(64, 1, 8, 8))
+    affine = RandomAffine(shift=1 / 4)
+    moved = affine(image.expand(64, 1, 8, 8), affine.draw(64))
     padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
     crops = torch.stack([padded[0, :, i : i + 8, j : j + 8] for i in range(5) for j in range(5)])  # (25, 1, 8, 8)
     distance = (moved[:, None] - crops).abs().amax(dim=(2, 3, 4))  # (64, 25)
@@ -70,7 +73,8 @@ def test_affine_rotates_about_the_centre() -> None:
     torch.manual_seed(0)
     image = torch.zeros(1, 1, 9, 9)
     image[..., 4, 4] = 1
-    moved = RandomAffine(degrees=45)(image.expand(8, 1, 9, 9))
+    affine = RandomAffine(degrees=45)
+    moved = affine(image.expand(8, 1, 9, 9), affine.draw(8))
     torch.testing.assert_close(moved[..., 4, 4], torch.ones(8, 1))
 
 

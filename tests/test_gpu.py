@@ -239,10 +239,10 @@ def test_fixed_steps_can_be_captured_in_a_graph(backward):
 def test_training_on_the_gpu(tmp_path):
     from accelerate.state import AcceleratorState
 
-    from imixer.training import load_data, train
-    from imixer.training_config import TrainingConfig
+    from imixer.training import PRESETS, TrainingConfig, load_data, train
 
-    config = TrainingConfig(device="cuda", amp=True, epochs=2, batch_size=128, output=str(tmp_path / "run"))
+    chosen = {"device": "cuda", "amp": True, "epochs": 2, "batch_size": 128, "output": str(tmp_path / "run")}
+    config = TrainingConfig(**{**PRESETS["digits"], **chosen})
     AcceleratorState._reset_state(True)
     try:
         result = train(config, load_data(config), progress=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +11,36 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import nn
+from training_runs import TINY, read_curves
 
-from imixer import training
 from imixer.data import ImageData, make_loader
-from imixer.run_folder import RUN_FILES, prepare_output, write_atomically
-from imixer.training import NonFiniteLossError, TrainingResult, build_model, evaluate, load_data, train
-from imixer.training_config import TrainingConfig
+from imixer.training import (
+    TrainingConfig,
+    TrainingResult,
+    build_model,
+    evaluate,
+    load_data,
+    loop,
+    train,
+)
+from imixer.training.run_folder import new_folder
 
-TINY = TrainingConfig(num_blocks=1, embed_dim=16, epochs=3, lr=1e-2, device="cpu")
+RUN_FILES = [
+    "best.pt",
+    "config.yaml",
+    "convergence.csv",
+    "curves.csv",
+    "curves.png",
+    "environment.json",
+    "last.pt",
+    "previous.pt",
+    "summary.json",
+    "tensorboard",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +62,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Training
     return train(config, digits, progress=False)
 
 
-def read_curves(output: Path) -> list[dict[str, str]]:
-    with (output / "curves.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_run_leaves_its_files(run: TrainingResult) -> None:
-    assert sorted(path.name for path in run.output.iterdir()) == sorted(RUN_FILES)
+    assert sorted(path.name for path in run.output.iterdir()) == RUN_FILES
     with Image.open(run.output / "curves.png") as plot:
         assert plot.format == "PNG"
         assert plot.width >= 1000
@@ -66,28 +79,91 @@ def test_loss_falls_and_every_epoch_is_a_row(run: TrainingResult) -> None:
     assert float(rows[-1]["test_top1"]) == run.metrics[-1].test_top1
 
 
-def test_checkpoint_rebuilds_the_model(run: TrainingResult, digits: ImageData) -> None:
-    path = run.output / "checkpoint.pt"
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_checkpoint_rebuilds_the_model(run: TrainingResult, digits: ImageData, name: str) -> None:
+    path = run.output / name
     checkpoint = torch.load(path, weights_only=True)
     model = timm.create_model(checkpoint["model"], checkpoint_path=path, **checkpoint["model_args"])
-    loader = make_loader(digits.test, batch_size=100, training=False, workers=0, seed=0)
-    loss, top1 = evaluate(model, loader)
-    assert top1 == run.metrics[-1].test_top1
-    assert loss == pytest.approx(run.metrics[-1].test_loss, rel=1e-5)
-    assert checkpoint["epoch"] == 3
+    found = evaluate(model, make_loader(digits.test, batch_size=100, training=False, workers=0, seed=0))
+    row = run.metrics[checkpoint["epoch"] - 1]
+    assert (found.top1, found.top5) == (row.test_top1, row.test_top5)
+    assert found.loss == pytest.approx(row.test_loss, rel=1e-5)
+    assert row.test_top1 == (max(row.test_top1 for row in run.metrics) if name == "best.pt" else row.test_top1)
     assert checkpoint["classes"] == list("0123456789")
     assert (checkpoint["mean"], checkpoint["std"]) == (list(digits.mean), list(digits.std))
-    assert checkpoint["versions"]["torch"] == torch.__version__
+    assert checkpoint["environment"]["versions"]["torch"] == torch.__version__
+    assert ("optimizer" in checkpoint) == (name == "last.pt")
+
+
+def test_settings_versions_and_results_are_kept(run: TrainingResult) -> None:
+    settings = yaml.safe_load((run.output / "config.yaml").read_text())
+    assert TrainingConfig(**settings) == replace(TINY, output=None)
+    environment = json.loads((run.output / "environment.json").read_text())
+    assert environment["versions"]["timm"] == timm.__version__
+    assert environment["git_commit"] is None or len(environment["git_commit"].rstrip("+")) == 40
+    summary = json.loads((run.output / "summary.json").read_text())
+    assert summary["best"]["test_top1"] == max(row.test_top1 for row in run.metrics)
+    assert (summary["last"]["epoch"], summary["updates"], summary["nonfinite_updates"]) == (3, 60, 0)
+
+
+def test_each_imlp_is_looked_at_after_every_epoch(digits: ImageData, tmp_path: Path) -> None:
+    changes = {"num_blocks": 2, "epochs": 2, "solver": "anderson", "n_iter": 30, "rtol": 1e-4, "backward": "implicit"}
+    train(replace(TINY, **changes, output=str(tmp_path)), digits, progress=False)  # type: ignore[arg-type]
+    with (tmp_path / "convergence.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["name"]) for row in rows] == [
+        (epoch, f"blocks.{block}.mlp_tokens") for epoch in "12" for block in "01"
+    ]
+    for row in rows:
+        assert 0 < float(row["worst_residual"]) <= 1e-4
+        assert 1 < int(row["n_iter"]) <= 30
+        assert float(row["sigma1"]) > 0
+        assert float(row["sigma2"]) > 0
+        assert float(row["adjoint_residual"]) < 1e-3
+        assert float(row["adjoint_failed"]) == 0
+
+
+def test_imlps_of_other_depths_train(digits: ImageData, tmp_path: Path) -> None:
+    mixer = replace(TINY, epochs=1, hidden_layers=1, output=str(tmp_path / "1"))
+    train(mixer, digits, progress=False)
+    assert not (tmp_path / "1" / "convergence.csv").exists()
+    changes = {"hidden_layers": 3, "hidden_solve": "joint", "tied": True, "contraction": "certified"}
+    deeper = replace(TINY, epochs=1, **changes, output=str(tmp_path / "3"))  # type: ignore[arg-type]
+    train(deeper, digits, progress=False)
+    with (tmp_path / "3" / "convergence.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["sigma2"]) > 0
+    arguments = torch.load(tmp_path / "3" / "last.pt", weights_only=True)["model_args"]
+    assert changes.items() <= arguments.items()
+
+
+def test_unrolled_gradients_take_no_linear_solve(run: TrainingResult) -> None:
+    with (run.output / "convergence.csv").open(newline="") as file:
+        assert {row["adjoint_residual"] for row in csv.DictReader(file)} == {""}
+
+
+def test_tensorboard_has_the_curves(run: TrainingResult) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.output / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [50]
+    assert [event.step for event in events.Scalars("test/top1")] == [20, 40, 60]
+    assert events.Scalars("test/top1")[-1].value == pytest.approx(run.metrics[-1].test_top1)
+    assert "blocks.0.mlp_tokens/sigma1" in events.Tags()["scalars"]
 
 
 def test_evaluate_counts_all_images(digits: ImageData) -> None:
     model = build_model(TINY, digits)
+    nn.init.normal_(model.get_parameter("head.weight"))  # else all classes are equally likely
     images, targets = next(iter(make_loader(digits.test, batch_size=500, training=False, workers=0, seed=0)))
     with torch.no_grad():
         logits = model.eval()(images)
-    loss, top1 = evaluate(model, make_loader(digits.test, batch_size=64, training=False, workers=0, seed=0))
-    assert loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
-    assert top1 == pytest.approx(100 * (logits.argmax(1) == targets).float().mean().item(), rel=1e-5)
+    found = evaluate(model, make_loader(digits.test, batch_size=64, training=False, workers=0, seed=0))
+    assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert found.top1 == pytest.approx(100 * (logits.argmax(1) == targets).float().mean().item(), rel=1e-5)
+    in_top5 = (logits.topk(5).indices == targets[:, None]).any(1)
+    assert found.top5 == pytest.approx(100 * in_top5.float().mean().item(), rel=1e-5)
 
 
 def test_same_seed_same_curve(run: TrainingResult, digits: ImageData, tmp_path: Path) -> None:
@@ -111,35 +187,8 @@ def test_learning_rate_warms_up_and_falls(digits: ImageData, tmp_path: Path) -> 
 def test_bfloat16_trains(digits: ImageData, tmp_path: Path) -> None:
     result = train(replace(TINY, amp=True, output=str(tmp_path)), digits, progress=False)
     assert result.metrics[-1].train_loss < result.metrics[0].train_loss
-    weights = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state_dict"]
+    weights = torch.load(tmp_path / "last.pt", weights_only=True)["state_dict"]
     assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.float32}
-
-
-def test_non_finite_loss_stops_the_run(digits: ImageData, tmp_path: Path) -> None:
-    config = replace(TINY, lr=1e30, clip_grad=0.0, warmup_epochs=0, output=str(tmp_path))
-    pattern = r"loss is (nan|inf) in epoch 1, step \d+ of 20, at learning rate \S+e\+(29|30); try a smaller --lr"
-    with pytest.raises(NonFiniteLossError, match=pattern):
-        train(config, digits, progress=False)
-    assert not (tmp_path / "checkpoint.pt").exists()
-
-
-def test_interrupted_run_keeps_its_finished_epochs(
-    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tested: list[nn.Module] = []
-
-    def evaluate_twice(model: nn.Module, loader: object) -> tuple[float, float]:
-        tested.append(model)
-        if len(tested) == 3:
-            raise KeyboardInterrupt
-        return 1.0, 50.0
-
-    monkeypatch.setattr(training, "evaluate", evaluate_twice)
-    with pytest.raises(KeyboardInterrupt):
-        train(replace(TINY, output=str(tmp_path)), digits, progress=False)
-    assert len(read_curves(tmp_path)) == 2
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "config.json", "curves.csv"]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +216,9 @@ def test_model_error_says_what_exists(digits: ImageData, changes: dict[str, str]
     [
         ({"epochs": 0}, "epochs must be at least 1, not 0"),
         ({"batch_size": -4}, "batch_size must be at least 1, not -4"),
+        ({"batch_size": 3, "mixup": 0.1}, "batch_size must be even for mixup and cutmix, which mix pairs, not 3"),
+        ({"checkpoint_interval": "5m"}, "checkpoint_interval must be updates such as 500 or seconds such as 600s, not"),
+        ({"cache_mb": 1, "aa": "rand-m9"}, "aa: for images that are read in every epoch, .*add --cache-mb 0"),
         ({"lr": 0.0}, "lr must be positive and finite, not 0.0"),
         ({"smoothing": 1.0}, "smoothing must be at least 0 and below 1, not 1.0"),
         ({"clip_grad": -1.0}, "clip_grad must not be negative, but is -1.0"),
@@ -194,55 +246,24 @@ def test_missing_cuda_is_reported(digits: ImageData) -> None:
         train(replace(TINY, device="cuda"), digits, progress=False)
 
 
-def test_chosen_folder_of_another_run_is_refused(digits: ImageData, tmp_path: Path) -> None:
-    output = str(tmp_path / "run")
-    said: list[str] = []
-    prepare_output(replace(TINY, output=output), digits, said.append)
-    assert said == []
-    prepare_output(replace(TINY, output=output), digits, said.append)
-    assert "holds an earlier run with the same settings, which this one replaces" in said[0]
-    with pytest.raises(ValueError, match=r"run holds another run \(lr 0.01 there, 0.5 here\); choose another"):
-        prepare_output(replace(TINY, lr=0.5, output=output), digits, said.append)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 0.01
-
-
-def test_default_folder_of_another_run_gets_a_number(
-    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_folder_of_a_run_is_never_used_again(
+    run: TrainingResult, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(ValueError, match=r"holds a run; continue it with --resume .*, or choose another --output"):
+        train(replace(TINY, output=str(run.output)), digits)
     monkeypatch.chdir(tmp_path)
-    said: list[str] = []
-    names = [str(prepare_output(replace(TINY, seed=seed), digits, said.append)) for seed in (0, 1, 2, 1)]
     default = "runs/digits-imixer_ti4_32"
-    assert names == [default, f"{default}-2", f"{default}-3", f"{default}-2"]
-    assert said[0] == f"{default} holds a run with other settings, which stays"
-
-
-@pytest.mark.parametrize("content", ["", "[1, 2]", '{"lr": 1}'])
-def test_folder_of_unknown_files_is_not_overwritten(digits: ImageData, tmp_path: Path, content: str) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"holds another run \((its config.json is|.*lr 1 there, 0.01 here)"):
-        prepare_output(replace(TINY, output=str(tmp_path)), digits, print)
-    assert (tmp_path / "config.json").read_text() == content
+    for name in (default, f"{default}-2", f"{default}-3"):
+        folder = new_folder(TINY, digits.name)
+        assert str(folder) == name
+        folder.mkdir(parents=True)
+        (folder / "last.pt").touch()
 
 
 def test_folder_that_cannot_be_written_fails_before_training(
     digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(training, "make_loader", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(loop, "make_loader", lambda *_, **__: pytest.fail("training began"))
     with pytest.raises(OSError, match=r"cannot write to the output folder .*file/run.*choose another --output"):
         train(replace(TINY, output=str(tmp_path / "file" / "run")), digits, progress=False)
-
-
-def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "curves.csv"
-    write_atomically(path, b"old")
-
-    def full_disk(_: int) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from imixer.run_folder import write_atomically
+from imixer.training.checkpoints import write_atomically
 
 TRAIN_COLOR, TEST_COLOR = "#c8781e", "#1f5fa8"
 

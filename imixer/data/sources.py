@@ -1,0 +1,187 @@
+"""Where images come from, one at a time: files, arrays in memory, tars, Hugging Face data sets.
+
+Each source gives the image with a number as an RGB picture with its class, and says for error messages which one it is.
+timm's `ImageDataset` does the same for some of them, but puts the next image in the place of one that it cannot read.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeAlias
+
+from PIL import Image
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+Sample: TypeAlias = tuple[Image.Image, int]
+
+
+class UnreadableImageError(ValueError):
+    """An image cannot be read; the message says which and why, in one line."""
+
+
+class ImageSource(Protocol):
+    """Labelled images that are read one at a time; `source[index]` is an RGB image and its class."""
+
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def describe(self, index: int) -> str:
+        """Say which image this is, for error messages."""
+        ...
+
+
+class ImageFiles:
+    """Image files.
+
+    Args:
+        samples: Path and class of each.
+        classes: Class names.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, int]], classes: Sequence[str]) -> None:
+        self.samples = samples
+        self.classes = tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        path, target = self.samples[index]
+        return open_image(path), target
+
+    def describe(self, index: int) -> str:
+        return self.samples[index][0]
+
+
+class ImageArrays:
+    """Pictures that a torchvision data set holds in memory, such as CIFAR-10's.
+
+    Args:
+        dataset: Gives a PIL image and its class for each index.
+        root: Folder it was read from.
+    """
+
+    def __init__(self, dataset: Any, root: Path) -> None:
+        self.dataset = dataset
+        self.classes = tuple(dataset.classes)
+        self.root = root
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, target = self.dataset[index]
+        return image.convert("RGB"), int(target)
+
+    def describe(self, index: int) -> str:
+        return f"image {index} of {type(self.dataset).__name__} in {self.root}"
+
+
+class ImagesInTar:
+    """Images in a tar file, one folder per class, which timm's reader lists.
+
+    The bytes are read by their place in the file: an open `tarfile.TarFile`, shared with a worker process, would be
+    moved about by both.
+
+    Args:
+        path: The tar file.
+
+    Raises:
+        ValueError: The file is not a tar, or has no images.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+        except Exception as error:  # tarfile's errors, or that of unpacking an empty list
+            raise ValueError(
+                f"cannot read images from the tar file {path} ({path.stat().st_size} bytes): {error}; it must be an "
+                "uncompressed tar with one folder of images per class"
+            ) from error
+        self.samples, self.targets = reader.samples, reader.targets
+        self.classes = tuple(reader.class_name_to_idx)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        member, _, inner_tar = self.samples[index]
+        with self.path.open("rb") as file:
+            file.seek(member.offset_data + (inner_tar.offset_data if inner_tar is not None else 0))
+            content = file.read(member.size)
+        return decode_image(io.BytesIO(content), self.describe(index), len(content)), int(self.targets[index])
+
+    def describe(self, index: int) -> str:
+        return f"{self.samples[index][0].name} in {self.path}"
+
+
+class HuggingFaceImages:
+    """One split of a data set of the `datasets` package.
+
+    Args:
+        dataset: Has one column of type `Image` and one of type `ClassLabel`.
+        name: What to call it in error messages.
+
+    Raises:
+        ValueError: There is no such column, or more than one.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        import datasets
+
+        self.name = name
+        self.image_column = _only_column(dataset.features, datasets.Image, name)
+        self.target_column = _only_column(dataset.features, datasets.ClassLabel, name)
+        # The encoded bytes rather than a decoded image: the error for broken ones is then ours.
+        self.dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
+        self.classes = tuple(dataset.features[self.target_column].names)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.dataset[index]
+        content, target = row[self.image_column], row[self.target_column]
+        if content["bytes"] is None:
+            return open_image(content["path"]), target
+        return decode_image(io.BytesIO(content["bytes"]), self.describe(index), len(content["bytes"])), target
+
+    def describe(self, index: int) -> str:
+        return f"image {index} of {self.name}"
+
+
+def open_image(path: str) -> Image.Image:
+    """Decode an image file as RGB; the error for one that cannot be decoded names the file."""
+    try:
+        with open(path, "rb") as file:
+            return decode_image(file, path, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise UnreadableImageError(f"cannot read image {path}: {error}; replace or remove it") from error
+
+
+def decode_image(file: BinaryIO, name: str, num_bytes: int) -> Image.Image:
+    """Decode an image as RGB; the error for one that cannot be decoded says which."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(
+            f"cannot read image {name} ({num_bytes} bytes): {error}; replace or remove it"
+        ) from error
+
+
+def _only_column(features: Mapping[str, Any], kind: type, name: str) -> str:
+    columns = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if len(columns) != 1:
+        raise ValueError(
+            f"{name} must have one column of type {kind.__name__}, and has {len(columns)}; its columns are "
+            + ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
+        )
+    return columns[0]

@@ -1,0 +1,198 @@
+"""The command line of training: a flag for every field of the configuration, presets, files of settings."""
+
+import argparse
+import difflib
+import types
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import Field, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import yaml
+
+from imixer.training.config import TrainingConfig
+from imixer.training.presets import PRESETS
+
+HEADINGS = {
+    "data": "data",
+    "augmentation": "augmentation of training images",
+    "model": "model (without a value: the model's own)",
+    "optimization": "optimization",
+    "computation": "computation",
+    "run": "run",
+}
+TYPES = get_type_hints(TrainingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What the command line asks for.
+
+    Args:
+        settings: The settings that a file or a flag names.
+        preset: The settings below them, by name.
+        resume: A run's folder, or a checkpoint, to continue.
+    """
+
+    settings: dict[str, Any]
+    preset: str | None = None
+    resume: Path | None = None
+
+    def config(self, saved: dict[str, Any] | None = None) -> TrainingConfig:
+        """The whole configuration: defaults, then the preset or ``saved`` settings of a run, then what was named."""
+        below = {name: value for name, value in (saved or {}).items() if name in TYPES and name != "output"}
+        preset = self.preset
+        if preset is None and saved is None and not (self.settings.get("data_dir") or self.settings.get("dataset")):
+            preset = "digits"
+        if preset is not None:
+            below |= PRESETS[preset]
+        return TrainingConfig(**(below | self.settings))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that lists near matches of a flag that it does not know."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            flag = word.partition("=")[0]
+            if flag.startswith("-"):
+                known = [option for option in self._option_string_actions if "_" not in option]
+                self.error(f"unknown flag {flag}{_near(flag, known)}")
+            self.error(f"unexpected argument {word!r}; the data folder is the only one without a flag")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2, the message last; the usage of a hundred flags would hide it."""
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags\n")
+
+
+def parse(arguments: Sequence[str] | None = None, *, epilog: str = "") -> Command:
+    """Read the command line.
+
+    Raises:
+        SystemExit: A flag is unknown or its value unfit, or help was asked for.
+        ValueError, OSError: The file of settings cannot be used.
+    """
+    options = vars(build_parser(epilog).parse_args(arguments))
+    preset, file, resume = options.pop("preset"), options.pop("config"), options.pop("resume")
+    settings: dict[str, Any] = {}
+    if file is not None:
+        settings = read_settings(Path(file))
+        preset = preset or settings.pop("preset", None)
+        _check_known("preset", [preset] if preset else [], PRESETS, file)
+    return Command(settings=settings | options, preset=preset, resume=Path(resume) if resume else None)
+
+
+def build_parser(epilog: str = "") -> Parser:
+    """Make the parser: its options hold what was given, and nothing else but ``preset``, ``config``, ``resume``."""
+    parser = Parser(
+        usage="%(prog)s [DATA_DIR] [--preset NAME] [--config FILE] [--resume RUN] [FLAGS]",
+        description="Train an iMixer, or another image classifier of timm. Flags go before --config, that before "
+        "--preset,\nand that before the defaults in brackets. Without data or a preset, --preset digits is taken.\n"
+        "--img-size may be written --img_size, and so on; --no-amp takes --amp back.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("data_dir", nargs="?", metavar="DATA_DIR", help="like --data-dir")
+    parser.add_argument("--preset", choices=list(PRESETS), default=None, help="settings that belong together")
+    parser.add_argument("--config", "-c", metavar="FILE", default=None, help="YAML file of settings by their names")
+    parser.add_argument(
+        "--resume", metavar="RUN", default=None, help="continue a run: its folder, or one of its checkpoints"
+    )
+    groups = {name: parser.add_argument_group(heading) for name, heading in HEADINGS.items()}
+    for item in fields(TrainingConfig):
+        _add_flag(groups[item.metadata["group"]], item)
+    return parser
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a YAML file of settings, by the names of `TrainingConfig` or of the flags.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no mapping, or a name or a value is unfit.
+    """
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold settings as `name: value` lines, not a {type(found).__name__}")
+    settings = {str(name).replace("-", "_"): value for name, value in found.items()}
+    _check_known("setting", settings, {*TYPES, "preset"}, path)
+    return {name: value if name == "preset" else _converted(name, value, path) for name, value in settings.items()}
+
+
+def write_settings(config: TrainingConfig) -> str:
+    """The configuration as YAML, which ``--config`` reads; without the folder of its results."""
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    del settings["output"]
+    return str(yaml.safe_dump(settings, sort_keys=False))
+
+
+def _add_flag(group: argparse._ArgumentGroup, item: "Field[Any]") -> None:
+    kind, several = _kind(item.name)
+    flag = item.name.replace("_", "-")
+    shown = "" if item.default in (None, "", False) else f" [{_text(item.default)}]"
+    options: dict[str, Any] = {"dest": item.name, "help": (item.metadata["text"] + shown).replace("%", "%%")}
+    if kind is bool:
+        options["action"] = "store_true"
+        if not flag.startswith("no-"):
+            group.add_argument(f"--no-{flag}", action="store_false", dest=item.name, help=argparse.SUPPRESS)
+    else:
+        options |= {
+            option: item.metadata[option] for option in ("choices", "const", "metavar") if option in item.metadata
+        }
+        options |= {"type": kind, "nargs": "?" if "const" in options else "+" if several else None}
+    group.add_argument(f"--{flag}", *item.metadata.get("aliases", ()), **options)
+    if "_" in item.name:
+        group.add_argument(f"--{item.name}", **{**options, "help": argparse.SUPPRESS})
+
+
+def _kind(name: str) -> tuple[type, bool]:
+    """The type of a setting's value, or of its entries, and whether there are several."""
+    hint = TYPES[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_args(hint):
+        return get_args(hint)[0], True
+    return hint, False
+
+
+def _converted(name: str, value: Any, path: Path) -> Any:
+    """A value of a YAML file as the setting's type: YAML reads 1e-3 as text, and 3 as no float."""
+    if value is None:
+        return None
+    kind, several = _kind(name)
+    try:
+        if several:
+            return tuple(kind(entry) for entry in value)
+        if isinstance(value, bool) != (kind is bool) or isinstance(value, (list, dict)):
+            raise TypeError
+        converted = kind(value)
+        if kind is int and converted != float(value):
+            raise TypeError
+    except (TypeError, ValueError):
+        wanted = f"a list of {kind.__name__}" if several else kind.__name__
+        raise ValueError(f"{name} in {path} must be {wanted}, not {value!r}") from None
+    return converted
+
+
+def _check_known(what: str, names: Iterable[str], known: Collection[str], path: Path) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r} in {path}{_near(name, known)}")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, [entry for entry in known if not entry.startswith("--no-")], n=4, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(_text(entry) for entry in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

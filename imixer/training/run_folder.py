@@ -1,0 +1,155 @@
+"""The output folder of a training run.
+
+- ``config.yaml``: the settings, for ``--config``; ``environment.json``: versions and git commit;
+- ``last.pt``, ``previous.pt``, ``best.pt``: see :mod:`imixer.training.checkpoints`;
+- ``curves.csv``: one row per epoch; ``curves.png``: its plot; ``convergence.csv``: one row per epoch and iMLP;
+- ``summary.json``: the run in short; ``tensorboard/``: the curves as they grow.
+
+Every file but TensorBoard's is replaced in one step, so that a run stopped at any moment leaves whole files.
+"""
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imixer.training.checkpoints import LAST, PREVIOUS, remove_unfinished, write_atomically
+from imixer.training.command_line import write_settings
+from imixer.training.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """What one epoch showed: a row of `curves.csv`.
+
+    Args:
+        epoch: Number of the epoch, from 1.
+        lr: Learning rate of its last update.
+        train_loss: Mean over its batches of the loss that is minimized (augmented images, soft targets).
+        test_loss: Mean cross-entropy on the test images.
+        test_top1: Test accuracy, in percent.
+        test_top5: Percentage of test images whose class is among the five most likely.
+        ema_top1: Test accuracy of the averaged weights, if there are any.
+        nonfinite: Updates of the epoch that were left out, for a loss or gradient that was not finite.
+        images_per_second: Training images per second, of all processes together.
+        seconds: Time since the start of the training, over all its parts.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    test_loss: float
+    test_top1: float
+    test_top5: float
+    ema_top1: float | None
+    nonfinite: int
+    images_per_second: float
+    seconds: float
+
+    @property
+    def score(self) -> float:
+        """What the best epoch is chosen by: the accuracy of the averaged weights if there are any."""
+        return self.test_top1 if self.ema_top1 is None else self.ema_top1
+
+    def summary(self) -> str:
+        """Return the numbers as one line of text."""
+        ema = "" if self.ema_top1 is None else f"  averaged {self.ema_top1:.2f}%"
+        nonfinite = f"  {self.nonfinite} updates not finite" if self.nonfinite else ""
+        return (
+            f"train loss {self.train_loss:.4f}  test loss {self.test_loss:.4f}  test top-1 {self.test_top1:.2f}%{ema}  "
+            f"lr {self.lr:.2e}{nonfinite}  {self.images_per_second:,.0f} images/s  {self.seconds:.0f} s"
+        )
+
+
+def new_folder(config: TrainingConfig, data_name: str) -> Path:
+    """Choose the folder of a new run. One that holds a run is never used again.
+
+    Raises:
+        ValueError: The folder asked for holds a run.
+    """
+    if config.output is not None:
+        folder = Path(config.output)
+        if _holds_run(folder):
+            raise ValueError(f"{folder} holds a run; continue it with --resume {folder}, or choose another --output")
+        return folder
+    folder = base = Path("runs") / f"{data_name}-{config.model}"
+    number = 1
+    while _holds_run(folder):
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
+def prepare_folder(folder: Path, config: TrainingConfig) -> None:
+    """Make the folder and write the settings, so that a folder that cannot be written fails before the training.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
+        write_atomically(folder / "config.yaml", write_settings(config).encode())
+        write_json(folder / "environment.json", environment())
+    except OSError as error:
+        raise OSError(f"cannot write to the output folder {folder}: {error}; choose another --output") from error
+
+
+def environment() -> dict[str, Any]:
+    """What a run depends on besides its settings: versions, commit of the code, machine."""
+    packages = ("implicit-layers", "torchvision", "timm", "accelerate", "numpy")
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # used from a checkout
+            versions[package] = "not installed"
+    return {"versions": versions, "git_commit": _git_commit(), "machine": platform.platform(), "command": sys.argv}
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a CSV file; the columns are those of the first row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _holds_run(folder: Path) -> bool:
+    # os.path's function is false for a folder that may not be looked into, where Path's raises.
+    return any(os.path.exists(folder / name) for name in (LAST, PREVIOUS))
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with `+` for changes since; None outside of a repository."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        return run.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

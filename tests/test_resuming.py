@@ -1,0 +1,392 @@
+"""Nothing is lost: runs that are stopped, killed, or cannot write go on to the very weights of an undisturbed one."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import resource
+import signal
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from training_runs import LIVELY, TINY, difference, read_curves, saved, start
+
+from imixer.data import ImageData
+from imixer.training import (
+    CheckpointError,
+    NonFiniteError,
+    TrainingConfig,
+    TrainingInterruptedError,
+    checkpoints,
+    load_checkpoint,
+    load_data,
+    loop,
+    train,
+)
+from imixer.training.learner import Learner
+from imixer.training.objective import seed_step
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the processes that are killed: bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load_data(TINY)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Path:
+    return train(replace(LIVELY, output=str(tmp_path_factory.mktemp("run"))), digits, progress=False).output
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, places: set[tuple[int, int]], number: int = signal.SIGTERM) -> None:
+    """Send this process a signal when a run comes to these epochs and steps, once each."""
+
+    def signalled(seed: int, epoch: int, step: int, rank: int) -> None:
+        if (epoch, step) in places:
+            places.discard((epoch, step))
+            os.kill(os.getpid(), number)
+        seed_step(seed, epoch, step, rank)
+
+    monkeypatch.setattr("imixer.training.loop.seed_step", signalled)
+
+
+def test_stopped_run_goes_on_bit_by_bit(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, {(0, 4), (0, 26), (1, 0)})  # within an epoch, at its end, at its beginning
+    config = replace(LIVELY, output=str(tmp_path))
+    for number, place in enumerate(["epoch 1 after step 6", "epoch 1 after step 27", "epoch 2 after step 3"]):
+        resume = tmp_path if number else None
+        with pytest.raises(TrainingInterruptedError) as stopped:
+            train(config, digits, resume=resume, progress=False)
+        assert str(stopped.value) == (
+            f"stopped in {place} of 27, saved {tmp_path}/last.pt; continue with --resume {tmp_path}"
+        )
+        assert stopped.value.signal_number == signal.SIGTERM
+    train(config, digits, resume=tmp_path, progress=False)
+    for name in ("last.pt", "best.pt"):
+        assert difference(saved(tmp_path / name), saved(undisturbed / name)) == []
+    clock = ("seconds", "images_per_second")
+    rows = [
+        [{k: v for k, v in row.items() if k not in clock} for row in read_curves(f)] for f in (tmp_path, undisturbed)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_the_state_that_is_compared_is_alive(undisturbed: Path) -> None:
+    """What a resumed run could lose is there: averages apart from the weights, moments, singular vectors."""
+    state = saved(undisturbed / "last.pt")
+    name = "blocks.0.mlp_tokens.fc_sn1.parametrizations.weight"
+    assert not torch.equal(state["state_dict"][f"{name}.original"], state["state_dict_ema"][f"{name}.original"])
+    assert state["optimizer"]["state"][f"{name}.original"]["exp_avg"].abs().max() > 0
+    assert state["optimizer"]["state"][f"{name}.original"]["step"] == 18
+    for weights in (state["state_dict"], state["state_dict_ema"]):
+        assert weights[f"{name}.0.u"].norm() == pytest.approx(1, rel=1e-5)  # also of the averaged weights
+
+
+def test_killed_run_goes_on_bit_by_bit(undisturbed: Path, tmp_path: Path) -> None:
+    config = replace(LIVELY, output=str(tmp_path), checkpoint_interval="2")
+    moments = random.Random(0)
+    num_kills = 0
+    while num_kills < 4:
+        before = last_written(tmp_path)
+        process = start(config, resume=tmp_path if before else None)
+        while last_written(tmp_path) == before and process.is_alive():
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        num_kills += 1
+    assert num_kills >= 2
+    process = start(config, resume=tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    assert difference(saved(tmp_path / "last.pt"), saved(undisturbed / "last.pt")) == []
+    assert difference(saved(tmp_path / "best.pt"), saved(undisturbed / "best.pt")) == []
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def last_written(folder: Path) -> int:
+    times = [path.stat().st_mtime_ns for path in folder.glob("*.pt") if path.name != "best.pt"]
+    return max(times, default=0)
+
+
+@pytest.mark.parametrize(("interval", "updates"), [("4", [4, 8, 9, 13, 17, 18]), ("0.000001s", [*range(1, 19)])])
+def test_checkpoints_within_an_epoch(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: str, updates: list[int]
+) -> None:
+    found = []
+    save = checkpoints.save_checkpoint
+
+    def noting(folder: Path, checkpoint: dict[str, Any]) -> None:
+        found.append(checkpoint["progress"]["updates"])
+        save(folder, checkpoint)
+
+    monkeypatch.setattr(loop, "save_checkpoint", noting)
+    train(replace(LIVELY, output=str(tmp_path), checkpoint_interval=interval), digits, progress=False)
+    assert sorted(set(found)) == updates
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+
+
+def save_weights_alone(path: Path) -> None:
+    torch.save({"head.weight": torch.zeros(2)}, path)
+
+
+def save_code(path: Path) -> None:
+    torch.save({"format": os.getcwd}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate, r"last\.pt \([\d,]+ bytes\) is truncated or no checkpoint: File is not a zip file"),
+        (lambda path: path.write_bytes(b""), r"last\.pt \(0 bytes\) is truncated or no checkpoint"),
+        (lambda path: path.write_text("not a checkpoint"), r"last\.pt \(16 bytes\) is truncated or no checkpoint"),
+        (flip_a_bit, r"last\.pt is damaged: the checksum of \S+ inside is wrong"),
+        (save_weights_alone, r"last\.pt is no checkpoint of a training run \(it holds head\.weight\)"),
+        (save_code, r"last\.pt is no checkpoint of a training run: Weights only load failed"),
+    ],
+    ids=["truncated", "empty", "text", "bit", "weights", "code"],
+)
+def test_damaged_checkpoint_is_refused_and_the_one_before_used(
+    undisturbed: Path, tmp_path: Path, damage: Any, reason: str
+) -> None:
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes((undisturbed / name).read_bytes())
+    damage(tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match=reason):
+        checkpoints.read_checkpoint(tmp_path / "last.pt")
+    said: list[str] = []
+    for path in (tmp_path, tmp_path / "last.pt"):
+        checkpoint, source = load_checkpoint(path, said.append)
+        assert source == tmp_path / "previous.pt"
+        assert checkpoint["epoch"] == 1
+    assert said[0].endswith(f"; continuing from {tmp_path}/previous.pt instead")
+    damage(tmp_path / "previous.pt")
+    with pytest.raises(CheckpointError, match=f"{reason}.*; .*previous"):
+        load_checkpoint(tmp_path)
+
+
+def test_run_goes_on_from_the_checkpoint_before(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes((undisturbed / name).read_bytes())
+    truncate(tmp_path / "last.pt")
+    train(replace(LIVELY, output=str(tmp_path)), digits, resume=tmp_path, progress=False)
+    assert "is truncated or no checkpoint" in capsys.readouterr().out
+    assert difference(saved(tmp_path / "last.pt"), saved(undisturbed / "last.pt")) == []
+    assert checkpoints.read_checkpoint(tmp_path / "previous.pt")["epoch"] == 1  # not the damaged one
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere", r"there is no run or checkpoint at .*nowhere; give a run's folder, or its last\.pt"),
+        (".", r"holds no checkpoint \(last\.pt or previous\.pt\); it holds curves\.csv"),
+    ],
+)
+def test_missing_checkpoint_is_reported(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "curves.csv").touch()
+    with pytest.raises(FileNotFoundError, match=message):
+        load_checkpoint(tmp_path / path)
+
+
+def test_best_checkpoint_is_not_one_to_continue_from(undisturbed: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"best\.pt holds weights without the optimizer's state; continue from"):
+        checkpoints.read_checkpoint(undisturbed / "best.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"h_ratio": 1.0}, r"last\.pt is of another run: model_args .* there, .*h_ratio=1\.0.* here"),
+        ({"model": "imixer_s4_32"}, r"is of another run: model imixer_ti4_32 there, imixer_s4_32 here"),
+        (
+            {"batch_size": 32},
+            r"with 48 images to a step of all processes together, which here would be 32; .* give --batch-size 48",
+        ),
+        ({"grad_accum_steps": 1}, r"another run: grad_accum_steps 3 there, 1 here"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(
+    undisturbed: Path, digits: ImageData, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        train(replace(LIVELY, **changes), digits, resume=undisturbed, progress=False)
+
+
+def test_settings_may_change_on_the_way(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(LIVELY, epochs=3, output=str(tmp_path / "longer"))
+    result = train(config, digits, resume=undisturbed / "last.pt")
+    assert "continuing after epoch 2, step 0 of 27, with epochs 2 -> 3" in capsys.readouterr().out
+    assert [row.epoch for row in result.metrics] == [1, 2, 3]
+    assert result.output == tmp_path / "longer"
+    assert load_checkpoint(undisturbed)[0]["epoch"] == 2
+
+
+def test_full_disk_leaves_the_checkpoints_that_were_there(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(LIVELY, output=str(tmp_path), checkpoint_interval="4")
+    save = checkpoints.save_checkpoint
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_full_disk(folder: Path, checkpoint: dict[str, Any]) -> None:
+        full = checkpoint["progress"]["updates"] == 13
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if full else limits[0], limits[1]))
+        save(folder, checkpoint)
+
+    monkeypatch.setattr(loop, "save_checkpoint", on_full_disk)
+    try:
+        with pytest.raises(OSError, match=r"cannot save a checkpoint .*File too large; last.pt, previous.pt of before"):
+            train(config, digits, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checkpoint(tmp_path)[0]["progress"]["updates"] == 9
+    assert not list(tmp_path.glob(".*.tmp"))
+    monkeypatch.undo()
+    train(config, digits, resume=tmp_path, progress=False)
+    assert difference(saved(tmp_path / "last.pt"), saved(undisturbed / "last.pt")) == []
+
+
+def test_folder_that_became_read_only_keeps_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 1})
+    checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 2})
+    if os.geteuid() == 0:  # whom permissions do not stop
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "open", refuse)
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(OSError, match="Permission denied.*; last.pt, previous.pt of before is there still"):
+            checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 3})
+    finally:
+        tmp_path.chmod(0o700)
+        monkeypatch.undo()
+    assert load_checkpoint(tmp_path)[0]["epoch"] == 2
+    assert checkpoints.read_checkpoint(tmp_path / "previous.pt")["epoch"] == 1
+
+
+@pytest.mark.parametrize("at", ["write", "first rename", "second rename"])
+def test_a_checkpoint_is_there_whenever_saving_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 1})
+    checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 2})
+    if at == "write":
+        monkeypatch.setattr(os, "fsync", killed)
+    elif at == "first rename":
+        monkeypatch.setattr(os, "replace", killed)
+    else:
+        monkeypatch.setattr(checkpoints, "_rename", killed)
+    with pytest.raises(Killed):
+        checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 3})
+    monkeypatch.undo()
+    for path in (tmp_path, tmp_path / "last.pt"):
+        assert load_checkpoint(path)[0]["epoch"] == 2
+
+
+def spoil_gradients(monkeypatch: pytest.MonkeyPatch, updates: set[int]) -> None:
+    """Multiply the loss by nan in some updates."""
+    add_gradient, measure = Learner.add_gradient, Learner.measure
+    done = [0]
+
+    def spoiled(self: Learner, images: Tensor, targets: Tensor, *, share: float, last: bool) -> Tensor:
+        return add_gradient(self, images, targets, share=math.nan if done[0] + 1 in updates else share, last=last)
+
+    def counting(self: Learner, loss: Tensor) -> tuple[float, float]:
+        done[0] += 1
+        return measure(self, loss)
+
+    monkeypatch.setattr(Learner, "add_gradient", spoiled)
+    monkeypatch.setattr(Learner, "measure", counting)
+
+
+def test_updates_that_are_not_finite_are_left_out_and_counted(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil_gradients(monkeypatch, {3, 4, 30})
+    result = train(replace(TINY, epochs=2, max_nonfinite=3, output=str(tmp_path)), digits)
+    assert [row.nonfinite for row in result.metrics] == [2, 1]
+    assert result.metrics[1].train_loss < result.metrics[0].train_loss
+    assert all(parameter.isfinite().all() for parameter in result.model.parameters())
+    out = capsys.readouterr().out
+    assert "epoch 1, step 4 of 20: loss nan, gradient norm nan, learning rate" in out
+    assert "not finite, update left out (2 in a row)" in out
+    assert "2 updates not finite" in out
+
+
+def test_too_many_of_them_stop_the_run(digits: ImageData, tmp_path: Path) -> None:
+    config = replace(TINY, lr=1e30, clip_grad=None, warmup_epochs=0, max_nonfinite=5, output=str(tmp_path))
+    pattern = (
+        r"not finite in 5 updates in a row, which were left out; the last in epoch 1, step \d+ of 20: loss (nan|inf), "
+        r"gradient norm (nan|inf), learning rate \S+e\+(29|30). Try a smaller --lr"
+    )
+    with pytest.raises(NonFiniteError, match=pattern):
+        train(config, digits, progress=False)
+    assert load_checkpoint(tmp_path)[0]["progress"]["nonfinite_in_row"] == 5
+
+
+def test_finished_run_stays_as_it_is(undisturbed: Path, digits: ImageData) -> None:
+    before = saved(undisturbed / "last.pt")
+    result = train(LIVELY, digits, resume=undisturbed, progress=False)
+    assert [row.epoch for row in result.metrics] == [1, 2]
+    assert difference(saved(undisturbed / "last.pt"), before) == []
+
+
+def test_settings_of_a_run_are_those_it_began_with(undisturbed: Path) -> None:
+    from imixer.training import parse
+
+    command = parse(["--resume", str(undisturbed), "--epochs", "7"])
+    config = command.config(load_checkpoint(undisturbed)[0]["config"])
+    assert config == replace(LIVELY, epochs=7)
+    assert isinstance(config, TrainingConfig)
