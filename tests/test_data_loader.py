@@ -327,14 +327,27 @@ def test_worker_that_dies_while_it_sends_a_batch_is_reported(tree: Path, monkeyp
         list(batches)
 
 
-def test_interrupt_of_a_worker_is_left_to_the_main_process(tree: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_a_worker_is_left_to_the_main_process(tree: Path, number: signal.Signals) -> None:
     batches = make_loader(watched(tree, lambda path: time.sleep(0.02)), batch_size=4, training=True, workers=1, seed=0)
     iterator = iter(batches)
     next(iterator)
     (worker,) = multiprocessing.active_children()
     assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGINT)
+    os.kill(worker.pid, number)
     assert len(list(iterator)) == 5
+
+
+def test_worker_outlives_a_sigterm_by_its_grace_alone(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "GRACE_SECONDS", 1)
+    batches = make_loader(watched(tree, lambda path: None), batch_size=4, training=True, workers=1, seed=0)
+    list(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.join(30)
+    assert worker.exitcode == -signal.SIGALRM
 
 
 def test_hanging_read_ends_in_an_error(tree: Path) -> None:

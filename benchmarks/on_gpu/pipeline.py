@@ -1,8 +1,8 @@
 """The input pipeline alone: how many augmented images a second reach the device, with no model to feed.
 
-timm's loader with the recipe of the paper (random resized crop, flip, RandAugment, random erasing) over real
-photographs, as files of the size of CIFAR-10's images and of ImageNet's; and, for where that is too slow, torchvision's
-transforms of uint8 images that lie on the device already, one draw for ``GROUP`` images.
+The loader of training runs with the recipe of the paper (random resized crop, flip, RandAugment, random erasing) over
+real photographs, as files of the size of CIFAR-10's images and of ImageNet's; and, for where that is too slow,
+torchvision's transforms of uint8 images that lie on the device already, one draw for ``GROUP`` images.
 """
 
 import functools
@@ -10,18 +10,16 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_loader
-from timm.data.auto_augment import posterize
 from torch import Tensor
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from benchmarks.on_gpu.cells import Cell
 from benchmarks.on_gpu.setup import Setup
+from imixer.data import ImageLoader, TimmTransforms, TransformedImages, make_loader
+from imixer.data.sources import ImageFiles
 
 TABLE = "Input pipeline alone"
 FILES = {"JPEG 500 x 375": ("jpg", (500, 375)), "PNG 32 x 32": ("png", (32, 32))}
@@ -48,28 +46,14 @@ def images_per_second(batches: Iterable[Tensor], setup: Setup, *, skip: int) -> 
 
 
 def from_files(kind: str, workers: int, setup: Setup) -> Mapping[str, float]:
-    """The rate of timm's loader over files of this kind."""
+    """The rate of the loader over files of this kind."""
     batch = 4 if setup.toy else 64
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder), *FILES[kind], count=8 if setup.toy else 64)
-        dataset = ImageFolder(folder)
-        dataset.samples *= 2 if setup.toy else 1000
-        loader = create_loader(
-            dataset,
-            input_size=(3, 224, 224),
-            batch_size=batch,
-            is_training=True,
-            re_prob=ERASING,
-            re_mode="pixel",
-            auto_augment="rand-m9-mstd0.5-inc1",
-            color_jitter=0.4,
-            interpolation="random",
-            num_workers=workers,
-            pin_memory=setup.cuda,
-            persistent_workers=workers > 0,
-            device=setup.device,
-        )
-        _allow_no_bits(dataset.transform)
+        files = write_photographs(Path(folder), *FILES[kind], count=8 if setup.toy else 64)
+        source = ImageFiles(2 * files if setup.toy else 1000 * files, classes=("china", "flower"))
+        transforms = TimmTransforms(aa="rand-m9-mstd0.5-inc1", reprob=ERASING)
+        images = TransformedImages(source, transforms, img_size=224, training=True)
+        loader = make_loader(images, batch_size=batch, training=True, workers=workers, seed=0, device=setup.device)
         rate = images_per_second(_forever(loader), setup, skip=1 if setup.toy else 3 * workers)
         del loader  # its workers end before their files do
     return {"images/s": rate, "images/s a worker": rate / max(workers, 1)}
@@ -97,10 +81,11 @@ def on_device(setup: Setup) -> Mapping[str, float]:
     return {"images/s": images_per_second(batches(), setup, skip=1)}
 
 
-def write_photographs(folder: Path, suffix: str, size: tuple[int, int], *, count: int) -> None:
-    """Crops of the two photographs that come with scikit-learn, in two classes."""
+def write_photographs(folder: Path, suffix: str, size: tuple[int, int], *, count: int) -> list[tuple[str, int]]:
+    """Crops of the two photographs that come with scikit-learn, in two classes: their paths and classes."""
     from sklearn.datasets import load_sample_images
 
+    written = []
     for label, pixels in enumerate(load_sample_images().images):
         photograph = Image.fromarray(pixels)  # 640 x 427
         target = folder / str(label)
@@ -108,22 +93,13 @@ def write_photographs(folder: Path, suffix: str, size: tuple[int, int], *, count
         for index in range(count // 2):
             corner = (index * 7 % 140, index * 5 % 52)
             crop = photograph.crop((*corner, corner[0] + 500, corner[1] + 375))
-            crop.resize(size).save(target / f"{index}.{suffix}", quality=90)
+            path = str(target / f"{index}.{suffix}")
+            crop.resize(size).save(path, quality=90)
+            written.append((path, label))
+    return written
 
 
-def _allow_no_bits(transform: v2.Compose) -> None:
-    """Let RandAugment's posterize keep 0 bits, which its strongest level asks for and Pillow 13 refuses."""
-    for step in transform.transforms:
-        for operation in getattr(step, "ops", ()):
-            if operation.aug_fn is posterize:
-                operation.aug_fn = _posterize
-
-
-def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    return posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
-
-
-def _forever(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+def _forever(loader: ImageLoader) -> Iterator[Tensor]:
     while True:
         for images, _ in loader:
             yield images
@@ -133,7 +109,7 @@ def cells(setup: Setup) -> list[Cell]:
     found = []
     for kind in FILES:
         for workers in dict.fromkeys((setup.workers, min(setup.workers, 1))):
-            labels = {"pipeline": "timm's loader", "images": kind, "workers": workers}
+            labels = {"pipeline": "files, timm's transforms", "images": kind, "workers": workers}
             run = functools.partial(from_files, kind, workers, setup)
             rank = 5 if workers == setup.workers else 7
             found.append(Cell(section="pipeline", table=TABLE, labels=labels, run=run, rank=rank, seconds=20))

@@ -21,6 +21,7 @@ from imixer.data.random_streams import generator_of
 from imixer.data.sources import UnreadableImageError
 
 POLL_SECONDS = 5.0  # between looks at whether the workers are alive, while a batch is waited for
+GRACE_SECONDS = 60  # that a worker goes on for after a SIGTERM
 
 
 class LoaderError(RuntimeError):
@@ -284,8 +285,11 @@ def _iterate(batches: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _start_worker(reading: Tensor, worker: int) -> None:
-    # Ctrl-C reaches the workers as well. The main process may finish its step first, and will end them.
+    # Ctrl-C reaches the workers as well, and so does the SIGTERM of a scheduler that ends a job. The main process may
+    # finish its step first, and will end them; one that does not answer ends by itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
     reading[worker, 0] = os.getpid()
 
 
