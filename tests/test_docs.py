@@ -10,6 +10,8 @@ import importlib
 import io
 import pkgutil
 import re
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +55,7 @@ def blocks_of(markdown: str) -> list[Block]:
 
 def run_blocks(path: Path) -> None:
     """Run the Python blocks of a file in one namespace and compare what they print with the blocks that tell."""
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    program = types.ModuleType("__main__")
     printed: str | None = None
     for block in blocks_of(path.read_text("utf-8")):
         if block.language == "text" and block.follows_directly and printed is not None:
@@ -61,8 +63,9 @@ def run_blocks(path: Path) -> None:
         printed = None
         if block.language == "python" and block.is_run:
             source = "\n" * (block.line - 1) + block.body  # so that a traceback names the line of the file
-            with contextlib.redirect_stdout(io.StringIO()) as output:
-                exec(compile(source, path, "exec"), namespace)
+            with contextlib.redirect_stdout(io.StringIO()) as output, pytest.MonkeyPatch.context() as patch:
+                patch.setitem(sys.modules, "__main__", program)  # where compiled functions look their globals up
+                exec(compile(source, path, "exec"), vars(program))
             printed = output.getvalue()
 
 
