@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = options.output or checkpoint.parent
         output.mkdir(parents=True, exist_ok=True)
         best = max(results, key=lambda result: result.top1)
-        steps = "" if best.n_iter is None else f" at {best.n_iter} solver steps"
+        steps = "" if best.n_iter is None else f", solver steps {best.n_iter}"
         plot_confusion(
             best.confusion,
             data.classes,
