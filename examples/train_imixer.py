@@ -108,9 +108,7 @@ def report(result: TrainingResult, data: ImageData, *, sharded: bool) -> None:
 
     if not sharded and iterates(result.model):
         device = next(result.model.parameters()).device
-        num_test = len(data.test)
-        chosen = range(0, num_test, -(-num_test // 64))  # evenly spaced: folders of images are sorted by class
-        images = torch.stack([data.test[index][0] for index in chosen]).to(device)  # (B, C, H, W)
+        images = data.some_test_images(64)[0].to(device)  # (B, C, H, W)
         print(f"\nfixed-point iteration of each iMLP on {len(images)} test images:")
         print(format_convergence(measure_convergence(result.model, images)))
 

@@ -30,6 +30,7 @@ try:
     from imixer.training import load_data
     from imixer.training.checkpoints import write_atomically
     from imixer.training.config import AMP_DTYPES, DEVICES
+    from imixer.training.distributed import choose_device
     from imixer.validation import (
         find_checkpoint,
         format_validations,
@@ -122,13 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of that name; auto is CUDA where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda is not available here: torch.cuda.is_available() is False; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from imixer.data.images import Images
+import torch
+
+from imixer.data.images import ImageBatch, Images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +35,12 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     description: str
+
+    def some_test_images(self, count: int) -> ImageBatch:
+        """Return at most `count` test images, (B, C, H, W), and their classes.
+
+        They are evenly spaced, since folders are sorted by class.
+        """
+        step = math.ceil(len(self.test) / count)
+        images, targets = zip(*[self.test[index] for index in range(0, len(self.test), step)], strict=True)
+        return torch.stack(images), torch.stack(targets)

@@ -26,15 +26,24 @@ from imixer.training.config import AMP_DTYPES, TrainingConfig
 OPTIMIZER_SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of a name in `DEVICES`; "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: The device is missing.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda is not available here: torch.cuda.is_available() is False; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Set up device, precision and process group.
 
     Raises:
         ValueError: The device is missing, or cannot do what is asked for.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda is not available here: torch.cuda.is_available() is False; use --device cpu")
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = choose_device(config.device).type == "cpu"
     precision = amp_dtype(config, on_cpu)
     if precision == "float16" and on_cpu:
         raise ValueError("amp_dtype float16 needs a CUDA device; on the CPU use --amp-dtype bfloat16")

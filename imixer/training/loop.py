@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 
 from imixer.data import ImageData, make_loader
 from imixer.training.checkpoints import LAST, load_checkpoint, save_best, save_checkpoint, set_aside_damaged
@@ -197,7 +197,10 @@ def train(
                 seconds=round(time.monotonic() - started, 2),
             )
             whole = learner.whole_model()
-            imlps = look_at_imlps(whole, *_some_images(data, device)) if whole is not None else []
+            imlps = []
+            if whole is not None:
+                images, targets = data.some_test_images(IMLP_IMAGES)
+                imlps = look_at_imlps(whole, images.to(device), targets.to(device))
             at.finish_epoch(row, imlps)
             save()
             if first:
@@ -221,10 +224,3 @@ def _describe(config: TrainingConfig, learner: Learner, schedule: Schedule, worl
         f"{config.batch_size} x {world_size} x {group} = "
         f"{config.batch_size * world_size * group} images to an update, {schedule.num_epochs} epochs"
     )
-
-
-def _some_images(data: ImageData, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A few test images, (B, C, H, W), and their classes, evenly spaced: folders are sorted by class."""
-    chosen = [data.test[index] for index in range(0, len(data.test), math.ceil(len(data.test) / IMLP_IMAGES))]
-    images, targets = zip(*chosen, strict=True)
-    return torch.stack(images).to(device), torch.stack(targets).to(device)

@@ -24,6 +24,7 @@ class Report:
         self.folder = folder
         self.first = first
         self.speaks = first and progress
+        self._process = psutil.Process()
         self._bar: Any = None
         self._writer: Any = None
 
@@ -43,7 +44,7 @@ class Report:
 
     def update(self, images: int, **shown: str) -> None:
         """Count the images of one update, and show something beside the bar."""
-        self._bar.set_postfix({**shown, "memory": f"{_memory_gb():.1f} GB"} if self.speaks else {}, refresh=False)
+        self._bar.set_postfix({**shown, "memory": f"{self._memory_gb():.1f} GB"} if self.speaks else {}, refresh=False)
         self._bar.update(images)
 
     def write(self, values: dict[str, float], updates: int) -> None:
@@ -65,6 +66,12 @@ class Report:
         if self._writer is not None:
             self._writer.flush()
 
+    def _memory_gb(self) -> float:
+        """The most memory of the GPU that was in use at once, or this process's memory."""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            return torch.cuda.max_memory_allocated() / 2**30
+        return float(self._process.memory_info().rss) / 2**30
+
     def __enter__(self) -> "Report":
         return self
 
@@ -73,10 +80,3 @@ class Report:
             self._bar.close()
         if self._writer is not None:
             self._writer.close()
-
-
-def _memory_gb() -> float:
-    """The most memory of the GPU that was in use at once, or this process's memory."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return float(psutil.Process().memory_info().rss) / 2**30
