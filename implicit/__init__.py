@@ -1,6 +1,5 @@
 """Implicit layers for PyTorch: any fixed-point map as a layer, with selectable solver and backward mode."""
 
-from implicit._soft_norm import SpectralNorm
 from implicit.backward import (
     JFB,
     SHINE,
@@ -13,16 +12,17 @@ from implicit.backward import (
     get_backward,
 )
 from implicit.diagnostics import check_map, checked_maps, record_solutions
-from implicit.dropout import dropout_mask
 from implicit.functional import fixed_point
 from implicit.invertible_residual import ExactLogDet, InvertibleResidual, PowerSeriesLogDet
-from implicit.iterates import iterates
-from implicit.jacobian_regularization import jacobian_regularization
 from implicit.layer import FixedPointLayer
-from implicit.lipschitz import lipschitz_bound
-from implicit.power_iteration import power_iterations_advanced
-from implicit.spectral_norm import spectral_norm
-from implicit.warm_start import WarmStart
+from implicit.spectral.lipschitz import lipschitz_bound
+from implicit.spectral.power_iteration import power_iterations_advanced
+from implicit.spectral.soft_norm import SpectralNorm
+from implicit.spectral.spectral_norm import spectral_norm
+from implicit.training.dropout import dropout_mask
+from implicit.training.iterates import iterates
+from implicit.training.jacobian_regularization import jacobian_regularization
+from implicit.training.warm_start import WarmStart
 
 __all__ = [
     "AutoBackward",

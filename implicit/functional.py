@@ -5,7 +5,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from implicit._explicit_map import transform_active
+from implicit.autograd.explicit_map import transform_active
 from implicit.backward import Backward, SolveOptions, Unrolled, get_backward
 from solvers import Solution, Solver, Stopping, get_solver
 from solvers._failure import OnFailure

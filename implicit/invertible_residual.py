@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit._explicit_map import transform_active
-from implicit._parametrized import constant_weights, modules_used_by
+from implicit.autograd.constant_weights import constant_weights, modules_used_by
+from implicit.autograd.explicit_map import transform_active
 from implicit.backward import Backward, get_backward
 from implicit.functional import fixed_point
 from solvers import ConvergenceError, ConvergenceWarning, Solution, Solver, Status, get_solver
-from solvers._batching import Layout
 from solvers._failure import OnFailure
-from solvers._hyperparameters import Hyperparameters, require_positive_int
 from solvers._solve import check_options
 from solvers._stopping import get_stopping
+from solvers.problem.hyperparameters import Hyperparameters, require_positive_int
+from solvers.problem.layout import Layout
 
 # g on a flat problem, (B, D) -> (B, D).
 FlatMapping = Callable[[Tensor], Tensor]

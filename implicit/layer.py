@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from implicit.backward import Backward, get_backward
 from implicit.functional import fixed_point
-from implicit.iterates import iterates
+from implicit.training.iterates import iterates
 from solvers import Solution, Solver, Stopping, get_solver
 from solvers._failure import OnFailure
 from solvers._solve import check_options

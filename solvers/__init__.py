@@ -1,16 +1,16 @@
 """Fixed-point solvers for PyTorch: batched, per-sample convergence, no silent failure."""
 
-from solvers._base import Solver, State
 from solvers._registry import get_solver
 from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from solvers._solve import Iteration, solve
 from solvers._stopping import Stopping
-from solvers.anderson import Anderson
-from solvers.auto import Auto
-from solvers.broyden import Broyden
-from solvers.newton_krylov import NewtonKrylov
-from solvers.picard import Picard
-from solvers.squarem import Squarem
+from solvers.methods.anderson import Anderson
+from solvers.methods.auto import Auto
+from solvers.methods.broyden import Broyden
+from solvers.methods.newton_krylov import NewtonKrylov
+from solvers.methods.picard import Picard
+from solvers.methods.solver import Solver, State
+from solvers.methods.squarem import Squarem
 
 __all__ = [
     "Anderson",

@@ -2,7 +2,7 @@
 
 import torch
 
-from solvers._convergence import ToleranceTest
+from solvers._progress import ToleranceTest
 
 _REASON = (
     "The test for convergence waits for the device and decides on the host. For one graph take a fixed number of "

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from solvers._base import Solver
-from solvers._names import resolve
 from solvers.adapters.scipy import SciPyAnderson, SciPyBroyden1, SciPyDFSane, SciPyHybr, SciPyKrylov
 from solvers.adapters.torchdeq import (
     TorchDEQAnderson,
@@ -11,12 +9,14 @@ from solvers.adapters.torchdeq import (
     TorchDEQFixedPointIter,
     TorchDEQSimpleFixedPointIter,
 )
-from solvers.anderson import Anderson
-from solvers.auto import Auto
-from solvers.broyden import Broyden
-from solvers.newton_krylov import NewtonKrylov
-from solvers.picard import Picard
-from solvers.squarem import Squarem
+from solvers.methods.anderson import Anderson
+from solvers.methods.auto import Auto
+from solvers.methods.broyden import Broyden
+from solvers.methods.newton_krylov import NewtonKrylov
+from solvers.methods.picard import Picard
+from solvers.methods.solver import Solver
+from solvers.methods.squarem import Squarem
+from solvers.problem.names import resolve
 
 _SOLVERS: dict[str, type[Solver]] = {
     "picard": Picard,

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers._autocast import without_autocast
-from solvers._base import FlatMap, InDims, Solver, close, take_samples
-from solvers._batching import Layout
-from solvers._convergence import FixedSteps, ToleranceTest
 from solvers._failure import OnFailure, report_failure
-from solvers._hyperparameters import require_positive_int
+from solvers._progress import FixedSteps, ToleranceTest
 from solvers._registry import get_solver
-from solvers._replaced_tensors import copy_with_tensors, with_tensors
 from solvers._solution import Solution
 from solvers._stopping import ATOL, RTOL, Measure, Stopping, get_stopping
+from solvers.methods.solver import Solver, close, take_samples
+from solvers.problem.autocast import without_autocast
+from solvers.problem.flat_map import FlatMap, InDims
+from solvers.problem.hyperparameters import require_positive_int
+from solvers.problem.layout import Layout
+from solvers.problem.replaced_tensors import copy_with_tensors, with_tensors
 
 # The part of a batch that must be finished before the rest is copied together.
 COMPACT_SHARE = 0.25

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from solvers._batching import Layout
-from solvers._hyperparameters import Hyperparameters, require_positive_int
-from solvers._norms import underflow
+from solvers.problem.hyperparameters import Hyperparameters, require_positive_int
+from solvers.problem.layout import Layout
+from solvers.problem.norms import underflow
 
 # The defaults of `solve`, in the place of which a Stopping comes.
 RTOL, ATOL = 1e-4, 1e-6

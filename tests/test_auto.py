@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from implicit import fixed_point
 from solvers import Anderson, Auto, Broyden, Iteration, Picard, Status, solve
-from solvers.auto import ANDERSON, BROYDEN, NEWTON, PICARD
+from solvers.methods.auto import ANDERSON, BROYDEN, NEWTON, PICARD
 from solvers.testing import BANK
 from solvers.testing.problems import imlp
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from solvers import Broyden, Iteration, solve
-from solvers._low_rank_inverse import LowRankInverse
+from solvers.methods.low_rank_inverse import LowRankInverse
 from solvers.testing import BANK, BankProblem
 from solvers.testing.problems import linear
 from solvers.testing.row_contractions import RowContractions

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from implicit.backward._base import Backward, SolveOptions
 from implicit.backward.auto import AutoBackward
+from implicit.backward.backward import Backward, SolveOptions
 from implicit.backward.checkpointed import Checkpointed
 from implicit.backward.implicit import Implicit
 from implicit.backward.jfb import JFB
 from implicit.backward.phantom import Phantom
 from implicit.backward.shine import SHINE
 from implicit.backward.unrolled import Unrolled
-from solvers._names import resolve
 from solvers.linear import NeumannSeries
+from solvers.problem.names import resolve
 
 __all__ = [
     "AutoBackward",

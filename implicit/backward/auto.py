@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from implicit._explicit_map import transform_active
-from implicit.backward._base import Backward, SolveOptions
+from implicit.autograd.explicit_map import transform_active
+from implicit.backward.backward import Backward, SolveOptions
 from implicit.backward.checkpointed import Checkpointed
 from implicit.backward.implicit import Implicit
 from implicit.backward.unrolled import Unrolled
 from solvers import Solution
-from solvers._hyperparameters import require_positive_int
+from solvers.problem.hyperparameters import require_positive_int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

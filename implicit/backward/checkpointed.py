@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from implicit._explicit_map import transform_active
-from implicit._lent_parameters import in_place, parameters_of
-from implicit._parametrized import modules_used_by, parametrized_slots, substituted
-from implicit.backward._base import Backward, SolveOptions, require_differentiable
+from implicit.autograd.constant_weights import modules_used_by, parametrized_slots, substituted
+from implicit.autograd.explicit_map import transform_active
+from implicit.autograd.lent_parameters import in_place, parameters_of
+from implicit.backward.backward import Backward, SolveOptions, require_differentiable
 from implicit.backward.unrolled import Unrolled
 from solvers import Iteration, Solution, Solver
 from solvers._failure import report_failure
-from solvers._hyperparameters import require_positive_int
+from solvers.problem.hyperparameters import require_positive_int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

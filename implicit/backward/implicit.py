@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from implicit._compiled import with_adjoint
-from implicit._explicit_map import ExplicitMap, transform_active
-from implicit._fixed_point_function import Leaves, Map, Problem, fixed_point_of
-from implicit.backward._base import Backward, SolveOptions
+from implicit.autograd.compiled import with_adjoint
+from implicit.autograd.explicit_map import ExplicitMap, transform_active
+from implicit.autograd.fixed_point_function import Leaves, Map, Problem, fixed_point_of
+from implicit.backward.backward import Backward, SolveOptions
 from solvers import Solution
 from solvers.linear import LinearSolver, Richardson
 
@@ -90,7 +90,7 @@ class Implicit(Backward):
     def _solve_while_compiling(
         self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions
     ) -> Solution:
-        """See :mod:`implicit._compiled`. A backward pass that is in the graph reports nothing."""
+        """See :mod:`implicit.autograd.compiled`. A backward pass that is in the graph reports nothing."""
         explicit = ExplicitMap(f, z0, args, explicit_weights=False)
         with parametrize.cached():
             f(z0, *args)  # computes the parametrized weights, with gradients; the compiler removes what is not used
@@ -104,9 +104,9 @@ class Implicit(Backward):
                 value = with_adjoint(problem, image, z, explicit.tensors)
                 return dataclasses.replace(solution, value=tree_unflatten(value, spec))
             weights = dict(parametrize._cache)
-        from implicit import _outside_graphs
+        from implicit.autograd import outside_graphs
 
-        value = _outside_graphs.with_eager_adjoint(problem, image, z, explicit.tensors, weights)
+        value = outside_graphs.with_eager_adjoint(problem, image, z, explicit.tensors, weights)
         return report.to(dataclasses.replace(solution, value=tree_unflatten(value, spec)))
 
     def _problem(

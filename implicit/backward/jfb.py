@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from implicit.backward._base import Backward, SolveOptions
+from implicit.backward.backward import Backward, SolveOptions
 from implicit.backward.phantom import Phantom
 from solvers import Solution
 

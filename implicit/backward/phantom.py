@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from implicit._explicit_map import ExplicitMap, transform_active
-from implicit._parametrized import constant_weights
-from implicit.backward._base import Backward, SolveOptions
+from implicit.autograd.constant_weights import constant_weights
+from implicit.autograd.explicit_map import ExplicitMap, transform_active
+from implicit.backward.backward import Backward, SolveOptions
 from implicit.backward.implicit import Implicit
 from solvers import Solution
-from solvers._hyperparameters import require_damping, require_positive_int
+from solvers.problem.hyperparameters import require_damping, require_positive_int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

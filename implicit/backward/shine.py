@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from implicit._fixed_point_function import Problem
-from implicit.backward._base import Backward, SolveOptions
+from implicit.autograd.fixed_point_function import Problem
+from implicit.backward.backward import Backward, SolveOptions
 from implicit.backward.implicit import Implicit
 from solvers import Solution, Solver, Status
-from solvers._norms import relative, rms_norm
 from solvers.linear import LinearResult, LinearSolver, Richardson
-from solvers.linear._base import FlatMatvec
+from solvers.linear.linear_solver import FlatMatvec
+from solvers.problem.norms import relative, rms_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

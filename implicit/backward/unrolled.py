@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.nn.utils import parametrize
 
-from implicit._explicit_map import transform_active
-from implicit.backward._base import Backward, SolveOptions, require_differentiable
+from implicit.autograd.explicit_map import transform_active
+from implicit.backward.backward import Backward, SolveOptions, require_differentiable
 from solvers import Solution, Solver
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from implicit._parametrized import constant_weights, modules_used_by
-from implicit.diagnostics._observed_map import Call, ObservedMap, nearby, same, untouched
+from implicit.autograd.constant_weights import constant_weights, modules_used_by
+from implicit.diagnostics.observed_map import Call, ObservedMap, nearby, same, untouched
 from implicit.layer import FixedPointLayer
-from solvers._batching import Layout
+from solvers.problem.layout import Layout
 
 # Calls beyond the first that must agree with it: two small dropout masks may be equal by chance.
 _REPETITIONS = 3

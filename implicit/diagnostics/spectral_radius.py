@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit._parametrized import constant_weights
-from solvers._base import FlatMap
-from solvers._batching import Layout
-from solvers._small_systems import inverse_or_zero
-from solvers._window import combine, dot, store
+from implicit.autograd.constant_weights import constant_weights
+from solvers.problem.flat_map import FlatMap
+from solvers.problem.layout import Layout
+from solvers.problem.small_systems import inverse_or_zero
+from solvers.problem.window import combine, dot, store
 
 
 @dataclasses.dataclass(frozen=True)

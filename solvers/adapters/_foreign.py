@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from solvers._base import FlatMapping, Resource, Solver, State
+from solvers.methods.solver import FlatMapping, Resource, Solver, State
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from solvers._hyperparameters import require_positive_int
 from solvers.adapters._foreign import ForeignSolve, ForeignSolver, Progress
+from solvers.problem.hyperparameters import require_positive_int
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from solvers._hyperparameters import require_damping, require_positive_int
 from solvers.adapters._foreign import ForeignSolve, ForeignSolver, Progress
+from solvers.problem.hyperparameters import require_damping, require_positive_int
 
 
 class TorchDEQSolver(ForeignSolver):

@@ -1,9 +1,9 @@
 """Matrix-free linear solvers, batched per sample."""
 
-from solvers.linear._base import LinearResult, LinearSolver
-from solvers.linear._linear_solve import linear_solve
 from solvers.linear.bicgstab import BiCGStab
 from solvers.linear.gmres import GMRES
+from solvers.linear.linear_solve import linear_solve
+from solvers.linear.linear_solver import LinearResult, LinearSolver
 from solvers.linear.neumann import NeumannSeries
 from solvers.linear.richardson import Richardson
 

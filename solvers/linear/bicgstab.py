@@ -5,10 +5,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from solvers._norms import inner, relative, rms_norm
-from solvers._small_systems import inverse_or_zero
-from solvers.linear._base import FlatMatvec
-from solvers.linear._krylov import KrylovSolver
+from solvers.linear.krylov import KrylovSolver
+from solvers.linear.linear_solver import FlatMatvec
+from solvers.problem.norms import inner, relative, rms_norm
+from solvers.problem.small_systems import inverse_or_zero
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,12 @@ import math
 import torch
 from torch import Tensor
 
-from solvers._hyperparameters import require_positive_int
-from solvers._norms import relative
-from solvers._small_systems import back_substitute, inverse_or_zero
-from solvers._window import combine, dot, store
-from solvers.linear._base import FlatMatvec
-from solvers.linear._krylov import KrylovSolver
+from solvers.linear.krylov import KrylovSolver
+from solvers.linear.linear_solver import FlatMatvec
+from solvers.problem.hyperparameters import require_positive_int
+from solvers.problem.norms import relative
+from solvers.problem.small_systems import back_substitute, inverse_or_zero
+from solvers.problem.window import combine, dot, store
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers._norms import rms_norm
 from solvers._solve import solve
+from solvers.problem.norms import rms_norm
 from solvers.testing.conformance._base import ConformanceTests, Counted, require
 from solvers.testing.problems import BANK
 from solvers.testing.row_contractions import RowContractions

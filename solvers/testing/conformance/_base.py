@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers._base import Solver
 from solvers._solution import Solution
 from solvers._solve import solve
+from solvers.methods.solver import Solver
 from solvers.testing.row_contractions import RowContractions
 
 # What a solve of a contraction in float64 is asked for: few enough digits that rounding is not amplified up to them.

@@ -4,9 +4,9 @@ import warnings
 
 import torch
 
-from solvers._norms import relative, rms_norm
 from solvers._solution import ConvergenceError, ConvergenceWarning, Status
 from solvers._solve import solve
+from solvers.problem.norms import relative, rms_norm
 from solvers.testing.conformance._base import RTOL, ConformanceTests, require
 from solvers.testing.row_contractions import RowContractions
 

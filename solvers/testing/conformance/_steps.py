@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from solvers._base import Solver, State
 from solvers._solve import solve
+from solvers.methods.solver import Solver, State
 from solvers.testing.conformance._base import ConformanceTests, Counted, require
 from solvers.testing.row_contractions import RowContractions
 

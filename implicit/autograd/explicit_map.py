@@ -9,10 +9,10 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from implicit._lent_parameters import in_place, parameters_of
-from implicit._parametrized import modules_used_by, parametrized_slots, substituted
-from solvers._autocast import AutocastMode
-from solvers._batching import check_structure
+from implicit.autograd.constant_weights import modules_used_by, parametrized_slots, substituted
+from implicit.autograd.lent_parameters import in_place, parameters_of
+from solvers.problem.autocast import AutocastMode
+from solvers.problem.layout import check_structure
 
 
 def transform_active() -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from implicit._fixed_point_function import Leaves, Problem
+from implicit.autograd.fixed_point_function import Leaves, Problem
 
 
 def with_adjoint(problem: Problem, image: Leaves, z: Leaves, tensors: Leaves) -> list[Tensor]:

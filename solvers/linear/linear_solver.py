@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers._hyperparameters import Hyperparameters
+from solvers.problem.hyperparameters import Hyperparameters
 
 FlatMatvec = Callable[[Tensor], Tensor]
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import TreeSpec
 
 from solvers import Iteration, Solution, Solver, Stopping, solve
 from solvers._failure import OnFailure
-from solvers._hyperparameters import Hyperparameters
+from solvers.problem.hyperparameters import Hyperparameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

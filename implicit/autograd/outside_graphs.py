@@ -2,10 +2,10 @@
 
 import torch
 
-from implicit import _compiled
+from implicit.autograd import compiled
 
 with_eager_adjoint = torch.compiler.disable(
-    _compiled.with_eager_adjoint,
+    compiled.with_eager_adjoint,
     reason="The linear solver of the implicit backward mode tests convergence on the host. For one graph take one that "
     "does not, such as Implicit(linear_solver=NeumannSeries(terms=n)).",
 )

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from solvers._window import add_combination, dot
+from solvers.problem.window import add_combination, dot
 
 # Angles between vectors count down to the root of this in a truncation: small beside what it decides about, and large
 # enough that the new vectors carry no large rounding errors of the old.

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 
-from implicit._linear_operator import LinearOperator
-from implicit._soft_norm import SpectralNorm, check_positive
-from solvers._autocast import without_autocast
+from implicit.spectral.linear_operator import LinearOperator
+from implicit.spectral.soft_norm import SpectralNorm, check_positive
+from solvers.problem.autocast import without_autocast
 
 # Power iterations from a random start. A start is settled once, so its cost does not matter; the iterations in
 # training start where the last ones ended.

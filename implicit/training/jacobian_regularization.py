@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit._parametrized import constant_weights
-from solvers._base import FlatMap
-from solvers._batching import Layout
+from implicit.autograd.constant_weights import constant_weights
+from solvers.problem.flat_map import FlatMap
+from solvers.problem.layout import Layout
 
 
 def jacobian_regularization(

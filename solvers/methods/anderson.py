@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from solvers._base import FlatMapping, Solver, State
-from solvers._hyperparameters import require_damping, require_positive_int
-from solvers._small_systems import back_substitute, inverse_or_zero
-from solvers._window import add_combination, dot, recorded, store_difference
+from solvers.methods.solver import FlatMapping, Solver, State
+from solvers.problem.hyperparameters import require_damping, require_positive_int
+from solvers.problem.small_systems import back_substitute, inverse_or_zero
+from solvers.problem.window import add_combination, dot, recorded, store_difference
 
 # What rounding makes of a column of unit length among n, in units of n * eps.
 RIDGE = 8

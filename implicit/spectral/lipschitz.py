@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit._linear_operator import LinearOperator
-from implicit._singular_values import exact_bound
+from implicit.spectral.linear_operator import LinearOperator
+from implicit.spectral.singular_values import exact_bound
 
 # A module's Lipschitz constant, or how to find it.
 Constant = float | Callable[[Any], float | Tensor]

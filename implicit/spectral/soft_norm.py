@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from implicit._linear_operator import LinearOperator
+from implicit.spectral.linear_operator import LinearOperator
 
 
 class SpectralNorm(nn.Module, ABC):

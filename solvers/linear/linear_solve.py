@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers._autocast import AutocastMode, without_autocast
-from solvers._batching import Layout
 from solvers._failure import OnFailure, report_failure
 from solvers._solution import Solution
-from solvers.linear._base import LinearSolver
 from solvers.linear.gmres import GMRES
+from solvers.linear.linear_solver import LinearSolver
+from solvers.problem.autocast import AutocastMode, without_autocast
+from solvers.problem.layout import Layout
 
 
 def linear_solve(

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers._base import FlatMapping, Solver, State
-from solvers._norms import rms_norm
 from solvers.linear import GMRES, LinearSolver
+from solvers.methods.solver import FlatMapping, Solver, State
+from solvers.problem.norms import rms_norm
 
 # Eisenstat and Walker's choice 2: gamma, alpha, and the largest forcing term.
 _GAMMA, _ALPHA, _LARGEST_FORCING = 0.9, 2.0, 0.9

@@ -6,15 +6,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers._base import FlatMapping, Solver, State
-from solvers._hyperparameters import require_positive_int
-from solvers._low_rank_inverse import LowRankInverse
-from solvers._norms import relative, rms_norm
 from solvers._stopping import Stopping
-from solvers.anderson import Anderson, AndersonState
-from solvers.broyden import Broyden, BroydenState
 from solvers.linear import GMRES, LinearSolver
-from solvers.newton_krylov import NewtonKrylov, NewtonKrylovState
+from solvers.methods.anderson import Anderson, AndersonState
+from solvers.methods.broyden import Broyden, BroydenState
+from solvers.methods.low_rank_inverse import LowRankInverse
+from solvers.methods.newton_krylov import NewtonKrylov, NewtonKrylovState
+from solvers.methods.solver import FlatMapping, Solver, State
+from solvers.problem.hyperparameters import require_positive_int
+from solvers.problem.norms import relative, rms_norm
 
 # The methods, in the order in which a sample comes to them.
 PICARD, ANDERSON, BROYDEN, NEWTON = range(4)

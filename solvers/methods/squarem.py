@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from solvers._base import FlatMapping, Solver, State
-from solvers._norms import inner
-from solvers._small_systems import inverse_or_zero
+from solvers.methods.solver import FlatMapping, Solver, State
+from solvers.problem.norms import inner
+from solvers.problem.small_systems import inverse_or_zero
 
 # Longer steps would reach the driver's limit for divergence before they can be taken back.
 _LONGEST = 1e4

@@ -6,9 +6,9 @@ import math
 import torch
 from torch import Tensor
 
-from solvers._norms import relative, rms_norm
 from solvers._solution import Status
 from solvers._stopping import Measure, Stopping
+from solvers.problem.norms import relative, rms_norm
 
 # A sample still being solved. Not a Status: no solution ever carries it.
 ACTIVE = -1

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from solvers._convergence import ACTIVE
-from solvers._hyperparameters import require_positive_int
-from solvers._norms import relative, rms_norm
+from solvers._progress import ACTIVE
 from solvers._solution import Status
-from solvers.linear._base import FlatMatvec, LinearResult, LinearSolver
+from solvers.linear.linear_solver import FlatMatvec, LinearResult, LinearSolver
+from solvers.problem.hyperparameters import require_positive_int
+from solvers.problem.norms import relative, rms_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from implicit._grads_batched import one_by_one
+from implicit.autograd.grads_batched import one_by_one
 from solvers import Solution
 from solvers._failure import OnFailure, report_failure
 from solvers.linear import LinearSolver, linear_solve

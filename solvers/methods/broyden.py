@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from solvers._base import FlatMapping, Solver, State
-from solvers._hyperparameters import require_damping, require_positive_int
-from solvers._low_rank_inverse import LowRankInverse
-from solvers._window import add_combination, dot, recorded, store, store_quotient
+from solvers.methods.low_rank_inverse import LowRankInverse
+from solvers.methods.solver import FlatMapping, Solver, State
+from solvers.problem.hyperparameters import require_damping, require_positive_int
+from solvers.problem.window import add_combination, dot, recorded, store, store_quotient
 
 # The line search takes a step unless |g| grows beyond this times its largest value at the last so many iterates, and
 # else a shorter one, so many times at most. Good directions need not descend: stricter tests cost more than they save.

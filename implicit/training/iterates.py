@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from implicit._parametrized import constant_weights
+from implicit.autograd.constant_weights import constant_weights
 from solvers import Iteration, Solver, Stopping
-from solvers._base import FlatMap
-from solvers._batching import Layout
 from solvers._stopping import ATOL, RTOL
+from solvers.problem.flat_map import FlatMap
+from solvers.problem.layout import Layout
 
 
 def iterates(

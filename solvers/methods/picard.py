@@ -4,8 +4,8 @@ import dataclasses
 
 from torch import Tensor
 
-from solvers._base import FlatMapping, Solver, State
-from solvers._hyperparameters import require_damping
+from solvers.methods.solver import FlatMapping, Solver, State
+from solvers.problem.hyperparameters import require_damping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

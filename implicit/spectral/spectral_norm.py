@@ -6,10 +6,10 @@ from typing import Literal, TypeVar, cast, get_args
 from torch import nn
 from torch.nn.utils import parametrize
 
-from implicit._certified_norm import CertifiedNorm
-from implicit._linear_operator import LinearOperator
-from implicit._soft_norm import SpectralNorm
-from implicit.power_iteration import PowerIteration
+from implicit.spectral.certified_norm import CertifiedNorm
+from implicit.spectral.linear_operator import LinearOperator
+from implicit.spectral.power_iteration import PowerIteration
+from implicit.spectral.soft_norm import SpectralNorm
 
 Method = Literal["power", "gram", "exact"]
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)

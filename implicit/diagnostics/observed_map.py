@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from implicit._parametrized import modules_used_by
-from solvers._batching import Layout
+from implicit.autograd.constant_weights import modules_used_by
+from solvers.problem.layout import Layout
 
 # The parameters and buffers of modules: (module, name) -> the tensor and a copy of its values.
 Snapshot = dict[tuple[nn.Module, str], tuple[Tensor, Tensor]]

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from implicit._linear_operator import LinearOperator
-from implicit._singular_values import exact_bound, gram_bound
-from implicit._soft_norm import SpectralNorm, check_positive
+from implicit.spectral.linear_operator import LinearOperator
+from implicit.spectral.singular_values import exact_bound, gram_bound
+from implicit.spectral.soft_norm import SpectralNorm, check_positive
 
 
 class CertifiedNorm(SpectralNorm):

@@ -1,0 +1,36 @@
+"""What solvers and implicit layers are built from: layouts of states, the flat map, autocast, norms, options."""
+
+from solvers.problem.autocast import AutocastMode, without_autocast
+from solvers.problem.flat_map import FlatMap, InDims
+from solvers.problem.hyperparameters import Hyperparameters, require_damping, require_positive_int
+from solvers.problem.layout import Layout, check_structure
+from solvers.problem.names import resolve
+from solvers.problem.norms import inner, relative, rms_norm
+from solvers.problem.replaced_tensors import copy_with_tensors, with_tensors
+from solvers.problem.small_systems import back_substitute, inverse_or_zero
+from solvers.problem.window import add_combination, combine, dot, recorded, store
+
+__all__ = [
+    "AutocastMode",
+    "FlatMap",
+    "Hyperparameters",
+    "InDims",
+    "Layout",
+    "add_combination",
+    "back_substitute",
+    "check_structure",
+    "combine",
+    "copy_with_tensors",
+    "dot",
+    "inner",
+    "inverse_or_zero",
+    "recorded",
+    "relative",
+    "require_damping",
+    "require_positive_int",
+    "resolve",
+    "rms_norm",
+    "store",
+    "with_tensors",
+    "without_autocast",
+]
