@@ -13,8 +13,9 @@ from implicit.backward import (
 )
 from implicit.diagnostics import check_map, checked_maps, record_solutions
 from implicit.functional import fixed_point
-from implicit.invertible_residual import ExactLogDet, InvertibleResidual, PowerSeriesLogDet
+from implicit.invertible_residual import InvertibleResidual
 from implicit.layer import FixedPointLayer
+from implicit.log_determinant import ExactLogDet, PowerSeriesLogDet
 from implicit.spectral.lipschitz import lipschitz_bound
 from implicit.spectral.parametrization import SpectralNorm
 from implicit.spectral.power_iteration import power_iterations_advanced
