@@ -211,7 +211,7 @@ class ToleranceTest:
             self._secant, self._secant_step = self._secant.after(self.latest), self._step
         if self._step == 1:
             # One iterate tells nothing of the error, so that the residual has to.
-            met = news.tiny | (news.within & self._is_fixed())
+            met = (news.tiny | (news.within & self._is_fixed())) & news.allowed
         else:
             met = news.within & self._is_sure(news) if near else torch.zeros_like(news.within)
         idle = self._idle(news) if waited else None
