@@ -2,7 +2,7 @@
 
 python examples/custom_solver.py
     Prints the steps and residuals of three solvers. Aitken's relaxation, which remembers one step, needs a third of
-    Picard's steps, and hardly more than Anderson does with a memory of five.
+    Picard's steps, and hardly more than Anderson with a memory of five.
 
 pytest examples/custom_solver.py
     Runs the solver through the library's conformance tests; all pass, in a few seconds.
@@ -20,7 +20,7 @@ from solvers.testing import SolverConformance
 
 @dataclasses.dataclass
 class AitkenState(State):
-    """The iterate z and its image fz, as in every state, and the length of the step from here."""
+    """The iterate z and its image fz, as in every state, and the length of the next step."""
 
     step_length: Tensor  # (B, 1)
 
@@ -47,10 +47,15 @@ class Aitken(Solver):
         z = state.z + state.step_length * g
         fz = f(z)
         dg = (fz - z) - g
-        # Row by row, and without a division by zero where a sample is solved and nothing changes any more.
+        # Row by row, and without a division by zero where a sample is solved and nothing changes anymore.
         square = (dg * dg).sum(dim=1, keepdim=True)  # (B, 1)
         ratio = -(g * dg).sum(dim=1, keepdim=True) / torch.where(square > 0, square, 1.0)
         return AitkenState(z=z, fz=fz, step_length=state.step_length * torch.where(square > 0, ratio, 1.0))
+
+    def restarted(self, state: AitkenState, rows: Tensor, z: Tensor, fz: Tensor) -> AitkenState:
+        # The driver takes samples back whose step led nowhere; the step length that led them there must go too.
+        state = super().restarted(state, rows, z, fz)
+        return dataclasses.replace(state, step_length=state.step_length.masked_fill(rows.unsqueeze(1), self.first))
 
 
 class TestAitken(SolverConformance):
