@@ -5,8 +5,8 @@ from typing import Any, Literal, overload
 
 import torch
 
-from implicit.autograd.explicit_map import transform_active
-from implicit.backward import Backward, SolveOptions, Unrolled, get_backward
+from implicit.autograd.torch_internals import transform_active
+from implicit.backward import Backward, SolveOptions, get_backward
 from solvers import Solution, Solver, Stopping, get_solver
 from solvers._failure import OnFailure
 from solvers._stopping import ATOL, RTOL, get_stopping
@@ -120,10 +120,10 @@ def fixed_point(
             f"A solve to a tolerance, got rtol={rtol!r}, cannot be exported: its test for convergence decides by the "
             "values, and a graph has none. Export a fixed number of steps: rtol=None, atol=None, max_steps=n."
         )
+    mode = mode.chosen(options)
     if not exporting and (torch.is_grad_enabled() or transform_active()):
-        mode = mode.chosen(options)
         solution = mode.solve(f, z0, args, options)
         solution.backward = mode
     else:
-        solution = Unrolled().solve(f, z0, args, options)  # with no derivative to take, the plain solve
+        solution = mode.evaluate(f, z0, args, options)
     return (solution.value, solution) if return_solution else solution.value

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit.autograd.constant_weights import constant_weights, modules_used_by
-from implicit.autograd.explicit_map import transform_active
+from implicit.autograd.constant_weights import constant_weights
+from implicit.autograd.torch_internals import transform_active
 from implicit.backward import Backward, get_backward
+from implicit.diagnostics.modules_used import modules_used_by
 from implicit.functional import fixed_point
 from solvers import ConvergenceError, ConvergenceWarning, Solution, Solver, Status, get_solver
 from solvers._failure import OnFailure
@@ -217,7 +218,7 @@ class InvertibleResidual(nn.Module):
         if return_log_det:
             return self._with_log_det(x, inputs, self.estimator, generator)
         layout = self._layout(x)
-        with constant_weights(self.g):
+        with constant_weights():
             return x + _checked(self.g, layout, x, inputs)
 
     def log_det(
@@ -297,7 +298,7 @@ class InvertibleResidual(nn.Module):
         def flat_g(flat: Tensor) -> Tensor:
             return layout.pack(_checked(self.g, layout, layout.unpack(flat), inputs))
 
-        with constant_weights(self.g):
+        with constant_weights():
             gx, *per_sample = estimator.run(flat_g, layout.pack(x), generator)
         log_det, sound = (layout.unpack_batch(part) for part in per_sample)
         if not (self.on_failure == "ignore" or torch.compiler.is_compiling() or transform_active()):

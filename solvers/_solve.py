@@ -233,10 +233,15 @@ class Iteration:
 
         Under ``lambda tensor: tensor`` it is where this iteration is, and stays there while this one takes steps.
         """
+
+        def own(tensor: Tensor) -> Tensor:
+            changed = change(tensor)
+            return changed.clone() if changed is tensor else changed  # a solver may write to its state
+
         other = copy.copy(self)
-        other.state = with_tensors(self.state, change)
-        other._progress = copy_with_tensors(self._progress, change)
-        other._map = copy_with_tensors(self._map, change)
+        other.state = with_tensors(self.state, own)
+        other._progress = copy_with_tensors(self._progress, own)
+        other._map = copy_with_tensors(self._map, own)
         return other
 
     def _set_finished_apart(self, progress: ToleranceTest) -> None:

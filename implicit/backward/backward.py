@@ -5,8 +5,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_leaves
 
+from implicit.autograd.constant_weights import constant_weights
 from solvers import Iteration, Solution, Solver, Stopping, solve
 from solvers._failure import OnFailure
 from solvers.problem.hyperparameters import Hyperparameters
@@ -23,13 +24,19 @@ class SolveOptions:
     history: bool
     on_failure: OnFailure
 
+    @property
+    def linear_rtol(self) -> float | None:
+        """The relative tolerance of the linear solves of derivatives: a tenth of that of the solve, if it has one."""
+        tolerances = [] if self.stopping is None else [rtol for rtol in tree_leaves(self.stopping.rtol) if rtol]
+        return 0.1 * min(tolerances) if tolerances else None
+
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Solution:
         """``solvers.solve`` with these options."""
         return solve(f, z0, args=args, on_failure=self.on_failure, **self._of_iteration())
 
-    def iteration(self, f: Callable[[Any], Any], z0: Any) -> Iteration:
+    def iteration(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Iteration:
         """The same solve, to be driven by hand."""
-        return Iteration(f, z0, **self._of_iteration())
+        return Iteration(f, z0, args=args, **self._of_iteration())
 
     def _of_iteration(self) -> dict[str, Any]:
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -57,6 +64,14 @@ class Backward(Hyperparameters, abc.ABC):
     @abc.abstractmethod
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
         """Solve ``z = f(z, *args)``; ``solution.value`` carries the gradient."""
+
+    def evaluate(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        """The same value and status for a call of which no derivative is taken.
+
+        This one is the solver's solution. A mode whose value is another one overrides it.
+        """
+        with constant_weights():
+            return options.solve(f, z0, args)
 
 
 def require_differentiable(mode: Backward, solver: Solver) -> None:
