@@ -22,7 +22,7 @@ def with_adjoint(problem: Problem, image: Leaves, z: Leaves, tensors: Leaves) ->
     return list(_WithAdjoint.apply(problem, len(z), *image, *z, *tensors))
 
 
-@torch.compiler.disable(
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
     reason="The linear solver of the implicit backward mode tests convergence on the host. For one graph take one that "
     "does not, such as Implicit(linear_solver=NeumannSeries(terms=n)).",
 )
@@ -56,7 +56,7 @@ class _WithAdjoint(torch.autograd.Function):
         return (None, None, *u, *[None] * (ctx.num_inputs - ctx.num_leaves))
 
 
-@torch.compiler.disable(
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
     reason="Checkpointed repeats its steps by torch.utils.checkpoint, which is not traced here. For one graph use "
     "Unrolled(), which has the same gradients; the compiler then chooses what to compute again.",
 )

@@ -7,14 +7,24 @@ read from then on. Only the running thread sees this; no module and no state of 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from implicit.autograd.torch_internals import WeightSource, computed_weight, originals_of, weight_source
+from implicit.autograd.torch_internals import (
+    WeightSource,
+    computed_weight,
+    in_cache,
+    originals_of,
+    put_in_cache,
+    weight_source,
+)
+
+Result = TypeVar("Result")
 
 Weights = dict[ParametrizationList, Tensor]
 
@@ -28,18 +38,22 @@ class ConstantWeights:
 
     Args:
         given: Weights that are known already.
+
+    Attributes:
+        values: Those that are known.
+        varying: The parametrizations whose weight is not constant: the map lends their modules different tensors.
     """
 
     def __init__(self, given: Mapping[ParametrizationList, Tensor] | None = None) -> None:
         self.values: Weights = dict(given or {})
         self._originals: dict[ParametrizationList, tuple[Tensor | None, ...]] = {}
-        self._varying: set[ParametrizationList] = set()
+        self.varying: set[ParametrizationList] = set()
         self._outer = weight_source.get()
         self._grad_enabled = torch.is_grad_enabled()
 
     def weight_of(self, parametrization: ParametrizationList) -> Tensor:
         """The weight, computed at the first access."""
-        if parametrization in self._varying:
+        if parametrization in self.varying:
             return computed_weight(parametrization)
         value = self.values.get(parametrization)
         if value is None:
@@ -49,10 +63,16 @@ class ConstantWeights:
         originals = self._originals.get(parametrization)
         if originals is not None and any(map(_is_not, originals, originals_of(parametrization))):
             # The map itself lends the module different tensors: these are different weights.
-            self._varying.add(parametrization)
-            del self.values[parametrization]
+            self._set_varying(parametrization)
             return computed_weight(parametrization)
         return value
+
+    def _set_varying(self, parametrization: ParametrizationList) -> None:
+        self.varying.add(parametrization)
+        self.values.pop(parametrization, None)
+        outer = self._outer.weights if isinstance(self._outer, _Detached) else self._outer
+        if isinstance(outer, ConstantWeights):
+            outer._set_varying(parametrization)
 
     def _new(self, parametrization: ParametrizationList) -> Tensor:
         if self._outer is not None:
@@ -63,25 +83,32 @@ class ConstantWeights:
     @contextlib.contextmanager
     def in_force(self) -> Iterator["ConstantWeights"]:
         """Inside, parametrized weights are these."""
-        with _reading_from(self):
+        with _reading_from(self), in_cache(self.values):
             yield self
 
-    @contextlib.contextmanager
-    def in_force_as_constants(self) -> Iterator[None]:
-        """The same, but autograd does not see where they come from."""
-        with _reading_from(_Detached(self)):
-            yield
+    def calling_as_constants(self, function: Callable[[], Result]) -> Result:
+        """``function()`` with these weights, but autograd does not see where they come from."""
+        while True:
+            varying = len(self.varying)
+            constants = {parametrization: weight.detach() for parametrization, weight in self.values.items()}
+            with _reading_from(_Detached(self)), in_cache(constants):
+                result = function()
+            put_in_cache(self.values)
+            if len(self.varying) == varying:
+                return result
+            # A weight has turned out not to be constant, after it was used as one.
 
 
 class _Detached:
     """Reads weights without their history. What is computed from other weights is computed with it."""
 
     def __init__(self, weights: ConstantWeights) -> None:
-        self._weights = weights
+        self.weights = weights
 
     def weight_of(self, parametrization: ParametrizationList) -> Tensor:
-        with _reading_from(self._weights):
-            return self._weights.weight_of(parametrization).detach()
+        with _reading_from(self.weights):
+            weight = self.weights.weight_of(parametrization)
+        return weight if parametrization in self.weights.varying else weight.detach()
 
 
 def constant_weights() -> contextlib.AbstractContextManager[object]:

@@ -149,7 +149,7 @@ def make_explicit_under_transform(
         RuntimeError: f uses a tensor that a transform, or autograd outside it, follows but that is not explicit, so
             that the derivative would be lost.
     """
-    weights = ConstantWeights()
+    weights = ConstantWeights(cached_weights())
     loans, named = [], {}
     if isinstance(f, nn.Module):
         every = {**dict(f.named_parameters()), **dict(f.named_buffers())}
@@ -162,8 +162,7 @@ def make_explicit_under_transform(
     explicit, tensors = make_explicit(f, z0, args, None, loans, named)
     start = [leaf.detach() for leaf in tree_leaves(z0)]
     inputs = [tensor.detach() for tensor in tensors]
-    with weights.in_force_as_constants():
-        output = explicit(start, inputs)
+    output = weights.calling_as_constants(lambda: explicit(start, inputs))
     mapped = set().union(*(vmap_levels(tensor) for tensor in (*start, *inputs, *weights.values.values())))
     for leaf in output:
         if is_followed(leaf) or not vmap_levels(leaf) <= mapped:
@@ -203,11 +202,12 @@ class FirstCall:
     def __call__(self, z: Any, *args: Any) -> Any:
         if self.captured is not None:
             return self._f(z, *args)
-        with torch.enable_grad(), self._weights.in_force_as_constants():
-            output = self._f(z, *tree_map_only(Tensor, torch.Tensor.detach, args))
+        arguments = tree_map_only(Tensor, torch.Tensor.detach, args)
+        with torch.enable_grad():
+            output = self._weights.calling_as_constants(lambda: self._f(z, *arguments))
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         lent = [tensor for loan in self._loans for tensor in loan.tensors.values()]
-        self.captured = _captured(leaves, lent, [*_tensors_in_closure(self._f), *cached_weights()])
+        self.captured = _captured(leaves, lent, list(_tensors_in_closure(self._f)))
         return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
 
 

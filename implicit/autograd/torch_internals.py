@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, stateless
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.weak import WeakIdKeyDictionary
 
 # Transforms: torch.func and forward-mode AD.
 
@@ -70,7 +71,8 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 def without_tangent(tensor: Tensor) -> Tensor:
     """The tensor as the outermost forward-mode level sees it without its tangent."""
-    return forward_ad.unpack_dual(tensor, level=0).primal
+    primal: Tensor = forward_ad.unpack_dual(tensor, level=0).primal
+    return primal
 
 
 def forward_mode_enabled() -> contextlib.AbstractContextManager[None]:
@@ -88,7 +90,7 @@ def in_backward_pass() -> bool:
 
 
 def backward_pass_keeps_graph() -> bool:
-    """Whether the backward pass that is running was asked to keep the graph, by ``retain_graph`` or ``create_graph``."""
+    """Whether the running backward pass was asked to keep the graph, by ``retain_graph`` or ``create_graph``."""
     return torch.compiler.is_compiling() or bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
@@ -99,8 +101,8 @@ def one_vector_at_a_time(derivative: Derivative) -> Derivative:
     """Lets ``derivative(ctx, *tensors)`` of a Function serve ``torch.autograd.grad(..., is_grads_batched=True)``.
 
     That passes tensors with a hidden dimension, of the ``vmap`` that was before torch.func, for which a Function cannot
-    have a rule. So do ``torch.autograd.functional.jacobian(vectorize=True)`` and gradcheck's ``check_batched_grad``. The
-    derivative is called once for each index of that dimension.
+    have a rule. So do ``torch.autograd.functional.jacobian(vectorize=True)`` and gradcheck's ``check_batched_grad``.
+    The derivative is called once for each index of that dimension.
     """
 
     @functools.wraps(derivative)
@@ -143,10 +145,15 @@ computed_weight: Callable[[ParametrizationList], Tensor] = ParametrizationList.f
 
 @functools.wraps(computed_weight)
 def _weight(self: ParametrizationList) -> Tensor:
-    if torch.jit.is_scripting():  # as PyTorch's own; the rest cannot be scripted
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]  # as PyTorch's own; the rest cannot be scripted
         raise RuntimeError("Parametrization is not working with scripting.")
-    source = None if torch.compiler.is_compiling() else weight_source.get()
-    return computed_weight(self) if source is None else source.weight_of(self)
+    if torch.compiler.is_compiling():
+        return computed_weight(self)
+    source = weight_source.get()
+    weight = computed_weight(self) if source is None else source.weight_of(self)
+    if parametrize._cache_enabled:
+        _cached_by[weight] = self
+    return weight
 
 
 # A read of a parametrized weight calls this. Without a source it does what it did before.
@@ -158,9 +165,37 @@ def originals_of(parametrization: ParametrizationList) -> tuple[Tensor | None, .
     return (*parametrization._parameters.values(), *parametrization._buffers.values())
 
 
-def cached_weights() -> list[Tensor]:
+# What the weights that parametrize.cached() holds belong to.
+_cached_by = WeakIdKeyDictionary()
+
+
+def cached_weights() -> dict[ParametrizationList, Tensor]:
     """The weights that ``torch.nn.utils.parametrize.cached()`` holds now, which are read without a computation."""
-    return [weight for weight in parametrize._cache.values() if weight is not None] if parametrize._cache else []
+    if not parametrize._cache:
+        return {}
+    weights = [weight for weight in parametrize._cache.values() if weight is not None and weight in _cached_by]
+    return {_cached_by[weight]: weight for weight in weights}
+
+
+def put_in_cache(weights: Mapping[ParametrizationList, Tensor]) -> None:
+    """Let ``torch.nn.utils.parametrize.cached()`` hold these weights, where it holds others now."""
+    for key, weight in list(parametrize._cache.items()):
+        given = weights.get(_cached_by[weight]) if weight is not None and weight in _cached_by else None
+        if given is not None and given is not weight:
+            _cached_by[given] = _cached_by[weight]
+            parametrize._cache[key] = given
+
+
+@contextlib.contextmanager
+def in_cache(weights: Mapping[ParametrizationList, Tensor]) -> Iterator[None]:
+    """Inside, what ``torch.nn.utils.parametrize.cached()`` holds, if the user has called it, reads as these weights."""
+    before = cached_weights()
+    put_in_cache(weights)
+    try:
+        yield
+    finally:
+        if before:
+            put_in_cache(before)
 
 
 # What parametrize.cached() holds, by the id of a module and the name of a weight.

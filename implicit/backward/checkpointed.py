@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from implicit.autograd.constant_weights import ConstantWeights, Weights
-from implicit.autograd.torch_internals import Loan, current_loans, lending, transform_active
+from implicit.autograd.torch_internals import Loan, cached_weights, current_loans, lending, transform_active
 from implicit.backward.backward import Backward, SolveOptions, require_differentiable
 from implicit.backward.unrolled import Unrolled
 from solvers import Iteration, Solution, Solver
@@ -99,7 +99,7 @@ class _ConstantMap:
 
     def take_weights(self) -> None:
         """Move the weights that have been computed to where an iteration finds their tensors."""
-        self.weights.update(self.late_weights.values)
+        self.weights.update(cached_weights() | self.late_weights.values)
         self.late_weights.values.clear()
 
     def __call__(self, z: Any, *args: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from implicit.autograd.constant_weights import ConstantWeights, constant_weights
 from implicit.autograd.explicit_map import FirstCall, make_explicit, make_explicit_under_transform
 from implicit.autograd.fixed_point_function import Leaves, Map, Problem, fixed_point_of, without_tensors
-from implicit.autograd.torch_internals import copy_of_cache, current_loans, transform_active
+from implicit.autograd.torch_internals import cached_weights, copy_of_cache, current_loans, transform_active
 from implicit.backward.backward import Backward, SolveOptions
 from solvers import Solution
 from solvers.linear import LinearSolver, Richardson
@@ -80,7 +80,7 @@ def solve_implicitly(
         linear_solver_after: The solver of the adjoint problem, which may depend on the solution.
         problem_type: What the derivatives are solved by.
     """
-    loans, weights = current_loans(), ConstantWeights()
+    loans, weights = current_loans(), ConstantWeights(cached_weights())
     first_call = FirstCall(f, weights, loans)
     with torch.no_grad(), weights.in_force():
         solution = options.solve(first_call, tree_map_only(Tensor, torch.Tensor.detach, z0), args)

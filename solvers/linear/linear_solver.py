@@ -24,7 +24,8 @@ class LinearResult:
 
     Attributes:
         x: (B, D); nan for a sample that ended NONFINITE before any progress.
-        status: (B,) int8.
+        status: (B,) int8. CONVERGED also where the residual is a few rounding errors of the dtype, at most 32 eps,
+            and the tolerance asks for less.
         residual: (B,) ``norm(b - A x) / norm(b)``.
         num_steps: (B,) int64.
         history: (steps, B) residuals as the method estimates them while it runs.
@@ -72,8 +73,9 @@ class LinearSolver(Hyperparameters, abc.ABC):
         """This solver, with ``rtol`` for its relative tolerance if its own is None."""
         if getattr(self, "rtol", 0.0) is not None:
             return self
-        options: Any = {"rtol": rtol}
-        return dataclasses.replace(self, **options)
+        this: Any = self
+        with_it: Self = dataclasses.replace(this, rtol=rtol)
+        return with_it
 
     @abc.abstractmethod
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
