@@ -67,6 +67,11 @@ class ConstantWeights:
             return computed_weight(parametrization)
         return value
 
+    def take(self) -> Weights:
+        """The weights that are known, which are then known no more."""
+        values, self.values, self._originals = self.values, {}, {}
+        return values
+
     def _set_varying(self, parametrization: ParametrizationList) -> None:
         self.varying.add(parametrization)
         self.values.pop(parametrization, None)

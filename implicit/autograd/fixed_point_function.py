@@ -72,8 +72,7 @@ class Problem:
 
         def adjoint_map(u: Leaves, tensors: Leaves) -> list[Tensor]:
             w, z, rest = _split(tensors, num_leaves, num_leaves)
-            _, pullback = torch.func.vjp(lambda *leaves: tuple(self.map(leaves, rest)), *z)[:2]
-            return [a + b for a, b in zip(pullback(tuple(u)), w, strict=True)]
+            return [a + b for a, b in zip(self._pulled_back(z, rest, u), w, strict=True)]
 
         def solve(map_: Map, zero: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
             if map_ is not adjoint_map:  # under vmap
@@ -85,6 +84,16 @@ class Problem:
             return self.solve_adjoint(fz, z, w, rest)
 
         return dataclasses.replace(self, map=adjoint_map, solve=solve, report=None)
+
+    def _pulled_back(self, z: Leaves, tensors: Leaves, u: Leaves) -> Sequence[Tensor]:
+        """``(df/dz)' u``, differentiable."""
+        if self.transformed:
+            _, pullback = torch.func.vjp(lambda *leaves: tuple(self.map(leaves, tensors)), *z)[:2]
+            return cast(Sequence[Tensor], pullback(tuple(u)))
+        # Not by torch.func, which refuses hooks on saved tensors.
+        with torch.enable_grad():
+            z = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in z]
+            return _vjp(self.map(z, tensors), z, u, differentiable=True)
 
     def solve_adjoint(self, fz: Leaves, z: Leaves, w: Leaves, tensors: Leaves) -> list[Tensor]:
         """``u = (df/dz)' u + w``, with the graph of ``fz``, the map at z."""
@@ -275,15 +284,14 @@ def jvp(f: Callable[..., tuple[Tensor, ...]], x: Leaves, v: Leaves) -> Sequence[
     return cast(Sequence[Tensor], push(tuple(v)))
 
 
-def _vjp(outputs: Leaves, inputs: Leaves, cotangents: Leaves) -> list[Tensor]:
+def _vjp(outputs: Leaves, inputs: Leaves, cotangents: Leaves, *, differentiable: bool = False) -> list[Tensor]:
     """Vector-Jacobian products with a graph that is kept for the next one; zeros where there is no dependence."""
     dependent = [(out, u) for out, u in zip(outputs, cotangents, strict=True) if out.requires_grad]
     if not dependent:
         return [torch.zeros_like(leaf) for leaf in inputs]
     outs, us = zip(*dependent, strict=True)
-    return list(
-        torch.autograd.grad(outs, list(inputs), us, retain_graph=True, allow_unused=True, materialize_grads=True)
-    )
+    options: dict[str, bool] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    return list(torch.autograd.grad(outs, list(inputs), us, create_graph=differentiable, **options))
 
 
 def _pull_back(

@@ -99,8 +99,7 @@ class _ConstantMap:
 
     def take_weights(self) -> None:
         """Move the weights that have been computed to where an iteration finds their tensors."""
-        self.weights.update(cached_weights() | self.late_weights.values)
-        self.late_weights.values.clear()
+        self.weights.update(cached_weights() | self.late_weights.take())
 
     def __call__(self, z: Any, *args: Any) -> Any:
         with self.late_weights.in_force(), ConstantWeights(self.weights).in_force(), lending(self.loans):
