@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit.autograd.constant_weights import constant_weights, modules_used_by
-from implicit.autograd.explicit_map import transform_active
+from implicit.autograd.constant_weights import constant_weights
+from implicit.autograd.torch_internals import transform_active
 from implicit.backward import Backward
+from implicit.diagnostics.modules_used import modules_used_by
 from implicit.implicit_layer import ImplicitLayer
 from implicit.log_determinant import ExactLogDet, PowerSeriesLogDet, check_estimator
 from solvers import (
@@ -136,7 +137,7 @@ class InvertibleResidual(ImplicitLayer):
         if return_log_det:
             return self._with_log_det(x, inputs, self.estimator, generator)
         layout = self._layout(x)
-        with constant_weights(self.g):
+        with constant_weights():
             return x + _checked(self.g, layout, x, inputs)
 
     def log_det(
@@ -201,7 +202,7 @@ class InvertibleResidual(ImplicitLayer):
         def flat_g(flat: Tensor) -> Tensor:
             return layout.pack(_checked(self.g, layout, layout.unpack(flat), inputs))
 
-        with constant_weights(self.g):
+        with constant_weights():
             gx, *per_sample = estimator.run(flat_g, layout.pack(x), generator)
         log_det, sound = (layout.unpack_batch(part) for part in per_sample)
         if not (self.on_failure == "ignore" or torch.compiler.is_compiling() or transform_active()):

@@ -144,7 +144,7 @@ class ToleranceTest:
         # Without what else the solver remembers.
         self.latest, self.lost = State(state.z, state.fz), None
         with torch.no_grad():
-            errors, scales = self._measure.parts(state.fz - state.z), self._measure.parts(state.fz)
+            errors, scales = self._measure.parts(state.residual), self._measure.parts(state.fz)
             if first:
                 self._samples = self._at_start(state, errors, scales)
                 self._secant, self._secant_step = Secant.at_start(state), step

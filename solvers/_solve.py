@@ -275,7 +275,7 @@ class Iteration(Generic[S]):
         other = copy.copy(self)
         other.state = with_tensors(self.state, apart)
         other._progress = copy_with_tensors(self._progress, apart)
-        other._map = copy_with_tensors(self._map, change)
+        other._map = copy_with_tensors(self._map, apart)
         return other
 
     def _set_finished_apart(self, progress: ToleranceTest) -> None:

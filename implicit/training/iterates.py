@@ -73,7 +73,7 @@ def iterates(
     found: list[Any] = []
     layout = Layout(z0, batch_dims)
     one_step = FlatMap(f, args, layout)
-    with constant_weights(f):
+    with constant_weights():
         with torch.no_grad():
             iteration = Iteration(
                 f,

@@ -36,6 +36,10 @@ class AndersonState(State):
     gram: Tensor | None = None
     norms: Tensor | None = None
 
+    @property
+    def residual(self) -> Tensor:
+        return self.g
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Anderson(Solver):

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,23 +12,6 @@ from solvers.problem.hyperparameters import Hyperparameters
 from solvers.problem.replaced_tensors import with_tensors
 
 FlatMapping = Callable[[Tensor], Tensor]
-
-if TYPE_CHECKING:
-    _default_property = property
-else:
-
-    class _default_property:  # noqa: N801
-        """A property that a dataclass derived from this one may replace by a field of the same name."""
-
-        def __init__(self, function: Callable[[Any], Any]) -> None:
-            self.function = function
-            self.__doc__ = function.__doc__
-
-        def __get__(self, instance: Any, owner: type) -> Any:
-            if instance is None:
-                # The dataclass decorator would take whatever the class has here for the default value of the field.
-                raise AttributeError(f"{owner.__name__} computes this attribute for each of its instances.")
-            return self.function(instance)
 
 
 @dataclasses.dataclass
@@ -46,9 +29,9 @@ class State:
     z: Tensor
     fz: Tensor
 
-    @_default_property
-    def g(self) -> Tensor:
-        """(B, D) ``f(z) - z``, computed on each access. A state that stores it has a field of this name instead."""
+    @property
+    def residual(self) -> Tensor:
+        """(B, D) ``f(z) - z``. A state that stores it returns the stored one."""
         return self.fz - self.z
 
 
