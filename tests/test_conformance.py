@@ -366,7 +366,7 @@ def test_broken_solver_is_noticed(solver, test, message):
 
 
 def test_solver_without_a_decorator_is_refused():
-    with pytest.raises(TypeError, match=r"Iteration is no dataclass. Put @dataclasses.dataclass\(frozen=True, kw_only"):
+    with pytest.raises(TypeError, match=r"Iteration is not a dataclass. Put @dataclasses.dataclass\(frozen=True"):
         Iteration()
 
 

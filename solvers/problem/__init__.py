@@ -2,7 +2,14 @@
 
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.flat_map import FlatMap, InDims
-from solvers.problem.hyperparameters import Hyperparameters, require_damping, require_positive_int
+from solvers.problem.hyperparameters import (
+    Hyperparameters,
+    as_float,
+    as_int,
+    require_damping,
+    require_positive,
+    require_positive_int,
+)
 from solvers.problem.layout import Layout, check_structure
 from solvers.problem.names import resolve
 from solvers.problem.norms import inner, relative, rms_norm
@@ -19,6 +26,8 @@ __all__ = [
     "Layout",
     "OnFailure",
     "add_combination",
+    "as_float",
+    "as_int",
     "back_substitute",
     "check_on_failure",
     "check_structure",
@@ -30,6 +39,7 @@ __all__ = [
     "recorded",
     "relative",
     "require_damping",
+    "require_positive",
     "require_positive_int",
     "resolve",
     "rms_norm",
