@@ -218,7 +218,7 @@ def test_private_names_are_found(source: str, names: set[str]) -> None:
 
 
 def test_core_loads_nothing_optional() -> None:
-    # torch itself loads some of them where they are installed.
+    # torch itself loads some of them if they are installed.
     program = (
         "import sys, torch; before = set(sys.modules); import solvers, implicit; print(*set(sys.modules) - before)"
     )
