@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from implicit.autograd.grads_batched import one_by_one
-from solvers import Solution
-from solvers._failure import OnFailure, report_failure
+from solvers import OnFailure, Solution, report_failure
 from solvers.linear import LinearSolver, linear_solve
 
 Leaves = Sequence[Tensor]

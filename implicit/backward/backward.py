@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils._pytree import TreeSpec
 
 from solvers import Iteration, OnFailure, Solution, Solver, Stopping, StopRule
-from solvers.problem import Hyperparameters, InDims
+from solvers.problem import Hyperparameters, InDims, check_on_failure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,9 @@ class SolveOptions:
     in_dims: InDims = 0
     on_failure: OnFailure = "warn"
     what: str = "The fixed-point solve"
+
+    def __post_init__(self) -> None:
+        check_on_failure(self.on_failure)
 
     @property
     def tested(self) -> bool:

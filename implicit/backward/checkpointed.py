@@ -14,8 +14,7 @@ from implicit.autograd.explicit_map import transform_active
 from implicit.autograd.lent_parameters import in_place, parameters_of
 from implicit.backward.backward import Backward, SolveOptions, require_differentiable
 from implicit.backward.unrolled import Unrolled
-from solvers import Iteration, Solution, Solver
-from solvers._failure import report_failure
+from solvers import Iteration, Solution, Solver, report_failure
 from solvers.problem.hyperparameters import require_positive_int
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers._failure import OnFailure, report_failure
+from solvers._failure import report_failure
 from solvers._solution import Solution
 from solvers.linear.gmres import GMRES
 from solvers.linear.linear_solver import LinearSolver
+from solvers.problem import OnFailure
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.layout import Layout
 
