@@ -65,7 +65,7 @@ class StepLengthOfTheBatch(Iteration):
         return State(z, f(z))
 
 
-@breaks("test_bad_samples_leave_the_others_alone", "for the others beside a sample that is nan")
+@breaks("test_bad_samples_leave_the_others_alone", "for the others beside a sample that is NaN")
 class RestOfTheBatch(Iteration):
     def step(self, f, state):
         z = state.fz + 0 * state.fz.sum()
