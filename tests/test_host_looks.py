@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from solvers import Anderson, Broyden, Picard, Squarem, Status, solve
-from solvers.testing import BANK
+from solvers import Anderson, Broyden, Picard, Squarem, solve
 
 SOLVERS = [Picard(), Anderson(), Anderson(memory=10), Broyden(), Broyden(method="bad", memory=10), Squarem()]
 
@@ -13,7 +12,13 @@ SOLVERS = [Picard(), Anderson(), Anderson(memory=10), Broyden(), Broyden(method=
 class Looks(TorchDispatchMode):
     """Counts what copies values to the host: operations that do, and ``tolist``, which is none on the CPU."""
 
-    OPERATIONS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::masked_select"}
+    OPERATIONS = {
+        "aten::_local_scalar_dense",
+        "aten::is_nonzero",
+        "aten::nonzero",
+        "aten::equal",
+        "aten::masked_select",
+    }
 
     def __init__(self, monkeypatch):
         super().__init__()
