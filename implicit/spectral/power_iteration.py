@@ -2,7 +2,9 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,10 @@ _SETTLING_ITERATIONS = 100
 # Where products of one matrix and one vector are faster one after the other than batched. Elsewhere the time goes into
 # starting kernels, and there are fewer of them in a batch.
 _ONE_BY_ONE = {"cpu"}
+
+
+# Left and right singular vectors.
+Vectors = tuple[Tensor, Tensor]
 
 
 class PowerIteration(SpectralNorm):
@@ -68,8 +74,8 @@ class PowerIteration(SpectralNorm):
                 else f"input_size is for convolutions alone, got {input_size!r} with an nn.Linear."
             )
         self.n_power_iterations = n_power_iterations
-        # Set inside of power_iterations_advanced.
-        self._advanced: tuple[Tensor, Tensor] | None = None
+        # Set inside of power_iterations_advanced while torch.compile traces, which knows no ContextVar.
+        self._advanced: Vectors | None = None
         v = weight.new_empty(weight.shape[1] * operator.groups, *(input_size or ()))
         self.register_buffer("u", torch.empty_like(operator(weight, v)))
         self.register_buffer("v", v)
@@ -103,16 +109,23 @@ class PowerIteration(SpectralNorm):
             weight, u, v = _at_least_float32(weight), _at_least_float32(u), _at_least_float32(v)
             return torch.dot(u.flatten(), self.operator(weight, v).flatten())
 
-    def _singular_vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        if self._advanced is not None:
-            return self._advanced
+    def _singular_vectors(self, weight: Tensor) -> Vectors:
+        advanced = self.advanced_vectors()
+        if advanced is not None:
+            return advanced
         if self.training and not in_backward_pass():
             return self._advance(weight.detach(), self.n_power_iterations)
         # The buffers may change before the backward pass of this computation.
         return self.u.clone(), self.v.clone()
 
+    def advanced_vectors(self) -> Vectors | None:
+        """Inside of :func:`power_iterations_advanced`, the singular vectors of the weight; else None."""
+        if self._advanced is not None or torch.compiler.is_compiling():
+            return self._advanced
+        return _advanced.get().get(self)
+
     @torch.no_grad()
-    def _advance(self, weight: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    def _advance(self, weight: Tensor, iterations: int) -> Vectors:
         with without_autocast(weight.device.type):
             weight, u, v = _at_least_float32(weight), _at_least_float32(self.u), _at_least_float32(self.v)
             for _ in range(iterations):
@@ -128,6 +141,10 @@ class PowerIteration(SpectralNorm):
 
     def extra_repr(self) -> str:
         return f"coeff={self.coeff}, n_power_iterations={self.n_power_iterations}"
+
+
+# What power_iterations_advanced has computed in this thread.
+_advanced: ContextVar[Mapping[PowerIteration, Vectors]] = ContextVar("advanced", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
@@ -155,13 +172,22 @@ def power_iterations_advanced(module: nn.Module) -> Iterator[None]:
         if isinstance(parametrized, ParametrizationList) and isinstance(norm := parametrized[0], PowerIteration):
             weight = parametrized.original.detach()
             # Sharded weights, which are tensors of another type, are whole only within their layer.
-            if norm.training and norm._advanced is None and type(weight) is Tensor:
+            if norm.training and norm.advanced_vectors() is None and type(weight) is Tensor:
                 batched = weight.dim() == 2 and weight.device.type not in _ONE_BY_ONE
                 alike = (weight.shape, weight.dtype, weight.device, norm.u.dtype, norm.n_power_iterations)
                 groups[alike if batched else norm].append((norm, weight))
+    if not torch.compiler.is_compiling():
+        found = {norm: vectors for group in groups.values() for norm, vectors in _advanced_together(group).items()}
+        token = _advanced.set({**_advanced.get(), **found})
+        try:
+            yield
+        finally:
+            _advanced.reset(token)
+        return
     try:
         for group in groups.values():
-            _advance_together(group)
+            for norm, vectors in _advanced_together(group).items():
+                norm._advanced = vectors
         yield
     finally:
         for group in groups.values():
@@ -170,13 +196,12 @@ def power_iterations_advanced(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _advance_together(group: list[tuple[PowerIteration, Tensor]]) -> None:
-    """Advance norms whose weights are alike."""
+def _advanced_together(group: list[tuple[PowerIteration, Tensor]]) -> dict[PowerIteration, Vectors]:
+    """The singular vectors of norms whose weights are alike, advanced."""
     norms, weights = [norm for norm, _ in group], [weight for _, weight in group]
     first = norms[0]
     if len(norms) == 1:
-        first._advanced = first._advance(weights[0], first.n_power_iterations)
-        return
+        return {first: first._advance(weights[0], first.n_power_iterations)}
     with without_autocast(weights[0].device.type):
         weight = _at_least_float32(torch.stack(weights))  # (norms, out, in)
         u = _at_least_float32(torch.stack([norm.u for norm in norms])).unsqueeze(1)  # (norms, 1, out)
@@ -188,8 +213,7 @@ def _advance_together(group: list[tuple[PowerIteration, Tensor]]) -> None:
         v = F.normalize(v.squeeze(1), dim=1).to(first.v.dtype)
     torch._foreach_copy_([norm.u for norm in norms], u.unbind())
     torch._foreach_copy_([norm.v for norm in norms], v.unbind())
-    for norm, u_of_norm, v_of_norm in zip(norms, u.unbind(), v.unbind(), strict=True):
-        norm._advanced = u_of_norm, v_of_norm
+    return dict(zip(norms, zip(u.unbind(), v.unbind(), strict=True), strict=True))
 
 
 def _unit(x: Tensor) -> Tensor:
