@@ -208,6 +208,11 @@ class FirstCall:
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         lent = [tensor for loan in self._loans for tensor in loan.tensors.values()]
         self.captured = _captured(leaves, lent, list(_tensors_in_closure(self._f)))
+        if isinstance(self._f, nn.Module):
+            # A parameter may be used only in other places than z0: in a branch, by an expert.
+            known = set(map(id, self.captured))
+            others = (p for p in self._f.parameters() if p.requires_grad and p.is_leaf and id(p) not in known)
+            self.captured.extend(others)
         return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
 
 
