@@ -8,16 +8,16 @@ name                                                                tried on tor
 ==================================================================  ==============
 ``torch._C._functorch.peek_interpreter_stack``, ``CInterpreter``    2.11 to 2.14
 ``torch._C._functorch.get_unwrapped`` and its neighbors             2.11 to 2.14
-``torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack``  2.11 to 2.14
+``torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack``  2.14
 ``torch.autograd.forward_ad._current_level``                        2.11 to 2.14
 ``torch.autograd.forward_ad._set_fwd_grad_enabled``                 2.11 to 2.14
 ``torch._C._current_graph_task_id``                                 2.11 to 2.14
-``torch._C._autograd._get_current_graph_task_keep_graph``           2.11 to 2.14
+``torch._C._autograd._get_current_graph_task_keep_graph``           2.14
 ``torch._C._vmapmode_increment_nesting`` and its neighbors          2.11 to 2.14
 ``torch.nn.utils.parametrize._cache``                               2.11 to 2.14
-``torch.nn.utils.parametrize.ParametrizationList.forward``          2.11 to 2.14
-``torch.nn.utils.stateless._functional_call``                       2.11 to 2.14
-``torch.nn.utils.stateless._reparametrize_module``                  2.11 to 2.14
+``torch.nn.utils.parametrize.ParametrizationList.forward``          2.14
+``torch.nn.utils.stateless._functional_call``                       2.14
+``torch.nn.utils.stateless._reparametrize_module``                  2.14
 ==================================================================  ==============
 """
 
