@@ -13,7 +13,6 @@ from implicit.functional import solve_with_gradient
 from solvers import (
     NOT_GIVEN,
     NotGiven,
-    OnFailure,
     Solution,
     Solver,
     StopRule,
@@ -21,7 +20,7 @@ from solvers import (
     get_solver,
     stop_rule,
 )
-from solvers.problem import InDims
+from solvers.problem import InDims, OnFailure
 
 
 def _field_of_stopping(name: str) -> Any:

@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -19,13 +19,12 @@ from solvers.problem import (
     InDims,
     Layout,
     OnFailure,
+    S,
     check_on_failure,
     copy_with_tensors,
     with_tensors,
     without_autocast,
 )
-
-S = TypeVar("S")  # a state: a tensor or a pytree of tensors
 
 # A step that leads to infinity or NaN is replaced by the plain one, or by one so many times shorter, and so on.
 SHORTER, MOST_SHORTER = 0.25, 8

@@ -23,9 +23,10 @@ from implicit.autograd.torch_internals import (
     transform_active,
     without_tangent,
 )
-from solvers import OnFailure, Solution, report_failure
+from solvers import Solution, report_failure
 from solvers.linear import LinearSolver, linear_solve
 from solvers.linear.linear_solver import FLOOR
+from solvers.problem import OnFailure
 from solvers.problem.layout import Layout
 from solvers.problem.norms import relative, rms_norm
 from solvers.problem.replaced_tensors import with_tensors

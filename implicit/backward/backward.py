@@ -8,8 +8,8 @@ from typing import Any
 from torch.utils._pytree import TreeSpec
 
 from implicit.autograd.constant_weights import constant_weights
-from solvers import Iteration, OnFailure, Solution, Solver, Stopping, StopRule
-from solvers.problem import Hyperparameters, InDims, check_on_failure
+from solvers import Iteration, Solution, Solver, Stopping, StopRule
+from solvers.problem import Hyperparameters, InDims, OnFailure, check_on_failure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from solvers.problem.norms import inner, relative, rms_norm
 from solvers.problem.on_failure import OnFailure, check_on_failure
 from solvers.problem.replaced_tensors import copy_with_tensors, with_tensors
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
+from solvers.problem.state_type import S
 from solvers.problem.window import add_combination, combine, dot, recorded, store
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "InDims",
     "Layout",
     "OnFailure",
+    "S",
     "add_combination",
     "as_float",
     "as_int",
