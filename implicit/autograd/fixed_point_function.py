@@ -25,10 +25,9 @@ from implicit.autograd.torch_internals import (
 )
 from solvers import Solution, report_failure
 from solvers.linear import LinearSolver, linear_solve
-from solvers.linear.linear_solver import FLOOR
 from solvers.problem import OnFailure
 from solvers.problem.layout import Layout
-from solvers.problem.norms import relative, rms_norm
+from solvers.problem.norms import FLOOR, relative, rms_norm
 from solvers.problem.replaced_tensors import with_tensors
 
 Leaves = Sequence[Tensor]

@@ -2,14 +2,15 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from implicit.autograd.constant_weights import constant_weights
-from implicit.diagnostics.modules_used import modules_used_by
+from implicit.autograd.modules_used import modules_used_by
 from implicit.diagnostics.observed_map import Call, ObservedMap, nearby, restored, same
 from implicit.layer import FixedPointLayer
 from solvers.problem.layout import Layout
@@ -102,11 +103,22 @@ def checked_maps(model: nn.Module) -> Iterator[None]:
 
 def _findings(f: Callable[..., Any], z0: Any, inputs: tuple[Any, ...], batch_dims: int) -> list[str]:
     layout = Layout(z0, batch_dims)
-    unchanged = restored(modules_used_by(f), layout.device)
+    roots = modules_used_by(f)
+    unchanged = restored(roots, layout.device)
     with torch.inference_mode(False), torch.no_grad(), unchanged, constant_weights():
+        _compute_weights(roots)
         observed = ObservedMap(f, inputs, layout)
         z = nearby(layout.pack(z0))
         return [*_changes(observed, z), *_mixing(observed, z)]
+
+
+def _compute_weights(roots: list[nn.Module]) -> None:
+    """Read every parametrized weight, so that advancing a power iteration does not count as a change by the map."""
+    for root in roots:
+        for module in root.modules():
+            if parametrize.is_parametrized(module):
+                for name in cast(nn.ModuleDict, module.parametrizations):
+                    getattr(module, name)
 
 
 def _changes(observed: ObservedMap, z: Tensor) -> list[str]:
