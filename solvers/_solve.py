@@ -164,6 +164,7 @@ class Iteration(Generic[S]):
         self._in_dims = in_dims
         self._compact = compact
         self._max_steps = rule.max_steps
+        self._goal = rule.tolerances if isinstance(rule, Stopping) else ""
         self._check_every = 1
         self._progress: FixedSteps | ToleranceTest
         self.tested = isinstance(rule, Stopping)
@@ -191,7 +192,7 @@ class Iteration(Generic[S]):
         close(self.state)
         solution = self.solution()
         if self.tested:
-            report_failure(solution, on_failure, what, advice=self._advice)
+            report_failure(solution, on_failure, what, goal=self._goal, advice=self._advice)
         return solution
 
     def step(self) -> None:
