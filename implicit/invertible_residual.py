@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit.autograd.constant_weights import constant_weights
-from implicit.autograd.modules_used import modules_used_by
+from implicit.autograd.modules_used import compute_weights, modules_used_by
 from implicit.autograd.torch_internals import transform_active
 from implicit.backward import Backward
 from implicit.implicit_layer import ImplicitLayer
@@ -202,6 +202,7 @@ class InvertibleResidual(ImplicitLayer):
             return layout.pack(_checked(self.g, layout, layout.unpack(flat), inputs))
 
         with constant_weights():
+            compute_weights(self.g)
             gx, *per_sample = estimator.run(flat_g, layout.pack(x), generator)
         log_det, sound = (layout.unpack_batch(part) for part in per_sample)
         if not (self.on_failure == "ignore" or torch.compiler.is_compiling() or transform_active()):

@@ -2,15 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from implicit.autograd.constant_weights import constant_weights
-from implicit.autograd.modules_used import modules_used_by
+from implicit.autograd.modules_used import compute_weights, modules_used_by
 from implicit.diagnostics.observed_map import Call, ObservedMap, nearby, restored, same
 from implicit.layer import FixedPointLayer
 from solvers.problem.layout import Layout
@@ -103,22 +102,13 @@ def checked_maps(model: nn.Module) -> Iterator[None]:
 
 def _findings(f: Callable[..., Any], z0: Any, inputs: tuple[Any, ...], batch_dims: int) -> list[str]:
     layout = Layout(z0, batch_dims)
-    roots = modules_used_by(f)
-    unchanged = restored(roots, layout.device)
+    unchanged = restored(modules_used_by(f), layout.device)
     with torch.inference_mode(False), torch.no_grad(), unchanged, constant_weights():
-        _compute_weights(roots)
+        # Advancing a power iteration is not a change by the map.
+        compute_weights(f)
         observed = ObservedMap(f, inputs, layout)
         z = nearby(layout.pack(z0))
         return [*_changes(observed, z), *_mixing(observed, z)]
-
-
-def _compute_weights(roots: list[nn.Module]) -> None:
-    """Read every parametrized weight, so that advancing a power iteration does not count as a change by the map."""
-    for root in roots:
-        for module in root.modules():
-            if parametrize.is_parametrized(module):
-                for name in cast(nn.ModuleDict, module.parametrizations):
-                    getattr(module, name)
 
 
 def _changes(observed: ObservedMap, z: Tensor) -> list[str]:

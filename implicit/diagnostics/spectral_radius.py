@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from implicit.autograd.constant_weights import constant_weights
+from implicit.autograd.modules_used import compute_weights
 from solvers.problem.flat_map import FlatMap
 from solvers.problem.layout import Layout
 from solvers.problem.small_systems import inverse_or_zero
@@ -82,6 +83,7 @@ def spectral_radius(
     layout = Layout(z, batch_dims)
     flat = layout.pack(z)  # (B, D)
     with constant_weights():
+        compute_weights(f)
         _, pullback = torch.func.vjp(FlatMap(f, inputs, layout), flat)[:2]
     start = torch.randn(flat.shape, generator=generator, dtype=flat.dtype, device=flat.device)
     hessenberg, below = _arnoldi(lambda u: pullback(u)[0], start, min(steps, flat.shape[1]))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from implicit.autograd.constant_weights import constant_weights
+from implicit.autograd.modules_used import compute_weights
 from solvers.problem.flat_map import FlatMap
 from solvers.problem.layout import Layout
 
@@ -70,6 +71,7 @@ def jacobian_regularization(
     layout = Layout(z, batch_dims)
     flat = layout.pack(z)  # (B, D)
     with constant_weights():
+        compute_weights(f)
         _, pullback = torch.func.vjp(FlatMap(f, inputs, layout), flat)[:2]
     total = flat.new_zeros(len(flat))
     for _ in range(num_samples):
