@@ -8,18 +8,11 @@ from torch import Tensor
 
 from solvers._samples import News, Samples, Verdict
 from solvers._secant import Secant
-from solvers._solution import Status
+from solvers._solution import ACTIVE, Status
 from solvers._stopping import Measure, Stopping
 from solvers.methods.solver import State
 from solvers.problem import relative, rms_norm, with_tensors
-from solvers.problem.norms import underflow
-
-# A sample still being solved. Not a Status: no solution ever carries it.
-ACTIVE = -1
-
-# A relative residual of so many eps is at the precision floor, where rounding in the map decides; on the problem bank
-# it ends at 3 eps or below.
-FLOOR = 32
+from solvers.problem.norms import FLOOR, underflow
 
 # Steps without a smaller residual after which a sample that is at the floor ends there.
 FLOOR_PATIENCE = 10
