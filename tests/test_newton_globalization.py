@@ -95,7 +95,9 @@ def test_samples_do_not_depend_on_their_batch_mates(size):
         for solution in (together, compact):
             assert solution.status[i] == alone.status[0]
             assert solution.num_steps[i] == alone.num_steps[0]
-            assert torch.allclose(solution.value[i], alone.value[0], rtol=1e-9, equal_nan=True)
+            assert torch.allclose(solution.residual[i], alone.residual[0], rtol=1e-6, atol=1e-12, equal_nan=True)
+            if alone.converged[0]:
+                assert torch.allclose(solution.value[i], alone.value[0], rtol=1e-9)
 
 
 def test_a_minimum_that_is_no_root_is_left():
