@@ -1,9 +1,10 @@
 """Fixed-point solvers for PyTorch: batched, per-sample convergence, no silent failure."""
 
+from solvers._failure import report_failure
 from solvers._registry import get_solver
 from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from solvers._solve import Iteration, solve
-from solvers._stopping import Stopping
+from solvers._stopping import NOT_GIVEN, NotGiven, Steps, Stopping, StopRule, Tolerance, stop_rule
 from solvers.methods.anderson import Anderson
 from solvers.methods.auto import Auto
 from solvers.methods.broyden import Broyden
@@ -11,6 +12,7 @@ from solvers.methods.newton_krylov import NewtonKrylov
 from solvers.methods.picard import Picard
 from solvers.methods.solver import Solver, State
 from solvers.methods.squarem import Squarem
+from solvers.problem import OnFailure
 
 __all__ = [
     "Anderson",
@@ -19,14 +21,22 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "Iteration",
+    "NOT_GIVEN",
     "NewtonKrylov",
+    "NotGiven",
+    "OnFailure",
     "Picard",
     "Solution",
     "Solver",
     "Squarem",
     "State",
     "Status",
+    "Steps",
+    "StopRule",
     "Stopping",
+    "Tolerance",
     "get_solver",
+    "report_failure",
     "solve",
+    "stop_rule",
 ]

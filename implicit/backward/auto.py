@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from implicit.autograd.explicit_map import transform_active
+from implicit.autograd.torch_internals import transform_active
 from implicit.backward.backward import Backward, SolveOptions
 from implicit.backward.checkpointed import Checkpointed
 from implicit.backward.implicit import Implicit
@@ -39,7 +39,7 @@ class AutoBackward(Backward):
         require_positive_int(self, "max_unrolled", self.max_unrolled)
 
     def chosen(self, options: SolveOptions) -> Backward:
-        if options.stopping is not None or not options.solver.differentiable:
+        if options.tested or not options.solver.differentiable:
             return Implicit()
         if options.max_steps <= self.max_unrolled or transform_active() or torch.compiler.is_compiling():
             return Unrolled()
@@ -47,3 +47,6 @@ class AutoBackward(Backward):
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
         return self.chosen(options).solve(f, z0, args, options)
+
+    def evaluate(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        return self.chosen(options).evaluate(f, z0, args, options)

@@ -6,7 +6,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers._stopping import Stopping
 from solvers.linear import GMRES, LinearSolver
 from solvers.methods.anderson import Anderson, AndersonState
 from solvers.methods.broyden import Broyden, BroydenState
@@ -30,11 +29,9 @@ _BROYDEN_PATIENCE = 30
 _NEWTON_REDUCTION = 0.9
 # A step to a residual this many times the size of the first image is taken back: a tenth of what the driver takes for
 # divergence by default.
-_GROWTH = 0.1 * Stopping.max_growth
+_GROWTH = 1e5
 # A residual of so many units in the last place of f(z) is not worth another method.
 _ROUNDING = 100.0
-# Relative tolerance of a sample's first linear solve on Newton's method.
-_FORCING = 0.5
 
 _BROYDEN = Broyden()
 
@@ -58,7 +55,7 @@ class AutoState(State):
         best: The iterate with the smallest relative residual of each sample.
         best_residual: (B,) that residual.
         idle: (B,) int64, steps in which it has not improved.
-        forcing: (B,) relative tolerance of the next linear solve, for samples on Newton's method.
+        newton: Newton's state, which is meaningful only for the samples on that method.
         trail: While there is no window, the iterates before this one.
         window: Anderson's state, of all samples since the start; None while all are on Picard iteration.
         broyden: Broyden's state, which means something for the samples on that method alone.
@@ -70,7 +67,7 @@ class AutoState(State):
     best: State
     best_residual: Tensor
     idle: Tensor
-    forcing: Tensor
+    newton: NewtonKrylovState
     trail: Trail | None = None
     window: AndersonState | None = None
     broyden: BroydenState | None = None
@@ -123,7 +120,7 @@ class Auto(Solver):
             best=State(z0, fz),
             best_residual=relative(error, scale),
             idle=torch.zeros_like(error, dtype=torch.int64),
-            forcing=torch.zeros_like(error),
+            newton=self._newton.begin(z0, fz),
         )
 
     @torch.no_grad()
@@ -153,10 +150,10 @@ class Auto(Solver):
         if broyden is not None:
             z = torch.where(on[BROYDEN].unsqueeze(1), broyden.z + broyden.direction, z)
         if needed[NEWTON]:
-            newton = NewtonKrylovState(state.z, state.fz, state.error, state.forcing)
-            newton = NewtonKrylov(linear_solver=self.linear_solver).step_some(f, newton, on[NEWTON], z)
+            newton = dataclasses.replace(state.newton, z=state.z, fz=state.fz, error=state.error)
+            newton = self._newton.step_some(f, newton, on[NEWTON], z)
             z, fz, error = newton.z, newton.fz, newton.error
-            state = dataclasses.replace(state, forcing=newton.forcing)
+            state = dataclasses.replace(state, newton=newton)
         else:
             fz = f(z)
             error = rms_norm(fz - z)
@@ -196,10 +193,14 @@ class Auto(Solver):
             best=State(torch.where(better, z, state.best.z), torch.where(better, fz, state.best.fz)),
             best_residual=torch.where(improved, residual, state.best_residual),
             idle=torch.where(moves, 0, idle),
-            forcing=torch.where(moves, _FORCING, state.forcing),
+            newton=self._newton.restarted(state.newton, moves, z, fz),
             window=self._anderson(z).absorb(window, z, fz),
             broyden=_join(state.broyden, z, fz, method == BROYDEN, moves),
         )
+
+    @property
+    def _newton(self) -> NewtonKrylov:
+        return NewtonKrylov(linear_solver=self.linear_solver)
 
     def _anderson(self, z: Tensor) -> Anderson:
         # More differences than unknowns depend on each other, and old ones only blur the new.

@@ -2,10 +2,18 @@
 
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.flat_map import FlatMap, InDims
-from solvers.problem.hyperparameters import Hyperparameters, require_damping, require_positive_int
+from solvers.problem.hyperparameters import (
+    Hyperparameters,
+    as_float,
+    as_int,
+    require_damping,
+    require_positive,
+    require_positive_int,
+)
 from solvers.problem.layout import Layout, check_structure
 from solvers.problem.names import resolve
 from solvers.problem.norms import inner, relative, rms_norm
+from solvers.problem.on_failure import OnFailure, check_on_failure
 from solvers.problem.replaced_tensors import copy_with_tensors, with_tensors
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
 from solvers.problem.window import add_combination, combine, dot, recorded, store
@@ -16,8 +24,12 @@ __all__ = [
     "Hyperparameters",
     "InDims",
     "Layout",
+    "OnFailure",
     "add_combination",
+    "as_float",
+    "as_int",
     "back_substitute",
+    "check_on_failure",
     "check_structure",
     "combine",
     "copy_with_tensors",
@@ -27,6 +39,7 @@ __all__ = [
     "recorded",
     "relative",
     "require_damping",
+    "require_positive",
     "require_positive_int",
     "resolve",
     "rms_norm",
