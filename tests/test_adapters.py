@@ -80,9 +80,9 @@ def num_threads():
 
 def threads_end(left=0):
     """Whether only so many threads are left soon; those that are collected take a moment to end."""
-    gc.collect()
     deadline = time.monotonic() + 10
     while num_threads() > left and time.monotonic() < deadline:
+        gc.collect()
         time.sleep(0.001)
     return num_threads() == left
 
