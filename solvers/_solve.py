@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from solvers._failure import report_failure
-from solvers._progress import FixedSteps, ToleranceTest
+from solvers._fixed_steps import FixedSteps
+from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
 from solvers._stopping import NOT_GIVEN, Measure, NotGiven, Stopping, StopRule, Tolerance, stop_rule

@@ -47,7 +47,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"_failure"},
         {"linear"},
         {"methods"},
-        {"_samples", "_secant"},
+        {"_fixed_steps", "_samples", "_secant"},
         {"_progress"},
         {"_untraced", "adapters"},
         {"_registry"},
