@@ -24,8 +24,8 @@ WILD = 1e3
 # Growth of the residual since the start from which a sample that is out of steps counts as diverged.
 FAR = 1e6
 
-# A sample that gets beyond the limit in so many steps from its best iterate has not grown there step by step.
-SUDDEN = 10
+# A residual beyond the limit that is so many times the one before has not grown there step by step.
+SUDDEN = 1e3
 
 # How often in a row a sample is taken back without a smaller residual in between.
 MOST_TAKEN_BACK = 10
@@ -80,7 +80,7 @@ class ToleranceTest:
         self._near, self._grown, self._all_contract = True, False, True
         self._before: State | None = None  # during an update, the iterate before the latest
         self.num_done = 0
-        self.may_have_ended = False
+        self.may_have_ended = self._some_done = False
         self.lost: Tensor | None = None
         # After drop_done: which samples of the batch are left, and what is known of all of them.
         self._rows: Tensor | None = None
@@ -237,10 +237,9 @@ class ToleranceTest:
         return idle.masked_fill(stagnant, Status.STAGNATED).masked_fill(at_floor, Status.PRECISION_FLOOR)
 
     def _lost(self, news: News) -> Tensor | None:
-        """(B,) bool: the samples that a few steps have led from their best iterate to infinity, NaN or far away."""
+        """(B,) bool: the samples that one step has led to infinity, NaN or far away."""
         samples = self._samples
-        since = self._step - samples.best_step.clamp_min(self._all_improved_at)
-        lost = (news.allowed < samples.active) & ((since <= SUDDEN) | ~news.error.isfinite())
+        lost = (news.allowed < samples.active) & ((news.error > SUDDEN * samples.latest) | ~news.error.isfinite())
         lost = lost & (samples.taken_back < MOST_TAKEN_BACK)
         if self._step == 1 or not bool(lost.any()):
             return None
@@ -254,6 +253,7 @@ class ToleranceTest:
         may_end = verdict.num_within or left < len(active) - self.num_done
         ended = samples.active & ~active if may_end else None
         self.may_have_ended = ended is not None
+        self._some_done = self._some_done or self.may_have_ended
         if self._num_tests == 2 and secant is not None:
             samples.contracts = secant.contracts
         self._is_image = samples.contracts
@@ -269,7 +269,7 @@ class ToleranceTest:
         if self._grown:
             samples.reference = torch.maximum(samples.reference, news.error)
         samples.latest = news.error
-        if verdict.num_missed or self.num_done:
+        if verdict.num_missed or self._some_done:
             taken = samples.active & (news.improved if verdict.met is None else news.improved | verdict.met)
             for name, value in (("error", news.error), ("scale", news.scale), ("least", news.rounded)):
                 setattr(samples, name, torch.where(taken, value, getattr(samples, name)))
