@@ -64,7 +64,6 @@ class ToleranceTest:
     # Set by the first update.
     latest: State
     _samples: Samples
-    _is_image: Tensor  # (B,) bool, of which samples the image of the latest iterate is a value, and not itself
 
     def __init__(self, stopping: Stopping, measure: Measure, eps: float, *, keep_history: bool) -> None:
         self._stopping = stopping
@@ -72,12 +71,12 @@ class ToleranceTest:
         self._eps = eps
         self._least_patience = min(stopping.patience, FLOOR_PATIENCE)
         self._history: list[Tensor] | None = [] if keep_history else None
-        self._step = self._num_tests = 0
+        self._step = 0
         # The last step at which the residual of every active sample fell: none of them can be stagnant soon after it.
         self._all_improved_at = 0
-        # Whether all samples that are left may converge in the next step; whether one has ever grown tenfold; whether
-        # the image of the latest iterate is a value for all.
-        self._near, self._grown, self._all_contract = True, False, True
+        # Whether all samples that are left may converge in the next step; whether one has ever grown tenfold; for how
+        # many the map has contracted in every step.
+        self._near, self._grown, self._num_contracting = True, False, 1
         self._before: State | None = None  # during an update, the iterate before the latest
         self.num_done = 0
         self.may_have_ended = self._some_done = False
@@ -93,7 +92,6 @@ class ToleranceTest:
         """
         first, self._step = self._step == 0, step
         if not taken_back:
-            self._num_tests += 1
             self._before = None if first else self.latest
         # Without what else the solver remembers.
         self.latest, self.lost = State(state.z, state.fz), None
@@ -104,12 +102,14 @@ class ToleranceTest:
                 self._samples = self._at_start(state, errors, scales)
             news = self._news(errors, scales)
             waited = step - self._all_improved_at >= self._least_patience
-            # The first step is always followed: from it all is known of contraction that does not depend on the batch.
-            rare = step == self._stopping.max_steps or self._stopping.check_every > 1
-            secant = self._secant() if not first and (self._num_tests == 2 or self._near or waited or rare) else None
-            verdict = self._verdict(news, secant, waited=waited)
-            if verdict.num_within and secant is None and not first:
+            near = self._near or waited or step == self._stopping.max_steps or self._stopping.check_every > 1
+            secant, contracted = None, self._samples.contracts
+            if not first and (near or self._num_contracting):
                 secant = self._secant()
+                self._samples.contracts = contracted & secant.contracts
+            verdict = self._verdict(news, secant if near else None, waited=waited)
+            if verdict.num_within and not (near or first):
+                secant = secant or self._secant()
                 if verdict.num_within < verdict.num_active:
                     verdict.met = news.within & self._is_sure(news, secant)
                     verdict.active = verdict.met < verdict.active
@@ -118,6 +118,7 @@ class ToleranceTest:
             if verdict.num_beyond and not taken_back:
                 self.lost = self._lost(news)
                 if self.lost is not None:
+                    self._samples.contracts = contracted
                     return False
             taken = self._take_in(news, verdict, secant)
         self._take_value(taken)
@@ -254,9 +255,6 @@ class ToleranceTest:
         ended = samples.active & ~active if may_end else None
         self.may_have_ended = ended is not None
         self._some_done = self._some_done or self.may_have_ended
-        if self._num_tests == 2 and secant is not None:
-            samples.contracts = secant.contracts
-        self._is_image = samples.contracts
         if ended is not None:
             self._end(ended, news, verdict, secant)
         if self._history is not None:
@@ -275,11 +273,11 @@ class ToleranceTest:
                 setattr(samples, name, torch.where(taken, value, getattr(samples, name)))
             samples.best_step = samples.best_step.masked_fill(taken, self._step)
             samples.taken_back = samples.taken_back.masked_fill(taken, 0)
-            samples.is_image = torch.where(taken, self._is_image, samples.is_image)
+            samples.is_image = torch.where(taken, samples.contracts, samples.is_image)
         else:
             taken = None
             samples.error, samples.scale, samples.least = news.error, news.scale, news.rounded
-            samples.is_image = self._is_image
+            samples.is_image = samples.contracts
         if secant is not None and self._step == self._stopping.max_steps:
             ratio = secant.error_ratio(samples.is_image)
             samples.error_ratio = torch.where(active, ratio, samples.error_ratio)
@@ -288,7 +286,7 @@ class ToleranceTest:
         # All that are left may converge in the next step only if all are close.
         self._near = verdict.num_close >= left - verdict.num_within
         samples.active, self.num_done = active, len(active) - left
-        self._all_contract = ended is None and self._num_tests > 2 and verdict.num_contracting == len(active)
+        self._num_contracting = verdict.num_contracting
         return taken
 
     def _end(self, ended: Tensor, news: News, verdict: Verdict, secant: Secant | None) -> None:
@@ -306,9 +304,7 @@ class ToleranceTest:
         samples.status = torch.where(ended, status, samples.status)
         samples.num_steps = samples.num_steps.masked_fill(ended, self._step)
         if secant is not None:
-            # Of a sample that has converged the last step has to show as well that f(z) is nearer.
-            self._is_image = self._is_image & (secant.contracts | ~ended)
-            is_image = torch.where(is_new, self._is_image, samples.is_image)
+            is_image = torch.where(is_new, samples.contracts, samples.is_image)
             samples.error_ratio = torch.where(ended, secant.error_ratio(is_image), samples.error_ratio)
         rows = ended if samples.absolute.dim() == 1 else ended.unsqueeze(1)
         samples.absolute = samples.absolute.masked_fill(rows, -math.inf)
@@ -316,8 +312,8 @@ class ToleranceTest:
     def _take_value(self, taken: Tensor | None) -> None:
         """Take in the values of the samples ``taken``, with gradients where they are recorded."""
         samples, newest = self._samples, self.latest.fz
-        if not self._all_contract:
-            newest = torch.where(self._is_image.unsqueeze(1), newest, self.latest.z)
+        if self._num_contracting < len(samples.contracts):
+            newest = torch.where(samples.contracts.unsqueeze(1), newest, self.latest.z)
         samples.value = newest if taken is None else torch.where(taken.unsqueeze(1), newest, samples.value)
 
     @property

@@ -13,7 +13,7 @@ class Samples:
 
     Attributes:
         value: (B, D) of the iterate z with the smallest residual: f(z) where the steps show it to be nearer, else z.
-        contracts: (B,) bool, whether the first step brought images no farther apart than iterates.
+        contracts: (B,) bool, whether no step has brought images farther apart than iterates.
         is_image: (B,) bool, whether the value is f(z).
         status: (B,) int8, ACTIVE until the sample stops.
         active: (B,) bool.
@@ -99,7 +99,7 @@ class Verdict:
         num_grown: How many samples have grown tenfold.
         num_close: How many are close to their bound.
         num_within: How many are within it.
-        num_contracting: For how many the first step brought images no farther apart than iterates.
+        num_contracting: For how many no step has brought images farther apart than iterates.
     """
 
     met: Tensor | None
