@@ -1,9 +1,10 @@
-"""The gradients of all backward modes side by side, on one small problem, and what they cost.
+"""Compare the gradients and the costs of all backward modes on one small problem.
 
 python examples/backward_modes.py
-    A layer z = tanh(W z + x) with 64 states of size 32, and a loss of its solution. Prints a few entries of each mode's
-    gradient, its distance from the exact one, the calls of the map and the vector-Jacobian products with it, forward
-    and backward, and the bytes kept for the backward pass. The last column is the mode that the solution names.
+    Solves a layer z = tanh(W z + x) for 64 states of size 32 and differentiates a loss of the solution. For each mode,
+    prints a few entries of the gradient, its relative distance from the exact one, the calls of the map and the
+    vector-Jacobian products with it in both passes, the bytes kept for the backward pass, and the mode that the
+    solution names.
 """
 
 import torch
@@ -27,7 +28,7 @@ MODES = {
 
 
 class Products(torch.autograd.Function):
-    """The identity, which counts the backward passes that go through it."""
+    """The identity function; it counts the backward passes through it."""
 
     @staticmethod
     def forward(ctx, counts, output):
@@ -46,7 +47,7 @@ def main():
     weight = (0.8 * weight / torch.linalg.matrix_norm(weight, 2)).requires_grad_()
 
     def gradient(mode):
-        """The gradient of the loss to the weight, the costs, and the mode that the solution names."""
+        """Return the gradient of the loss with respect to the weight, the counts, the bytes kept and the solution."""
         counts = {"calls": 0, "products": 0}
         saved = {}
 

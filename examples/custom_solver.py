@@ -1,11 +1,11 @@
-"""A fixed-point solver of your own, beside the library's, and the tests that it must pass.
+"""Write your own fixed-point solver, compare it with the library's solvers, and test it.
 
 python examples/custom_solver.py
     Prints the steps and residuals of three solvers. Aitken's relaxation, which remembers one step, needs a third of
-    Picard's steps, and hardly more than Anderson does with a memory of five.
+    Picard's steps, and hardly more than Anderson with a memory of five.
 
 pytest examples/custom_solver.py
-    Runs the solver through the library's conformance tests; all pass, in a few seconds.
+    Runs the library's conformance tests on the solver. All of them pass, in a few seconds.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ from solvers.testing import SolverConformance
 
 @dataclasses.dataclass
 class AitkenState(State):
-    """The iterate z and its image fz, as in every state, and the length of the step from here."""
+    """Holds the iterate z and its image fz, as every state does, and the length of the next step."""
 
     step_length: Tensor  # (B, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Aitken(Solver):
-    """Aitken's relaxation for vectors (Irons and Tuck 1969): each sample's step length follows from its last two steps.
+    """Aitken's relaxation for vectors (Irons and Tuck 1969): each sample gets its step length from its last two steps.
 
-    With g = f(z) - z and dg the change of g in the last step,
+    Let g = f(z) - z before a step, and let dg be the change of g in that step. Then
 
-        z <- z + length * g,    length <- -length * (g . dg) / (dg . dg)    with the g before the step.
+        z <- z + length * g,    length <- -length * (g . dg) / (dg . dg).
 
     Args:
-        first: Length of the first step.
+        first: The length of the first step.
     """
 
     first: float = 1.0
@@ -47,7 +47,7 @@ class Aitken(Solver):
         z = state.z + state.step_length * g
         fz = f(z)
         dg = (fz - z) - g
-        # Row by row, and without a division by zero where a sample is solved and nothing changes any more.
+        # Each row is computed by itself. Solved samples no longer change, so guard against a division by zero.
         square = (dg * dg).sum(dim=1, keepdim=True)  # (B, 1)
         ratio = -(g * dg).sum(dim=1, keepdim=True) / torch.where(square > 0, square, 1.0)
         return AitkenState(z=z, fz=fz, step_length=state.step_length * torch.where(square > 0, ratio, 1.0))

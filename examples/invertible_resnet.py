@@ -2,8 +2,8 @@
 
 python examples/invertible_resnet.py
     Trains a flow of residual blocks x + g(x) on two noisy half-moons by maximum likelihood, in less than a minute on
-    two cores (pip install 'implicit-layers[train]'). Prints how well the density fits, what it integrates to, and how
-    exactly the blocks are inverted, and plots data, density and samples into runs/invertible_resnet/density.png.
+    two cores (pip install 'implicit-layers[train]'). Prints how well the density fits, its integral over the plane, and
+    the error of the inverse. Plots the data, the density and samples into runs/invertible_resnet/density.png.
 
 The blocks are invertible because Lip(g) < 1: g is a small network of spectrally normalized layers, and its activation
 sin(5 x) / 5 has slopes of at most 1.
@@ -25,20 +25,21 @@ EXTENT = 1.9  # half the width of the plots
 
 
 def half_moons(n):
-    """(n, 2) samples: a point of one of two half circles, and noise."""
-    return centres(math.pi * torch.rand(n), torch.rand(n) < 0.5) + NOISE * torch.randn(n, 2)
+    """Draw samples (n, 2): points on two half circles, with noise."""
+    return centers(math.pi * torch.rand(n), torch.rand(n) < 0.5) + NOISE * torch.randn(n, 2)
 
 
-def centres(angle, upper):
+def centers(angle, upper):
+    """Return the points (n, 2) of the half circles at these angles."""
     x = torch.where(upper, angle.cos() - 0.5, 0.5 - angle.cos())
     y = torch.where(upper, angle.sin() - 0.25, 0.25 - angle.sin())
     return torch.stack((x, y), dim=1)
 
 
 def true_log_density(x):
-    """(B,) that of the half-moons: normal densities averaged over the half circles."""
+    """Return the log-density (B,) of the half-moons, which averages normal densities over the half circles."""
     angle = math.pi * (torch.arange(1000) + 0.5) / 500 % math.pi
-    squared = torch.cdist(x, centres(angle, torch.arange(1000) < 500)).square()  # (B, 1000)
+    squared = torch.cdist(x, centers(angle, torch.arange(1000) < 500)).square()  # (B, 1000)
     return torch.logsumexp(-squared / (2 * NOISE**2), dim=1) - math.log(1000 * 2 * math.pi * NOISE**2)
 
 
@@ -55,16 +56,16 @@ def residual_map(width):
 
 
 class Flow(nn.Module):
-    """Residual blocks that carry the data to a standard normal distribution."""
+    """Residual blocks that map the data to a standard normal distribution."""
 
     def __init__(self, num_blocks, width):
         super().__init__()
-        # A few rounding errors of float32: errors of an inverse are amplified by those that follow.
+        # A few rounding errors of float32, since each inverse amplifies the errors of the inverses before it.
         tolerances = {"rtol": 3e-7, "atol": 1e-7}
         self.blocks = nn.ModuleList(InvertibleResidual(residual_map(width), **tolerances) for _ in range(num_blocks))
 
     def forward(self, x):
-        """(B, 2) -> (B, 2) and log|det| of the derivative, (B,)."""
+        """Map x (B, 2) to z (B, 2), and return log|det dz/dx| (B,) as well."""
         total = x.new_zeros(len(x))
         for block in self.blocks:
             x, log_det = block(x, return_log_det=True)
@@ -116,7 +117,7 @@ def report(flow):
 
 
 def plane(n, extent):
-    """(n * n, 2) the midpoints of a grid over a square, and the area of a cell."""
+    """Return the midpoints (n * n, 2) of a grid over a square, and the area of a cell."""
     side = extent * ((2 * torch.arange(n) + 1) / n - 1)
     return torch.cartesian_prod(side, side), (2 * extent / n) ** 2
 

@@ -1,6 +1,8 @@
-"""An implicit layer in your own model: its output is the solution of an equation, z = f(z, x).
+"""Use an implicit layer in your own model: its output is the solution of an equation, z = f(z, x).
 
 python examples/quickstart.py
+    Trains a classifier in a few seconds. Prints its accuracy, the number of samples that were solved, and the residual
+    of the linear solve of the gradient.
 """
 
 import torch
@@ -32,7 +34,7 @@ for _ in range(150):
     z, solution = layer(x, return_solution=True)
     loss = nn.functional.cross_entropy(head(z), label)
     optimizer.zero_grad()
-    loss.backward()  # by the implicit function theorem: nothing of the solver's steps is stored
+    loss.backward()  # uses the implicit function theorem; the solver's steps are not stored
     optimizer.step()
 
 print(f"accuracy {(head(z).argmax(1) == label).float().mean():.0%}")

@@ -13,11 +13,12 @@ from implicit.backward import (
 )
 from implicit.diagnostics import check_map, checked_maps, record_solutions
 from implicit.functional import fixed_point
-from implicit.invertible_residual import ExactLogDet, InvertibleResidual, PowerSeriesLogDet
+from implicit.invertible_residual import InvertibleResidual
 from implicit.layer import FixedPointLayer
+from implicit.log_determinant import ExactLogDet, PowerSeriesLogDet
 from implicit.spectral.lipschitz import lipschitz_bound
+from implicit.spectral.parametrization import SpectralNorm
 from implicit.spectral.power_iteration import power_iterations_advanced
-from implicit.spectral.soft_norm import SpectralNorm
 from implicit.spectral.spectral_norm import spectral_norm
 from implicit.training.dropout import dropout_mask
 from implicit.training.iterates import iterates

@@ -1,74 +1,94 @@
 """The fixed point of a map as a differentiable function."""
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 
 from implicit.autograd.explicit_map import transform_active
 from implicit.backward import Backward, SolveOptions, Unrolled, get_backward
-from solvers import Solution, Solver, Stopping, get_solver
-from solvers._failure import OnFailure
-from solvers._stopping import ATOL, RTOL, get_stopping
+from solvers import (
+    NOT_GIVEN,
+    NotGiven,
+    OnFailure,
+    Solution,
+    Solver,
+    StopRule,
+    Tolerance,
+    get_solver,
+    stop_rule,
+)
+from solvers.problem import InDims
+
+S = TypeVar("S")  # a state: a tensor or a pytree of tensors
 
 
 @overload
 def fixed_point(
     f: Callable[..., Any],
-    z0: Any,
+    z0: S,
     *args: Any,
     solver: Solver | str = ...,
     backward: Backward | str = ...,
-    rtol: Any = ...,
-    atol: Any = ...,
-    stopping: Stopping | None = ...,
-    max_steps: int = ...,
+    stopping: StopRule | None = ...,
+    rtol: Tolerance = ...,
+    atol: Tolerance = ...,
+    max_steps: int | NotGiven = ...,
+    check_every: int | NotGiven = ...,
     batch_dims: int = ...,
     history: bool = ...,
+    compact: bool = ...,
+    in_dims: InDims = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[False] = ...,
-) -> Any: ...
+) -> S: ...
 
 
 @overload
 def fixed_point(
     f: Callable[..., Any],
-    z0: Any,
+    z0: S,
     *args: Any,
     solver: Solver | str = ...,
     backward: Backward | str = ...,
-    rtol: Any = ...,
-    atol: Any = ...,
-    stopping: Stopping | None = ...,
-    max_steps: int = ...,
+    stopping: StopRule | None = ...,
+    rtol: Tolerance = ...,
+    atol: Tolerance = ...,
+    max_steps: int | NotGiven = ...,
+    check_every: int | NotGiven = ...,
     batch_dims: int = ...,
     history: bool = ...,
+    compact: bool = ...,
+    in_dims: InDims = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[True],
-) -> tuple[Any, Solution]: ...
+) -> tuple[S, Solution[S]]: ...
 
 
 def fixed_point(
     f: Callable[..., Any],
-    z0: Any,
+    z0: S,
     *args: Any,
     solver: Solver | str = "anderson",
     backward: Backward | str = "implicit",
-    rtol: Any = RTOL,
-    atol: Any = ATOL,
-    stopping: Stopping | None = None,
-    max_steps: int = 50,
+    stopping: StopRule | None = None,
+    rtol: Tolerance = NOT_GIVEN,
+    atol: Tolerance = NOT_GIVEN,
+    max_steps: int | NotGiven = NOT_GIVEN,
+    check_every: int | NotGiven = NOT_GIVEN,
     batch_dims: int = 1,
     history: bool = False,
+    compact: bool = False,
+    in_dims: InDims = 0,
     on_failure: OnFailure = "warn",
     return_solution: bool = False,
-) -> Any:
+) -> S | tuple[S, Solution[S]]:
     """The solution of ``z = f(z, *args)``, differentiable in ``args`` and in all that ``f`` depends on.
 
     Gradients reach the tensors in ``args``, the parameters of ``f`` where it is a module, and leaf tensors that it
     closes over. An intermediate result of a network is best passed in ``args``: if ``f`` closes over it, its history
     is differentiated again in the backward pass. Gradients depend on ``torch.is_grad_enabled()`` alone, not on a
-    module's training mode.
+    module's training mode; the value does not depend on it.
 
     Args:
         f: The map, taking the state and ``args``. It must not mix samples, and must be the same in every call.
@@ -77,22 +97,25 @@ def fixed_point(
         *args: Further arguments of ``f``: tensors, pytrees of tensors, or anything else.
         solver: A solver such as ``Anderson(memory=5)``, or its name.
         backward: A backward mode such as ``Implicit()``, or its name.
-        rtol: As in :func:`solvers.solve`.
-        atol: As in :func:`solvers.solve`.
-        stopping: As in :func:`solvers.solve`.
-        max_steps: As in :func:`solvers.solve`.
-        batch_dims: As in :func:`solvers.solve`.
-        history: As in :func:`solvers.solve`.
-        on_failure: As in :func:`solvers.solve`, for the forward solve and for linear solves of derivatives.
+        stopping: When to stop, as in :func:`solvers.solve`, as are the options up to ``in_dims``.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        max_steps: The largest number of steps.
+        check_every: Test at every so many steps.
+        batch_dims: How many leading dimensions of the state index independent problems.
+        history: Keep the residual of every step.
+        compact: Take finished samples out of the call of ``f``.
+        in_dims: With ``compact``, which dimension of each of ``args`` indexes the samples.
+        on_failure: "warn", "raise" or "ignore", for the forward solve and for linear solves of derivatives.
         return_solution: Return ``(z, solution)``. After a backward pass ``solution.adjoint`` tells how its linear
             solve went, if it made one.
 
     Returns:
-        The fixed point, like ``z0``.
+        The fixed point, like ``z0``, or the pair.
 
     Raises:
         ConvergenceError: A sample failed and ``on_failure="raise"``.
-        TypeError, ValueError: The state, an option or what ``f`` returns is unfit.
+        TypeError, ValueError: The state, an option or what ``f`` returns is not valid.
 
     Example:
         >>> import torch
@@ -106,24 +129,32 @@ def fixed_point(
     mode = get_backward(backward)
     options = SolveOptions(
         solver=get_solver(solver),
-        stopping=get_stopping(rtol, atol, stopping),
-        max_steps=max_steps,
+        stopping=stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, check_every=check_every),
         batch_dims=batch_dims,
         history=history,
+        compact=compact,
+        in_dims=in_dims,
         on_failure=on_failure,
     )
     mode.check(options.solver)
+    solution = solve_with_gradient(f, z0, args, mode, options)
+    return (solution.value, solution) if return_solution else solution.value
+
+
+def solve_with_gradient(
+    f: Callable[..., Any], z0: S, args: tuple[Any, ...], mode: Backward, options: SolveOptions
+) -> Solution[S]:
+    """The solution of ``z = f(z, *args)``, whose value carries the gradient of a backward mode where one is recorded."""
     # Not while torch.compile traces, when PyTorch 2.11 says that it is exporting too.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    if exporting and options.stopping is not None:
+    if exporting and options.tested:
         raise ValueError(
-            f"A solve to a tolerance, got rtol={rtol!r}, cannot be exported: its test for convergence decides by the "
-            "values, and a graph has none. Export a fixed number of steps: rtol=None, atol=None, max_steps=n."
+            f"A solve to a tolerance, got {options.stopping!r}, cannot be exported: its test for convergence decides by "
+            "the values, and a graph has none. Export a fixed number of steps: rtol=None, atol=None, max_steps=n."
         )
     if not exporting and (torch.is_grad_enabled() or transform_active()):
         mode = mode.chosen(options)
         solution = mode.solve(f, z0, args, options)
         solution.backward = mode
-    else:
-        solution = Unrolled().solve(f, z0, args, options)  # with no derivative to take, the plain solve
-    return (solution.value, solution) if return_solution else solution.value
+        return solution
+    return Unrolled().solve(f, z0, args, options)  # with no derivative to take, the plain solve

@@ -1,6 +1,5 @@
-"""Invertible residual blocks: x + g(x) with a contraction g, the inverse, and the log-determinant."""
+"""Invertible residual blocks ``x + g(x)``, their inverses and their log-determinants."""
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,148 +11,47 @@ from implicit.autograd.constant_weights import constant_weights, modules_used_by
 from implicit.autograd.explicit_map import transform_active
 from implicit.backward import Backward, get_backward
 from implicit.functional import fixed_point
+from implicit.log_determinant import ExactLogDet, PowerSeriesLogDet, check_estimator
 from solvers import ConvergenceError, ConvergenceWarning, Solution, Solver, Status, get_solver
 from solvers._failure import OnFailure
 from solvers._solve import check_options
 from solvers._stopping import get_stopping
-from solvers.problem.hyperparameters import Hyperparameters, require_positive_int
 from solvers.problem.layout import Layout
-
-# g on a flat problem, (B, D) -> (B, D).
-FlatMapping = Callable[[Tensor], Tensor]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExactLogDet(Hyperparameters):
-    """``log|det(I + J)|`` of the dense Jacobian J = dg/dx of each sample.
-
-    For samples of few entries D, a hundred or so: costs one call of g, D vector-Jacobian products in one batch, and an
-    LU decomposition of a (D, D) matrix a sample; for the gradient, D times the memory of a call.
-    """
-
-    def run(self, g: FlatMapping, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``g(x)`` (B, D), the log-determinants (B,), and whether each is sound (B,) bool: its determinant positive."""
-        gx, pullback = torch.func.vjp(g, x)[:2]
-        eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        rows = torch.func.vmap(lambda row: pullback(row.expand_as(x))[0])(eye)  # (D, B, D)
-        sign, log_det = torch.linalg.slogdet(eye + rows.transpose(0, 1))
-        return gx, log_det, sign > 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PowerSeriesLogDet(Hyperparameters):
-    """An estimate of ``log det(I + J)``, with J = dg/dx, from products with J alone.
-
-        log det(I + J)  =  sum_{k >= 1} (-1)^(k + 1) tr(J^k) / k,        tr(J^k) = E[v' J^k v],
-
-    v of independent random signs (Hutchinson's estimator). By default the series is cut off after ``terms`` terms,
-    which biases the estimate by no more than :meth:`bias_bound` says. With ``continuation`` p > 0 each sample takes
-    one more term with probability p, then another one, and so on (Russian roulette); a term that is reached with
-    probability p^j is divided by it, so that the estimate is unbiased. Its variance is finite if ``Lip(g)^2 < p``.
-
-    The gradient is that of the estimate with the same signs: unbiased where the estimate is. Costs one call of g and
-    ``num_samples`` vector-Jacobian products a term; for the gradient a double backward pass through all of them, which
-    are kept for it. ``torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`` around a block keeps its input
-    alone. Under roulette a batch takes as many terms as the sample that takes the most, about
-    ``terms + log(B) / log(1 / p)``.
-
-    Args:
-        terms: Terms that are always taken.
-        num_samples: Random vectors to average over. In training one does: the noise averages out over batches.
-        continuation: p in [0, 1), the probability of each further term; 0 cuts the series off.
-
-    References:
-        Behrmann, Grathwohl, Chen, Duvenaud and Jacobsen, "Invertible residual networks", ICML (2019), section 3.
-        Chen, Behrmann, Duvenaud and Jacobsen, "Residual flows for invertible generative modeling", NeurIPS (2019),
-        theorem 1.
-
-    Example:
-        >>> from implicit import PowerSeriesLogDet
-        >>> f"{PowerSeriesLogDet(terms=8).bias_bound(0.5, size=2):.4f}"
-        '0.0009'
-    """
-
-    terms: int = 8
-    num_samples: int = 1
-    continuation: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_positive_int(self, "terms", self.terms)
-        require_positive_int(self, "num_samples", self.num_samples)
-        if not 0 <= self.continuation < 1:
-            raise ValueError(f"PowerSeriesLogDet(continuation=...) must be in [0, 1), got {self.continuation!r}.")
-
-    def bias_bound(self, contraction: float, size: int) -> float:
-        """A bound on the error of the estimate's mean: ``D q^(n + 1) / ((n + 1) (1 - q))`` after n terms.
-
-        That is because ``|tr(J^k)| <= D q^k``. With roulette there is no bias.
-
-        Args:
-            contraction: q in [0, 1), a bound on the Lipschitz constant of g.
-            size: D, the number of entries of a sample.
-
-        Raises:
-            ValueError: q is not in [0, 1).
-        """
-        if not 0 <= contraction < 1:
-            raise ValueError(f"bias_bound needs a contraction factor in [0, 1), got {contraction!r}.")
-        n = self.terms
-        return 0.0 if self.continuation else size * contraction ** (n + 1) / ((n + 1) * (1 - contraction))
-
-    def run(self, g: FlatMapping, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``g(x)`` (B, D), the estimates (B,), and whether each is sound (B,) bool: the products have not grown."""
-        gx, pullback = torch.func.vjp(g, x)[:2]
-        product = torch.func.vmap(lambda u: pullback(u)[0])
-        bits = torch.randint(2, (self.num_samples, *x.shape), generator=generator, dtype=x.dtype, device=x.device)
-        signs = 2 * bits - 1  # (num_samples, B, D)
-        further, last = None, self.terms
-        if self.continuation:
-            further = torch.empty_like(signs[..., 0]).geometric_(1 - self.continuation, generator=generator) - 1
-            last += int(max(further.flatten().tolist(), default=0))
-        u, total = signs, torch.zeros_like(signs[..., 0])  # (num_samples, B), further as well
-        for k in range(1, last + 1):
-            u = product(u)
-            term = (u * signs).sum(dim=-1) / (k if k % 2 else -k)
-            if further is not None and k > self.terms:
-                j = k - self.terms
-                term = torch.where(further >= j, term / self.continuation**j, 0.0)
-            total = total + term
-        with torch.no_grad():
-            sound = (u.square().sum(dim=-1) <= x.shape[1]).all(dim=0)
-        return gx, total.mean(dim=0), sound
 
 
 class InvertibleResidual(nn.Module):
-    """The residual block ``y = x + g(x)`` with a contraction g, which makes it invertible.
+    """A residual block ``y = x + g(x)`` that is invertible because g is a contraction.
 
-    If ``Lip(g) < 1``, the inverse is the one fixed point of ``x = y - g(x)``, and ``log det dy/dx``, which is
-    ``log det(I + dg/dx)``, is finite: what normalizing flows are made of. Keeping that bound is up to you:
-    :func:`implicit.spectral_norm` bounds linear layers, and the largest slopes of the activations multiply its bounds.
-    Where g does not contract there need not be an inverse. A solve that does not converge is reported as ``on_failure``
-    says, and so is a log-determinant that shows it.
+    Use it to build normalizing flows. If ``Lip(g) < 1``, the inverse is the unique fixed point of ``x = y - g(x)``, and
+    ``log det dy/dx = log det(I + dg/dx)`` is finite. Keeping ``Lip(g)`` below 1 is up to you: bound the linear layers
+    with :func:`implicit.spectral_norm`, and multiply these bounds by the largest slopes of the activations
+    (:func:`implicit.lipschitz_bound` does). If g is not a contraction, there need not be an inverse. A solve that does
+    not converge is reported according to ``on_failure``, and so is a log-determinant that reveals that g does not
+    contract.
 
-    In training mode spectral normalization advances its power iteration whenever the weights are computed, which is
-    once in each call of the block, of ``log_det`` and of ``inverse``. Until it has settled, two calls are of slightly
-    different maps. In eval mode, and inside ``with torch.nn.utils.parametrize.cached():``, they are of the same one.
+    In training mode, spectral normalization advances its power iteration whenever the weights are computed, which is
+    once per call of the block, of ``log_det`` and of ``inverse``. Until it has settled, two calls therefore use
+    slightly different maps. In eval mode, and within ``torch.nn.utils.parametrize.cached()``, they use the same map.
 
-    Under autocast g runs in the lower precision, and the inverse is that of the map so rounded; sums, the solver's
-    algebra and log-determinants are in float32 at least.
+    Under autocast, g runs in the lower precision, and the inverse is that of this rounded map. Sums, the solver's
+    algebra and log-determinants are computed in float32 or float64.
 
     Args:
-        g: The map, a module or any callable, taking x and the block's further inputs. It must not mix samples, and its
-            output must have the shape of x.
+        g: The map, a module or any callable, called with x and the further inputs of the block. It must not mix
+            samples, and its output must have the shape of x.
         estimator: How the log-determinant is computed: :class:`ExactLogDet` or :class:`PowerSeriesLogDet`.
-        solver: A solver of the inverse, such as ``Anderson(memory=10)``, or its name.
-        backward: The backward mode of the inverse, or its name.
-        rtol: Relative tolerance of the inverse; with ``rtol=None, atol=None`` exactly ``max_steps`` steps are taken.
-        atol: Absolute tolerance, on the root mean square over a sample's entries. The error of x can be larger than the
-            residual by 1 / (1 - Lip(g)); ``solution.error_bound`` bounds it.
-        max_steps: Most steps of the solver.
-        batch_dims: How many leading dimensions of x index samples; the others are the event, of any shape.
+        solver: The solver for the inverse, such as ``Anderson(memory=10)``, or its name.
+        backward: The backward mode for the inverse, or its name.
+        rtol: Relative tolerance of the inverse; ``rtol=None, atol=None`` takes exactly ``max_steps`` steps.
+        atol: Absolute tolerance on the root mean square over the entries of a sample. The error of x can exceed the
+            residual by a factor of 1 / (1 - Lip(g)); ``solution.error_bound`` bounds it.
+        max_steps: The largest number of solver steps.
+        batch_dims: The number of leading dimensions of x that index samples. The other dimensions form the event,
+            which may have any shape.
         on_failure: "warn", "raise" or "ignore".
 
     Raises:
-        TypeError, ValueError: An option is unfit.
+        TypeError, ValueError: An option is invalid.
 
     References:
         Behrmann, Grathwohl, Chen, Duvenaud and Jacobsen, "Invertible residual networks", ICML (2019), theorem 1 and
@@ -186,11 +84,11 @@ class InvertibleResidual(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(g):
-            raise TypeError(f"InvertibleResidual(g) must be given a callable, got {g!r}.")
+            raise TypeError(f"InvertibleResidual(g) must be given a callable, got {g!r}. Pass a module or a function.")
         check_options(max_steps, on_failure)
-        get_stopping(rtol, atol, None)  # raises for what is unfit
+        get_stopping(rtol, atol, None)  # raises if a tolerance is invalid
         self.g = g
-        self.estimator = _check_estimator(estimator)
+        self.estimator = check_estimator(estimator)
         self.solver = get_solver(solver)
         self.backward = get_backward(backward)
         self.backward.check(self.solver)
@@ -203,16 +101,16 @@ class InvertibleResidual(nn.Module):
     def forward(
         self, x: Tensor, *inputs: Any, return_log_det: bool = False, generator: torch.Generator | None = None
     ) -> Any:
-        """``x + g(x, *inputs)``.
+        """Compute ``y = x + g(x, *inputs)``.
 
         Args:
             x: (batch, event).
-            *inputs: Handed to ``g`` after x.
-            return_log_det: Return ``(y, log_det)``, of one call of g.
-            generator: Source of the random numbers of the log-determinant; by default PyTorch's own.
+            *inputs: Passed to ``g`` after x.
+            return_log_det: Return ``(y, log_det)``, both from the same call of g.
+            generator: Source of random numbers for the log-determinant; by default PyTorch's own generator.
 
         Returns:
-            y, like x, or the pair.
+            y, which is like x, or the pair.
         """
         if return_log_det:
             return self._with_log_det(x, inputs, self.estimator, generator)
@@ -227,32 +125,31 @@ class InvertibleResidual(nn.Module):
         estimator: ExactLogDet | PowerSeriesLogDet | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """``log|det dy/dx|`` of each sample at x; that of the inverse at y is ``-log_det(inverse(y))``.
+        """Compute ``log|det dy/dx|`` of each sample at x; that of the inverse at y is ``-log_det(inverse(y))``.
 
         Args:
             x: (batch, event).
-            *inputs: Handed to ``g`` after x.
-            estimator: Another one than the block's, say an exact one for evaluation.
-            generator: Source of random numbers; by default PyTorch's own.
+            *inputs: Passed to ``g`` after x.
+            estimator: An estimator to use instead of the block's, for instance an exact one for evaluation.
+            generator: Source of random numbers; by default PyTorch's own generator.
 
         Returns:
-            (batch), in the dtype of x, at least float32.
+            (batch), in the dtype of x, but at least float32.
         """
-        estimator = self.estimator if estimator is None else _check_estimator(estimator)
+        estimator = self.estimator if estimator is None else check_estimator(estimator)
         log_det: Tensor = self._with_log_det(x, inputs, estimator, generator)[1]
         return log_det
 
     def inverse(self, y: Tensor, *inputs: Any, return_solution: bool = False) -> Any:
-        """The x with ``x + g(x, *inputs) = y``, differentiable in y, the inputs and all that g depends on.
+        """Compute the x with ``x + g(x, *inputs) = y``, differentiable in y, the inputs and all else g depends on.
 
         Args:
             y: (batch, event).
-            *inputs: Handed to ``g`` after x.
-            return_solution: Return ``(x, solution)``: ``solution.status`` and ``solution.residual`` of each sample tell
-                how the solve went.
+            *inputs: Passed to ``g`` after x.
+            return_solution: Return ``(x, solution)``. The solution holds the status and the residual of each sample.
 
         Returns:
-            x, like y, or the pair.
+            x, which is like y, or the pair.
 
         Raises:
             ConvergenceError: A sample failed and ``on_failure="raise"``.
@@ -281,7 +178,7 @@ class InvertibleResidual(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"InvertibleResidual takes one tensor, (batch, event), got a {type(x).__name__}. Concatenate the parts "
-                "of a state; what g only reads comes after it, block(x, context)."
+                "of a state into one tensor. Pass what g only reads as a further input: block(x, context)."
             )
         return Layout(x, self.batch_dims)
 
@@ -308,9 +205,10 @@ class InvertibleResidual(nn.Module):
         if bool(sound.all()):
             return
         message = (
-            "The log-determinant shows that g does not contract at some samples, or is not finite there. x + g(x) need "
-            "not be invertible, and a power series for the log-determinant diverges. Bound the Lipschitz constant of g "
-            "below 1, for instance with implicit.spectral_norm."
+            "The log-determinant shows that g does not contract at some samples, or is not finite there: "
+            f"{int((~sound).sum())} of {sound.numel()}. For these, x + g(x) need not be invertible, and the series for "
+            "the log-determinant may diverge. Bound the Lipschitz constant of g below 1, for instance with "
+            "implicit.spectral_norm."
         )
         if self.on_failure == "warn":
             warnings.warn(message, ConvergenceWarning, stacklevel=2)
@@ -321,14 +219,14 @@ class InvertibleResidual(nn.Module):
 
 
 class _InverseMap(nn.Module):
-    """``x -> y - g(x)``, whose fixed point is the inverse at y."""
+    """The map ``x -> y - g(x)``, whose fixed point is the inverse at y."""
 
     def __init__(self, g: Callable[..., Any], layout: Layout) -> None:
         super().__init__()
         self.g = g
         self.layout = layout
         if not isinstance(g, nn.Module):
-            # The modules that a function runs: their weights are looked for among our children.
+            # The modules that a function refers to are registered as children, so that their parameters are found.
             self.used = nn.ModuleList(dict.fromkeys(modules_used_by(g)))
 
     def forward(self, x: Tensor, y: Tensor, *inputs: Any) -> Tensor:
@@ -336,13 +234,7 @@ class _InverseMap(nn.Module):
 
 
 def _checked(g: Callable[..., Any], layout: Layout, x: Tensor, inputs: tuple[Any, ...]) -> Tensor:
-    """``g(x, *inputs)``, which must have the shape of x: a sum would broadcast another one."""
+    """Return ``g(x, *inputs)`` after checking its shape, since a sum with x would broadcast another shape."""
     gx: Tensor = g(x, *inputs)
     layout.check(gx, "g")
     return gx
-
-
-def _check_estimator(estimator: object) -> ExactLogDet | PowerSeriesLogDet:
-    if isinstance(estimator, (ExactLogDet, PowerSeriesLogDet)):
-        return estimator
-    raise TypeError(f"estimator must be ExactLogDet() or PowerSeriesLogDet(...), got {estimator!r}.")

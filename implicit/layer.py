@@ -1,41 +1,46 @@
 """The fixed point of a map as a layer."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from implicit.backward import Backward, get_backward
-from implicit.functional import fixed_point
+from implicit.backward import Backward
+from implicit.implicit_layer import ImplicitLayer
 from implicit.training.iterates import iterates
-from solvers import Solution, Solver, Stopping, get_solver
-from solvers._failure import OnFailure
-from solvers._solve import check_options
-from solvers._stopping import ATOL, RTOL, get_stopping
+from solvers import NOT_GIVEN, NotGiven, OnFailure, Solution, Solver, StopRule, Tolerance, stop_rule
+from solvers.problem import InDims
+
+S = TypeVar("S")  # a state: a tensor or a pytree of tensors
 
 
-class FixedPointLayer(nn.Module):
+class FixedPointLayer(ImplicitLayer, Generic[S]):
     """A layer whose output is the fixed point ``z = f(z, *inputs)``.
 
     The module form of :func:`implicit.fixed_point`; what is said there of gradients holds here. If ``f`` is a module,
-    its parameters are the layer's. The parametrized weights of ``f`` are computed once a forward pass and constant
-    during the solve.
+    its parameters are the layer's. Parametrized weights are computed once per forward pass and constant during the
+    solve. The options are attributes and can be changed later; a call can have its own stopping.
 
     Args:
         f: The map, a module or any callable, taking the state and the inputs.
         solver: A solver such as ``Anderson(memory=5)``, or its name.
         backward: A backward mode such as ``Implicit()``, or its name.
         init: Makes the start from the inputs; by default zeros like the first input.
+        stopping: When to stop, as in :func:`solvers.solve`: a :class:`solvers.Stopping` or :class:`solvers.Steps`. The
+            next four options are a shorthand for it.
         rtol: Relative tolerance; with ``rtol=None, atol=None`` exactly ``max_steps`` steps are taken, untested.
         atol: Absolute tolerance, on the root mean square over a sample's entries.
-        stopping: In the place of both tolerances, a :class:`solvers.Stopping`.
-        max_steps: Most steps to take.
-        batch_dims: How many leading dimensions of the state index independent problems.
+        max_steps: The largest number of steps.
+        check_every: Test for convergence at every so many steps.
+        batch_dims: How many leading dimensions of the state index independent problems; 0 is one problem.
+        compact: Take finished samples out of the call of ``f``. All that it needs of each sample must then come through
+            the inputs.
+        in_dims: With ``compact``, which dimension of each input indexes the samples.
         on_failure: "warn", "raise" or "ignore".
 
     Raises:
-        TypeError, ValueError: An option is unfit; at construction, not at the first call.
+        TypeError, ValueError: An option is not valid; at construction, not at the first call.
 
     Example:
         >>> import torch
@@ -45,6 +50,72 @@ class FixedPointLayer(nn.Module):
         torch.Size([2, 3])
     """
 
+    if TYPE_CHECKING:
+        # nn.Module's __call__ returns Any.
+        @overload
+        def __call__(
+            self,
+            *inputs: Any,
+            z0: S | None = ...,
+            stopping: StopRule | None = ...,
+            rtol: Tolerance = ...,
+            atol: Tolerance = ...,
+            max_steps: int | NotGiven = ...,
+            return_solution: Literal[False] = ...,
+        ) -> S: ...
+
+        @overload
+        def __call__(
+            self,
+            *inputs: Any,
+            z0: S | None = ...,
+            stopping: StopRule | None = ...,
+            rtol: Tolerance = ...,
+            atol: Tolerance = ...,
+            max_steps: int | NotGiven = ...,
+            return_solution: Literal[True],
+        ) -> tuple[S, Solution[S]]: ...
+
+        def __call__(self, *inputs: Any, **options: Any) -> Any: ...
+
+    @overload
+    def __init__(
+        self: "FixedPointLayer[Tensor]",
+        f: nn.Module,
+        *,
+        solver: Solver | str = ...,
+        backward: Backward | str = ...,
+        init: Callable[..., Tensor] | None = ...,
+        stopping: StopRule | None = ...,
+        rtol: Tolerance = ...,
+        atol: Tolerance = ...,
+        max_steps: int | NotGiven = ...,
+        check_every: int | NotGiven = ...,
+        batch_dims: int = ...,
+        compact: bool = ...,
+        in_dims: InDims = ...,
+        on_failure: OnFailure = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        f: Callable[..., S],
+        *,
+        solver: Solver | str = ...,
+        backward: Backward | str = ...,
+        init: Callable[..., S] | None = ...,
+        stopping: StopRule | None = ...,
+        rtol: Tolerance = ...,
+        atol: Tolerance = ...,
+        max_steps: int | NotGiven = ...,
+        check_every: int | NotGiven = ...,
+        batch_dims: int = ...,
+        compact: bool = ...,
+        in_dims: InDims = ...,
+        on_failure: OnFailure = ...,
+    ) -> None: ...
+
     def __init__(
         self,
         f: Callable[..., Any],
@@ -52,38 +123,49 @@ class FixedPointLayer(nn.Module):
         solver: Solver | str = "anderson",
         backward: Backward | str = "implicit",
         init: Callable[..., Any] | None = None,
-        rtol: Any = RTOL,
-        atol: Any = ATOL,
-        stopping: Stopping | None = None,
-        max_steps: int = 50,
+        stopping: StopRule | None = None,
+        rtol: Tolerance = NOT_GIVEN,
+        atol: Tolerance = NOT_GIVEN,
+        max_steps: int | NotGiven = NOT_GIVEN,
+        check_every: int | NotGiven = NOT_GIVEN,
         batch_dims: int = 1,
+        compact: bool = False,
+        in_dims: InDims = 0,
         on_failure: OnFailure = "warn",
     ) -> None:
-        super().__init__()
         if not callable(f):
             raise TypeError(f"FixedPointLayer(f) must be given a callable, got {f!r}.")
-        check_options(max_steps, on_failure)
-        get_stopping(rtol, atol, stopping)  # raises for what is unfit
+        super().__init__(
+            solver=solver,
+            backward=backward,
+            stopping=stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, check_every=check_every),
+            batch_dims=batch_dims,
+            compact=compact,
+            in_dims=in_dims,
+            on_failure=on_failure,
+        )
         self.f = f
-        self.solver = get_solver(solver)
-        self.backward = get_backward(backward)
-        self.backward.check(self.solver)
         self.init = init
-        self.rtol = rtol
-        self.atol = atol
-        self.stopping = stopping
-        self.max_steps = max_steps
-        self.batch_dims = batch_dims
-        self.on_failure = on_failure
-        # Set by implicit.diagnostics.record_solutions while it is active.
-        self._observer: Callable[[Solution], None] | None = None
 
-    def forward(self, *inputs: Any, z0: Any = None, return_solution: bool = False) -> Any:
+    def forward(
+        self,
+        *inputs: Any,
+        z0: Any = None,
+        stopping: StopRule | None = None,
+        rtol: Tolerance = NOT_GIVEN,
+        atol: Tolerance = NOT_GIVEN,
+        max_steps: int | NotGiven = NOT_GIVEN,
+        return_solution: bool = False,
+    ) -> Any:
         """The fixed point for these inputs.
 
         Args:
             *inputs: Handed to ``f`` after the state.
             z0: A warm start, like the state; by default ``init(*inputs)``, or zeros like the first input.
+            stopping: In place of the layer's own, for this call.
+            rtol: In place of that of the layer's stopping, as are the next two.
+            atol: Absolute tolerance.
+            max_steps: The largest number of steps.
             return_solution: Return ``(z, solution)``.
 
         Returns:
@@ -91,26 +173,10 @@ class FixedPointLayer(nn.Module):
         """
         if z0 is None:
             z0 = self.start(*inputs)
-        z, solution = fixed_point(
-            self.f,
-            z0,
-            *inputs,
-            solver=self.solver,
-            backward=self.backward,
-            rtol=self.rtol,
-            atol=self.atol,
-            stopping=self.stopping,
-            max_steps=self.max_steps,
-            batch_dims=self.batch_dims,
-            history=self._observer is not None,
-            on_failure=self.on_failure,
-            return_solution=True,
-        )
-        if self._observer is not None:
-            self._observer(solution)
-        return (z, solution) if return_solution else z
+        solution = self._solve(self.f, z0, inputs, stopping=stopping, rtol=rtol, atol=atol, max_steps=max_steps)
+        return (solution.value, solution) if return_solution else solution.value
 
-    def iterates(self, *inputs: Any, steps: Sequence[int], z0: Any = None) -> list[Any]:
+    def iterates(self, *inputs: Any, steps: Sequence[int], z0: S | None = None) -> list[S]:
         """What the layer would return after so many steps, each with a cheap gradient: :func:`implicit.iterates`.
 
         Args:
@@ -127,8 +193,6 @@ class FixedPointLayer(nn.Module):
             *inputs,
             steps=steps,
             solver=self.solver,
-            rtol=self.rtol,
-            atol=self.atol,
             stopping=self.stopping,
             batch_dims=self.batch_dims,
         )
@@ -144,10 +208,3 @@ class FixedPointLayer(nn.Module):
                 "FixedPointLayer(init=...), a callable of the inputs."
             )
         return torch.zeros_like(inputs[0])
-
-    def extra_repr(self) -> str:
-        tolerances = {"rtol": self.rtol, "atol": self.atol} if self.stopping is None else {"stopping": self.stopping}
-        shown = {"solver": self.solver, "backward": self.backward, **tolerances, "max_steps": self.max_steps}
-        if self.batch_dims != 1:
-            shown["batch_dims"] = self.batch_dims
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())

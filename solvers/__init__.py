@@ -3,7 +3,8 @@
 from solvers._registry import get_solver
 from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from solvers._solve import Iteration, solve
-from solvers._stopping import Stopping
+from solvers._failure import OnFailure, report_failure
+from solvers._stopping import NOT_GIVEN, NotGiven, Steps, Stopping, StopRule, Tolerance, stop_rule
 from solvers.methods.anderson import Anderson
 from solvers.methods.auto import Auto
 from solvers.methods.broyden import Broyden
@@ -19,14 +20,22 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "Iteration",
+    "NOT_GIVEN",
     "NewtonKrylov",
+    "NotGiven",
+    "OnFailure",
     "Picard",
     "Solution",
     "Solver",
     "Squarem",
     "State",
     "Status",
+    "Steps",
+    "StopRule",
     "Stopping",
+    "Tolerance",
     "get_solver",
+    "report_failure",
     "solve",
+    "stop_rule",
 ]

@@ -1,4 +1,4 @@
-"""The stopping tests of the driver loop: which samples are done, why, and the best value of each."""
+"""What becomes of each sample of a solve: its best value, its status, and the step at which it stops."""
 
 import dataclasses
 import math
@@ -6,9 +6,13 @@ import math
 import torch
 from torch import Tensor
 
+from solvers._samples import News, Samples, Verdict
+from solvers._secant import Secant
 from solvers._solution import Status
 from solvers._stopping import Measure, Stopping
-from solvers.problem.norms import relative, rms_norm
+from solvers.methods.solver import State
+from solvers.problem import relative, rms_norm, with_tensors
+from solvers.problem.norms import underflow
 
 # A sample still being solved. Not a Status: no solution ever carries it.
 ACTIVE = -1
@@ -19,6 +23,21 @@ FLOOR = 32
 
 # Steps without a smaller residual after which a sample that is at the floor ends there.
 FLOOR_PATIENCE = 10
+
+# A residual this many times its minimum is growing or wild, and not stagnant.
+WILD = 1e3
+
+# Growth of the residual since the start from which a sample that is out of steps counts as diverged.
+FAR = 1e6
+
+# A residual that reaches the limit from below this part of it has not grown there step by step.
+SUDDEN = 1e-3
+
+# How often in a row a sample is taken back without a smaller residual in between.
+MAX_TAKEN_BACK = 10
+
+# A residual this many times its bound does not meet it in the next step, as a rule.
+CLOSE = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +54,7 @@ class Outcome:
 
 
 class FixedSteps:
-    """No test: every sample takes all the steps. Nothing is copied to the host, so that it compiles to one graph.
+    """No test: every sample takes all the steps. Nothing is copied to the host, so the solve compiles to one graph.
 
     Args:
         keep_history: Compute and keep the residual of every step.
@@ -46,13 +65,13 @@ class FixedSteps:
         self.residual: Tensor | None = None
         self._step = 0
 
-    def update(self, step: int, z: Tensor, fz: Tensor) -> bool:
-        """Take in one step's iterate and its image, both (B, D); never done."""
+    def update(self, step: int, state: State) -> bool:
+        """Take in the state after a step; never done."""
         self._step = step
-        self.value = fz
+        self.value = state.fz
         if self._history is not None:
             with torch.no_grad():
-                self.residual = relative(rms_norm(fz - z), rms_norm(fz))
+                self.residual = relative(rms_norm(state.fz - state.z), rms_norm(state.fz))
                 self._history.append(self.residual)
         return False
 
@@ -71,212 +90,292 @@ class FixedSteps:
         )
 
 
-# What ToleranceTest knows of each sample and a solution tells.
-_PER_SAMPLE = ("value", "status", "residual", "error_ratio", "num_steps")
-
-
 class ToleranceTest:
-    """Follows every sample: its best value and residual, its status, the step it stopped at.
+    """Follows every sample: its best value and residual, its status, the step at which it stops.
 
-    A sample that has stopped, well or badly, keeps its value; later updates do not touch it. In most steps nothing
-    happens to any sample but a smaller residual: one look at the host settles that, and the rest is put off.
+    A sample that has stopped, well or badly, keeps its value; later updates do not touch it. An update is tensor code
+    without branches up to one look at the host, which tells how many samples are left and what is to be done beyond
+    remembering the latest iterate as the best one. While every residual is far from its bound, the changes from step to
+    step, which only convergence depends on, are left out. If a residual then jumps to its bound, a second verdict, with
+    a second look, takes them in.
 
     Args:
         stopping: When a sample is done.
         measure: The norms and bounds for its state.
         eps: The relative rounding error of the map.
-        keep_history: Keep the residuals of every step.
+        keep_history: Keep the residuals of every tested step.
+
+    Attributes:
+        num_done: How many of the samples that are left in the batch have stopped, on the host.
+        lost: (B,) bool, the samples to be taken back: their last step led to infinity, NaN or far away. None if there
+            are none.
     """
 
     # Set by the first update.
-    status: Tensor  # (B,), as all below but those that are (B, D)
-    residual: Tensor
-    error_ratio: Tensor
-    num_steps: Tensor
-    done: Tensor
-    _value: Tensor  # (B, D)
-    _best_step: Tensor
-    _limit: Tensor
-    _start_z: Tensor  # (B, D)
-    _z: Tensor  # (B, D) the latest iterate and its image, and those before
-    _fz: Tensor
-    _earlier: tuple[Tensor, Tensor] | None
+    _samples: Samples
+    _secant: Secant
+    _latest: State
 
     def __init__(self, stopping: Stopping, measure: Measure, eps: float, *, keep_history: bool) -> None:
+        self._stopping = stopping
         self._measure = measure
-        self._patience = stopping.patience
-        self._max_growth = stopping.max_growth
-        self._floor = FLOOR * eps
-        self._least_patience = min(self._patience, FLOOR_PATIENCE)
+        self._eps = eps
+        self._least_patience = min(stopping.patience, FLOOR_PATIENCE)
         self._history: list[Tensor] | None = [] if keep_history else None
-        self._step = 0
-        # The last step in which every sample that was left improved, so that its image is the best value of all.
+        self._step = self._secant_step = 0
+        # The last step at which the residual of every active sample fell: none of them can be stagnant soon after it.
         self._all_improved_at = 0
-        self._newest: Tensor | None = None  # (B, D) that image, until it is merged into the values
-        # No sample can have run out of patience before this step.
-        self._stale_at = 0
-        # How many of the samples that are left have stopped, on the host.
+        # Whether a sample may converge in the next step, has ever grown tenfold, has ever been taken back.
+        self._near, self._grown, self._taken_back = True, False, False
         self.num_done = 0
-        # After drop_done: which samples of the batch are left, and the attributes of all of them.
+        self.lost: Tensor | None = None
+        # After drop_done: which samples of the batch are left, and what is known of all of them.
         self._rows: Tensor | None = None
-        self._aside: dict[str, Tensor] = {}
+        self._aside: Samples | None = None
 
-    def update(self, step: int, z: Tensor, fz: Tensor) -> bool:
-        """Take in one step's iterate and its image, both (B, D); True when every sample is done."""
-        first, self._step = self._step == 0, step
+    def update(self, step: int, state: State) -> bool:
+        """Take in the state after a step; True when every sample has stopped."""
+        first, self._step, self._latest = self._step == 0, step, state
         with torch.no_grad():
-            error, scale = self._measure.parts(fz - z), self._measure.parts(fz)
-            whole, whole_scale = self._measure.whole(error), self._measure.whole(scale)
-            residual = relative(whole, whole_scale)  # (B,)
+            errors, scales = self._measure.parts(state.fz - state.z), self._measure.parts(state.fz)
             if first:
-                self._start(whole, whole_scale, z, fz)
-            self._earlier, self._z, self._fz = (self._z, self._fz), z, fz
-            improved = residual < self.residual
-            # A nan compares false, so it is never open.
-            still_open = self._measure.exceeds(error, scale) & (whole < self._limit)
-            ordinary = improved & still_open
-            if bool((ordinary | self.done if self.num_done else ordinary).all()):
-                self.residual = torch.where(self.done, self.residual, residual) if self.num_done else residual
-                self._record(self.residual)
-                self._all_improved_at = step
-                self._stale_at = step + self._least_patience
-                if self.num_done:
-                    self._newest = fz
-                else:
-                    self._value = fz
-                return False
-        value = self.value  # before any sample ends
-        with torch.no_grad():
-            active = ~self.done
-            taken = active & improved
-            if step >= self._stale_at or bool((active & ~still_open).any()):
-                met = active & self._measure.met(error, scale, z, fz)
-                taken = taken | met
-                self._take(taken, residual)
-                self._stop(met, whole)
-            else:
-                self._take(taken, residual)
-        self._value = fz if bool(taken.all()) else torch.where(taken.unsqueeze(1), fz, value)
-        return self.num_done == len(self.status)
+                self._samples = self._at_start(state, errors, scales)
+                self._secant, self._secant_step = Secant.at_start(state), step
+            news = self._news(errors, scales)
+            waited = step - self._all_improved_at >= self._least_patience
+            verdict = self._verdict(news, near=self._near or waited, waited=waited)
+            if verdict.num_within and not (self._near or waited):
+                verdict = self._verdict(news, near=True, waited=waited)
+            taken, ended = self._take_in(news, verdict)
+        self._take_value(taken, ended)
+        return self.num_done == len(verdict.active)
 
-    def _start(self, error: Tensor, scale: Tensor, z: Tensor, fz: Tensor) -> None:
-        self._value = self._fz = fz
-        self._start_z = self._z = z
-        self.residual = torch.full_like(error, math.inf)
-        self.error_ratio = torch.full_like(error, math.nan)
-        self.status = torch.full_like(error, ACTIVE, dtype=torch.int8)
-        self.done = torch.zeros_like(error, dtype=torch.bool)
-        self.num_steps = torch.zeros_like(error, dtype=torch.int64)
-        self._best_step = torch.zeros_like(self.num_steps)
-        self._limit = self._max_growth * (error + scale)
+    def _at_start(self, state: State, errors: Tensor, scales: Tensor) -> Samples:
+        starts = torch.maximum(self._measure.parts(state.z), scales)
+        error, scale, size = (self._measure.whole(parts) for parts in (errors, scales, starts))  # (B,)
+        growth = self._stopping.max_growth or torch.finfo(error.dtype).eps ** -1.5
+        self._far = min(1.0, FAR / growth)
+        zero = torch.zeros_like(error, dtype=torch.int64)
+        infinite = torch.full_like(error, math.inf)
+        return Samples(
+            value=state.fz,
+            status=torch.full_like(error, ACTIVE, dtype=torch.int8),
+            active=torch.ones_like(error, dtype=torch.bool),
+            num_steps=zero,
+            error=infinite,
+            scale=scale,
+            least=infinite,
+            best_step=zero,
+            error_ratio=torch.full_like(error, math.nan),
+            latest=error,
+            reference=infinite,
+            next_growth=10 * size,
+            taken_back=zero,
+            start=state.z,
+            start_size=size,
+            absolute=self._measure.absolute(starts),
+            limit=growth * (error + scale),
+        )
 
-    def _take(self, taken: Tensor, residual: Tensor) -> None:
-        """Give the samples that are ``taken`` (B,) their new residual."""
-        self._record(torch.where(self.done, self.residual, residual))
-        self.residual = torch.where(taken, residual, self.residual)
-        self._best_step = torch.where(taken, self._step, self._best_step.clamp_min(self._all_improved_at))
+    def _news(self, errors: Tensor, scales: Tensor) -> News:
+        samples, measure = self._samples, self._measure
+        error, scale, bound = measure.whole(errors), measure.whole(scales), measure.bound(scales, samples.absolute)
+        rounded = torch.add(error, scale, alpha=self._eps / 2)
+        return News(
+            error=error,
+            scale=scale,
+            rounded=rounded,
+            improved=rounded < samples.least,
+            grown=scale > samples.next_growth,
+            allowed=error < samples.limit,
+            within=measure.within(errors, bound),
+            close=measure.within(errors, CLOSE * bound),
+        )
 
-    def _stop(self, met: Tensor, error: Tensor) -> None:
-        """Decide of each sample whether it ends here, and how."""
-        active = ~self.done
-        waited = self._step - self._best_step
-        # The later line wins: what is not finite is no matter of stagnation.
-        status = self.status
-        status = status.masked_fill(active & (waited >= self._patience), Status.STAGNATED)
-        at_floor = (self.residual <= self._floor) & (waited >= FLOOR_PATIENCE)
-        status = status.masked_fill(active & at_floor, Status.PRECISION_FLOOR)
-        status = status.masked_fill(active & (error > self._limit), Status.DIVERGED)
-        status = status.masked_fill(active & ~error.isfinite(), Status.NONFINITE)
-        self.status = status.masked_fill(met, Status.CONVERGED)
-        self.num_steps = torch.where(active, self._step, self.num_steps)
-        self.done = self.status != ACTIVE
-        ended = (active & self.done).nonzero().squeeze(1)
-        self.num_done += len(ended)
-        self.error_ratio = self._with_secant_ratio(ended)
-        if self.num_done < len(self.done):
-            oldest = self._best_step.masked_fill(self.done, self._step).min()
-            self._stale_at = int(oldest) + self._least_patience
-
-    def _with_secant_ratio(self, rows: Tensor) -> Tensor:
-        """The error ratios with those of ``rows`` (n,) set: near a solution, what error is to residual.
-
-        That is how much longer f(z) changed than f(z) - z in the last step. Near the solution f(z) - z* is
-        J (J - I)^-1 (f(z) - z), and the same matrix takes the change of f(z) - z to that of f(z).
-        """
-        if not len(rows) or self._earlier is None:
-            return self.error_ratio
-        (earlier_z, earlier_fz), self._earlier = self._earlier, None
-        if len(rows) < len(self.done):
-            earlier_z, earlier_fz = earlier_z.index_select(0, rows), earlier_fz.index_select(0, rows)
-            z, fz = self._z.index_select(0, rows), self._fz.index_select(0, rows)
+    def _verdict(self, news: News, *, near: bool, waited: bool) -> Verdict:
+        """What becomes of the samples; none of them converges unless ``near``, or is idle unless ``waited``."""
+        samples = self._samples
+        if near and self._secant_step < self._step:
+            self._secant, self._secant_step = self._secant.after(self._latest), self._step
+        if self._step == 1:
+            met = news.within & self._is_fixed()
         else:
-            z, fz = self._z, self._fz
-        # With one vector: there may be no room for more.
-        change = fz - earlier_fz
-        del earlier_fz
-        size = self._measure.norm(change)
-        change.sub_(z).add_(earlier_z)
-        return self.error_ratio.index_copy(0, rows, size / self._measure.norm(change))
+            met = news.within & self._is_sure(news) if near else torch.zeros_like(news.within)
+        idle = self._idle(news) if waited else None
+        if idle is not None:
+            # Norms whose squares have vanished tell nothing, entries do.
+            met = met | ((idle != ACTIVE) & (news.scale <= underflow(news.scale)) & self._is_fixed())
+        # On truth values "less than" says "but not".
+        active = samples.active & (met < news.allowed)
+        if idle is not None:
+            active = active & (idle == ACTIVE)
+        flags = (
+            active,
+            news.allowed < samples.active,
+            news.improved < samples.active,
+            news.grown,
+            news.close & samples.active,
+            news.within & samples.active,
+        )
+        # The look at the host.
+        return Verdict(met, idle, active, *torch.stack(flags).sum(dim=1).tolist())
+
+    def _is_fixed(self) -> Tensor:
+        """(B,) bool: whether f(z) is z, bit for bit."""
+        return (self._latest.fz == self._latest.z).all(dim=1)
+
+    def _is_sure(self, news: News) -> Tensor:
+        """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell.
+
+        The error, which is the residual times the change of f(z) over the change of f(z) - z in the last step, must be
+        below a tenth of the size of the value or of the start. And since the value last grew tenfold, the residual must
+        have fallen tenfold: a residual that is small only beside a value that ran away has not.
+        """
+        samples, secant = self._samples, self._secant
+        tenfold = 10 * news.rounded
+        near = tenfold * secant.df < torch.maximum(news.scale, samples.start_size) * secant.dg
+        return near & (tenfold <= torch.where(news.grown, samples.latest, samples.reference))
+
+    def _idle(self, news: News) -> Tensor:
+        """(B,) int8: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE."""
+        samples = self._samples
+        waited = (self._step - samples.best_step.clamp_min(self._all_improved_at)).masked_fill(news.improved, 0)
+        stagnant = (waited >= self._stopping.patience) & (news.error <= WILD * samples.error)
+        at_floor = (waited >= FLOOR_PATIENCE) & (samples.residual <= FLOOR * self._eps) & self._is_sure(news)
+        idle = torch.full_like(samples.status, ACTIVE)
+        return idle.masked_fill(stagnant, Status.STAGNATED).masked_fill(at_floor, Status.PRECISION_FLOOR)
+
+    def _take_in(self, news: News, verdict: Verdict) -> tuple[Tensor | None, Tensor | None]:
+        """Remember a step.
+
+        Returns:
+            (B,) bool, the samples with a new best iterate; None for all. (B,) bool, those that stop; None for none.
+        """
+        samples = self._samples
+        active, left = verdict.active, verdict.num_active
+        self.lost = None
+        if verdict.num_beyond:
+            lost = (news.allowed < samples.active) & (samples.latest < SUDDEN * samples.limit)
+            lost = lost & (samples.taken_back < MAX_TAKEN_BACK)
+            active = active | lost
+            if num_lost := int(lost.sum()):
+                self.lost, left = lost, left + num_lost
+        ended = samples.active & ~active if left < len(active) - self.num_done else None
+        if ended is not None:
+            self._end(ended, news, verdict)
+        if self._history is not None:
+            residual = torch.where(samples.active, relative(news.error, news.scale), samples.residual)
+            self._history.append(residual if self._aside is None else self._merged(self._aside.residual, residual))
+        if verdict.num_grown:
+            samples.reference = torch.where(news.grown, samples.latest, samples.reference)
+            samples.next_growth = torch.where(news.grown, 10 * news.scale, samples.next_growth)
+            self._grown = True
+        if self._grown:
+            samples.reference = torch.maximum(samples.reference, news.error)
+        samples.latest = news.error
+        if verdict.num_missed or self.num_done:
+            taken = samples.active & (news.improved | verdict.met)
+            for name, value in (("error", news.error), ("scale", news.scale), ("least", news.rounded)):
+                setattr(samples, name, torch.where(taken, value, getattr(samples, name)))
+            samples.best_step = samples.best_step.masked_fill(taken, self._step)
+            if self._taken_back:
+                samples.taken_back = samples.taken_back.masked_fill(taken, 0)
+        else:
+            taken = None
+            samples.error, samples.scale, samples.least = news.error, news.scale, news.rounded
+        if not verdict.num_missed:
+            self._all_improved_at = self._step
+        samples.active, self.num_done, self._near = active, len(active) - left, verdict.num_close > 0
+        return taken, ended
+
+    def _end(self, ended: Tensor, news: News, verdict: Verdict) -> None:
+        """Give the samples ``ended`` (B,) their status."""
+        samples = self._samples
+        status = torch.full_like(samples.status, ACTIVE) if verdict.idle is None else verdict.idle
+        # The later line wins.
+        status = status.masked_fill(~news.allowed, Status.DIVERGED)
+        status = status.masked_fill(~news.error.isfinite(), Status.NONFINITE)
+        status = status.masked_fill(verdict.met, Status.CONVERGED)
+        samples.status = torch.where(ended, status, samples.status)
+        samples.num_steps = samples.num_steps.masked_fill(ended, self._step)
+        samples.error_ratio = torch.where(ended, self._secant.error_ratio, samples.error_ratio)
+
+    def _take_value(self, taken: Tensor | None, ended: Tensor | None) -> None:
+        """Take in the values of the samples ``taken``, with gradients where they are recorded."""
+        samples, newest = self._samples, self._latest.z
+        if ended is not None:
+            newest = torch.where((ended & self._secant.contracts).unsqueeze(1), self._latest.fz, newest)
+        samples.value = newest if taken is None else torch.where(taken.unsqueeze(1), newest, samples.value)
 
     @property
-    def value(self) -> Tensor:
-        """(B, D) the image of the best iterate of each sample."""
-        if self._newest is not None:
-            newest, self._newest = self._newest, None
-            self._value = torch.where(self.done.unsqueeze(1), self._value, newest) if self.num_done else newest
-        return self._value
-
-    def forget_earlier(self) -> None:
-        """Drop the iterate before the latest, which only a solution asks for: a step needs the room."""
-        self._earlier = None
+    def done(self) -> Tensor:
+        """(B,) bool, the samples that have stopped."""
+        return ~self._samples.active
 
     def held(self) -> Tensor:
         """(B, D) what the map is to be called with for samples that have stopped: always finite, if z0 was."""
-        lost = (self.status == Status.NONFINITE) & ~self.residual.isfinite()
-        return torch.where(lost.unsqueeze(1), self._start_z, self.value).detach()
+        samples = self._samples
+        return torch.where(samples.error.isinf().unsqueeze(1), samples.start, samples.value).detach()
+
+    def take_back(self) -> tuple[Tensor, Tensor]:
+        """The best iterates (B, D), and how long a plain step from there is to be (B, 1), for the samples ``lost``.
+
+        The step is halved each time that a sample is taken back again without a smaller residual in between.
+        """
+        assert self.lost is not None
+        samples, self._taken_back = self._samples, True
+        samples.taken_back = samples.taken_back + self.lost
+        samples.latest = torch.where(self.lost, samples.error, samples.latest)
+        return samples.value, 0.5 ** (samples.taken_back - 1).clamp_min(0).to(samples.value.dtype).unsqueeze(1)
 
     def drop_done(self) -> Tensor:
-        """Put the finished samples aside; from now on updates are of the others alone.
+        """Put the stopped samples aside; from now on updates are of the others alone.
 
         Returns:
             (n,) the positions of those, among the samples that were left before.
         """
-        keep = (~self.done).nonzero().squeeze(1)
-        self._aside = {name: self._whole(name) for name in _PER_SAMPLE}
+        # Their number is known, so nothing waits for the device.
+        order = self._samples.active.to(torch.int8).argsort(descending=True, stable=True)
+        keep = order[: len(order) - self.num_done]
+        self._aside = self._whole()
         self._rows = keep if self._rows is None else self._rows[keep]
-        self._value = self.value[keep]
-        for name in (*_PER_SAMPLE[1:], "done", "_best_step", "_limit", "_start_z", "_z", "_fz"):
-            setattr(self, name, getattr(self, name)[keep])
+        for name in ("_samples", "_secant", "_latest"):
+            setattr(self, name, with_tensors(getattr(self, name), lambda tensor: tensor.index_select(0, keep)))
         self.num_done = 0
         return keep
 
     def outcome(self) -> Outcome:
         """Where the samples stand; one that is still active has not made it within the steps taken."""
-        status = self.status.masked_fill(~self.done, Status.MAX_STEPS)
-        num_steps = self.num_steps.masked_fill(~self.done, self._step)
-        value, residual = self._whole("value"), self._whole("residual")
+        samples, whole = self._samples, self._whole()
+        active = samples.active
         with torch.no_grad():
-            self.error_ratio = self._with_secant_ratio((~self.done).nonzero().squeeze(1))
-            change = residual * self._measure.norm(value)
-            estimate = self._whole("error_ratio") * change
+            secant = self._secant if self._secant_step == self._step else self._secant.after(self._latest)
+            far = torch.maximum(self._far * samples.limit, WILD * samples.error)
+            status = samples.status.masked_fill(active, Status.MAX_STEPS)
+            status = status.masked_fill(active & (samples.latest > far), Status.DIVERGED)
+            error_ratio = torch.where(active, secant.error_ratio, samples.error_ratio)
+            is_best = samples.best_step.clamp_min(self._all_improved_at) == self._step
+            newest = active & secant.contracts & is_best
+            change = self._measure.in_units(whole.error)
+            estimate = self._merged(whole.error_ratio, error_ratio) * change
+        value = torch.where(newest.unsqueeze(1), self._latest.fz, samples.value)
         return Outcome(
-            value=value,
-            status=self._merged("status", status),
-            residual=residual,
+            value=self._merged(whole.value, value),
+            status=self._merged(whole.status, status),
+            residual=whole.residual,
             change=change,
             error_estimate=estimate.masked_fill(change == 0, 0.0),
-            num_steps=self._merged("num_steps", num_steps),
+            num_steps=self._merged(whole.num_steps, samples.num_steps.masked_fill(active, self._step)),
             history=None if self._history is None else torch.stack(self._history),
         )
 
-    def _record(self, residual: Tensor) -> None:
-        """Keep one step's residuals, of all samples."""
-        if self._history is not None:
-            self._history.append(self._merged("residual", residual))
+    def _whole(self) -> Samples:
+        """What is known of all samples, those put aside too."""
+        aside, samples = self._aside, self._samples
+        if aside is None:
+            return samples
+        names = [field.name for field in dataclasses.fields(Samples)]
+        return Samples(**{name: self._merged(getattr(aside, name), getattr(samples, name)) for name in names})
 
-    def _whole(self, name: str) -> Tensor:
-        """An attribute for all samples, those put aside too."""
-        return self._merged(name, getattr(self, name))
-
-    def _merged(self, name: str, current: Tensor) -> Tensor:
-        return current if self._rows is None else self._aside[name].index_copy(0, self._rows, current)
+    def _merged(self, whole: Tensor, current: Tensor) -> Tensor:
+        return current if self._rows is None else whole.index_copy(0, self._rows, current)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import enum
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+S = TypeVar("S")  # a state: a tensor or a pytree of tensors
 
 
 class Status(enum.IntEnum):
@@ -20,16 +22,16 @@ class Status(enum.IntEnum):
         member.message = message
         return member
 
-    CONVERGED = 0, "The residual met the tolerance."
+    CONVERGED = 0, "The residual met the tolerance, and at least one digit of the value is right."
     MAX_STEPS = (
         1,
-        "The residual was still above the tolerance after max_steps steps. Raise max_steps, loosen rtol or atol, or "
-        "use a faster solver.",
+        "The sample had not converged after max_steps steps. Raise max_steps, loosen rtol or atol, or use a faster "
+        "solver.",
     )
     STAGNATED = (
         2,
         "The residual stopped decreasing above the tolerance. The iteration cycles (use another solver, or damping), "
-        "or the map loses many digits to rounding (loosen the tolerance, or use float64).",
+        "there is no fixed point near, or rounding in the map costs digits (loosen the tolerance, or use float64).",
     )
     DIVERGED = (
         3,
@@ -38,18 +40,15 @@ class Status(enum.IntEnum):
     )
     NONFINITE = (
         4,
-        "The map or the solver produced inf or nan. Check the inputs and the map at the returned value, which is the "
-        "best finite one seen, if there was any.",
+        "The map returned infinity or NaN, also near the best iterate. Check the inputs and the map at the returned "
+        "value, which is the best finite one seen, if there was any.",
     )
     BREAKDOWN = (
         5,
         "The linear solver cannot go on: its search space is exhausted and the operator is singular on it. Check "
         "that 1 is not an eigenvalue of the map's Jacobian, or regularize the map.",
     )
-    UNTESTED = (
-        6,
-        "A fixed number of steps was asked for (rtol=None, atol=None), so convergence was not tested.",
-    )
+    UNTESTED = (6, "A fixed number of steps was asked for, so convergence was not tested.")
     PRECISION_FLOOR = (
         7,
         "The residual is a few rounding errors of the dtype and gets no smaller: the answer is as good as the dtype "
@@ -64,39 +63,40 @@ class ConvergenceWarning(UserWarning):
 class ConvergenceError(RuntimeError):
     """Some samples of a solve did not converge. ``error.solution`` holds what was reached."""
 
-    def __init__(self, message: str, solution: "Solution") -> None:
+    def __init__(self, message: str, solution: "Solution[Any]") -> None:
         super().__init__(message)
         self.solution = solution
 
 
-@dataclasses.dataclass(eq=False)
-class Solution:
+@dataclasses.dataclass(eq=False, repr=False)
+class Solution(Generic[S]):
     """The result of :func:`solvers.solve` and :func:`solvers.linear.linear_solve`.
 
     Below, B stands for the batch shape: the leading ``batch_dims`` dimensions of the state.
 
     Attributes:
-        value: Like ``z0``. For each sample ``f(z)`` of the iterate ``z`` with the smallest residual. For a linear
-            solve, the solution vector. A sample whose very first evaluation is not finite keeps that evaluation.
+        value: Like ``z0``. For each sample the iterate z with the smallest ``norm(f(z) - z)``, or ``f(z)`` if that is
+            the latest iterate and every step so far has brought images closer together than iterates, so that f(z) is
+            nearer to the fixed point. For a linear solve, the solution vector. A sample whose first evaluation is not
+            finite keeps that evaluation.
         status: (B,) int8, one :class:`Status` per sample.
         residual: (B,) relative residual ``norm(f(z) - z) / norm(f(z))`` of that iterate (linear:
             ``norm(b - A x) / norm(b)``); None when a fixed number of steps was taken without ``history=True``.
         change: (B,) ``norm(f(z) - z)`` at that iterate, in the units of the state and the norm of the stopping test
             (root mean square by default); None where the residual is, and for a linear solve.
-        error_estimate: (B,) an estimate, no bound, of ``norm(value - fixed point)``: ``change`` times the ratio of the
-            changes of f(z) and of f(z) - z in the sample's last step, which near the solution is the ratio of error
-            and residual in that direction. 0 where the residual is 0, nan after a single step; None where ``change``
-            is, and after a fixed number of steps.
+        error_estimate: (B,) an estimate, no bound, of ``norm(value - fixed point)``: ``change`` times the ratio of
+            error and residual along the sample's last step. 0 where the residual is 0, NaN after a single step; None
+            where ``change`` is, and after a fixed number of steps.
         num_steps: (B,) int64, the step at which each sample stopped. The first evaluation of f counts as step 1.
         num_evals: Number of calls of f (of the matrix-vector product) for the whole batch.
         history: (steps really taken, B) residuals when ``history=True``, else None. A stopped sample repeats its
-            last one.
-        state: The solver's last state, on the flattened (B, D) problem. Not part of the comparison or the repr.
+            best one.
+        state: The solver's last state, on the flattened (B, D) problem.
         adjoint: The Solution of the linear solve in the backward pass, filled in by backward modes that make one.
-        backward: The backward mode that the value's gradient goes by; None where no gradient is recorded.
+        backward: The backward mode that the value's gradient is computed by; None where no gradient is recorded.
     """
 
-    value: Any
+    value: S
     status: Tensor
     residual: Tensor | None
     num_steps: Tensor
@@ -104,9 +104,37 @@ class Solution:
     history: Tensor | None = None
     change: Tensor | None = None
     error_estimate: Tensor | None = None
-    state: Any = dataclasses.field(default=None, repr=False)
-    adjoint: "Solution | None" = dataclasses.field(default=None, repr=False)
-    backward: Any = dataclasses.field(default=None, repr=False)
+    state: Any = None
+    adjoint: "Solution[Any] | None" = None
+    backward: Any = None
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(self._names()).items())
+        worst = "" if self.residual is None or not self.residual.numel() else f", residual <= {self._worst():.1e}"
+        return f"Solution({counts or 'no samples'}{worst}, num_evals={self.num_evals})"
+
+    def statuses(self) -> Any:
+        """The names of the statuses, as nested lists in the batch shape; one string for a single problem.
+
+        Example:
+            >>> import torch
+            >>> from solvers import solve
+            >>> a = torch.tensor([[0.5], [3.0]])
+            >>> solve(lambda z: a * z + 1, torch.zeros(2, 1), "picard", on_failure="ignore").statuses()
+            ['CONVERGED', 'DIVERGED']
+        """
+
+        def named(codes: Any) -> Any:
+            return [named(code) for code in codes] if isinstance(codes, list) else Status(codes).name
+
+        return named(self.status.tolist())
+
+    def _names(self) -> list[str]:
+        return [Status(code).name for code in self.status.flatten().tolist()]
+
+    def _worst(self) -> float:
+        assert self.residual is not None
+        return float(self.residual.detach().nan_to_num(nan=torch.inf).max())
 
     @property
     def converged(self) -> Tensor:
@@ -175,7 +203,7 @@ class Solution:
             lines.append(f"{line}: {member.message}" if member is not Status.CONVERGED else f"{line}.")
         return "\n".join(lines) or "The batch is empty."
 
-    def _index(self, flat: int) -> int | Sequence[int]:
+    def _index(self, flat: int) -> int | tuple[int, ...]:
         """The position of a flattened sample in the batch shape, as a user would index it."""
         if self.status.dim() <= 1:
             return flat

@@ -2,22 +2,20 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from solvers._failure import OnFailure, report_failure
+from solvers._failure import OnFailure, check_on_failure, report_failure
 from solvers._progress import FixedSteps, ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
-from solvers._stopping import ATOL, RTOL, Measure, Stopping, get_stopping
+from solvers._stopping import NOT_GIVEN, Measure, NotGiven, Stopping, StopRule, Tolerance, stop_rule
 from solvers.methods.solver import Solver, close, take_samples
-from solvers.problem.autocast import without_autocast
-from solvers.problem.flat_map import FlatMap, InDims
-from solvers.problem.hyperparameters import require_positive_int
-from solvers.problem.layout import Layout
-from solvers.problem.replaced_tensors import copy_with_tensors, with_tensors
+from solvers.problem import FlatMap, InDims, Layout, copy_with_tensors, with_tensors, without_autocast
+
+S = TypeVar("S")  # a state: a tensor or a pytree of tensors
 
 # The part of a batch that must be finished before the rest is copied together.
 COMPACT_SHARE = 0.25
@@ -25,48 +23,48 @@ COMPACT_SHARE = 0.25
 
 def solve(
     f: Callable[..., Any],
-    z0: Any,
+    z0: S,
     solver: Solver | str = "anderson",
     *,
     args: tuple[Any, ...] = (),
-    rtol: Any = RTOL,
-    atol: Any = ATOL,
-    stopping: Stopping | None = None,
-    max_steps: int = 50,
+    stopping: StopRule | None = None,
+    rtol: Tolerance = NOT_GIVEN,
+    atol: Tolerance = NOT_GIVEN,
+    max_steps: int | NotGiven = NOT_GIVEN,
+    check_every: int | NotGiven = NOT_GIVEN,
     batch_dims: int = 1,
     history: bool = False,
-    check_every: int = 1,
     compact: bool = False,
     in_dims: InDims = 0,
     on_failure: OnFailure = "warn",
-) -> Solution:
+) -> Solution[S]:
     """Find ``z = f(z, *args)`` for a batch of independent problems.
 
     A sample has converged when ``norm(f(z) - z) <= atol + rtol * norm(f(z))``, where the norm is the root mean square
-    over the sample's entries, or another one that ``stopping`` names. Converged and failed samples are frozen, so that
-    a sample's answer does not depend on its batch mates. Gradients flow through the steps if grad mode is on; for other
-    backward modes see :func:`implicit.fixed_point`.
+    over the sample's entries, and when at least one digit of its value is right, as far as the iterates tell; see
+    :class:`Stopping`. Converged and failed samples are frozen, so a sample's answer does not depend on the other
+    samples of the batch. A sample whose next iterate is not finite goes back to its best one. Gradients flow through
+    the steps if grad mode is on; for other backward modes see :func:`implicit.fixed_point`.
 
     Args:
-        f: The map. Takes the state and ``args``, returns something like the state.
+        f: The map. It takes the state and ``args``, and returns something like the state.
         z0: The start: a tensor or a pytree of tensors, real floating point.
         solver: A solver such as ``Anderson(memory=5)``, or its name.
         args: Further arguments of ``f``, the same in every call.
-        rtol: Relative tolerance. With ``rtol=None, atol=None`` exactly ``max_steps`` steps are taken and nothing is
-            tested: no residual, no copy to the host, status UNTESTED. If only one is None it counts as 0. A pytree of
-            numbers like the state makes the test leaf by leaf.
-        atol: Absolute tolerance, in the units of the state; likewise.
-        stopping: In the place of both tolerances, a :class:`Stopping` with these and more: the norm, and when there is
-            no more hope.
-        max_steps: Most steps to take. The call of ``f`` at ``z0`` is the first.
+        stopping: When to stop: a :class:`Stopping` with tolerances, or :class:`Steps` for a fixed number of steps. The
+            next four options are a shorthand for it; of these only ``max_steps`` and ``check_every`` go with it.
+        rtol: Relative tolerance, 1e-4 if it is not given. With ``rtol=None, atol=None`` exactly ``max_steps`` steps
+            are taken and nothing is tested, as with :class:`Steps`. A pytree of numbers like the state makes the test
+            leaf by leaf.
+        atol: Absolute tolerance, in the units of the state; if it is not given, a small one that is relative to the
+            size of the start. See :class:`Stopping`.
+        max_steps: The largest number of steps, 50 if it is not given. The call of ``f`` at ``z0`` is the first.
+        check_every: Test for convergence at every so many steps instead of at each. ``history`` holds the tested ones.
         batch_dims: How many leading dimensions of the state index independent problems; 0 is one problem.
         history: Keep the residual of every step (also with a fixed number of steps).
-        check_every: Test for convergence at every so many steps (and the first and last) instead of at each. Between
-            tests nothing waits for the device; a sample may take up to so many steps more, and ``history`` holds the
-            tested ones.
         compact: Take finished samples out of the call of ``f``, once there are enough of them, instead of only holding
-            them. Pays where ``f`` is dear and some samples take much longer. All that ``f`` needs of each sample must
-            then come through ``args``.
+            them. Pays where ``f`` is expensive and some samples take much longer. All that ``f`` needs of each sample
+            must then come through ``args``.
         in_dims: With ``compact``, which dimension of each of ``args`` indexes the samples, as in ``torch.func.vmap``:
             an int or None for all, or a tuple with one for each; None where it has none.
         on_failure: What to do when a sample fails: "warn", "raise" a ConvergenceError that carries the solution, or
@@ -77,7 +75,7 @@ def solve(
 
     Raises:
         ConvergenceError: A sample failed and ``on_failure="raise"``.
-        TypeError, ValueError: The state, an option or what ``f`` returns is unfit.
+        TypeError, ValueError: The state, an option or what ``f`` returns is not valid.
 
     Example:
         >>> import torch
@@ -86,44 +84,35 @@ def solve(
         >>> solution.value.flatten()
         tensor([0.7391, 0.7391, 0.7391])
     """
-    check_options(max_steps, on_failure)
+    check_on_failure(on_failure)
+    rule = stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, check_every=check_every)
     iteration = Iteration(
         f,
         z0,
         solver,
         args=args,
-        rtol=rtol,
-        atol=atol,
-        stopping=stopping,
-        max_steps=max_steps,
+        stopping=rule,
         batch_dims=batch_dims,
         history=history,
-        check_every=check_every,
         compact=compact,
         in_dims=in_dims,
     )
-    while not iteration.done:
-        iteration.step()
-    close(iteration.state)
-    solution = iteration.solution()
-    if iteration.tested:
-        report_failure(solution, on_failure)
-    return solution
+    return iteration.run(on_failure)
 
 
-class Iteration:
+class Iteration(Generic[S]):
     """A solve that is driven by hand; :func:`solve` is a loop over one.
 
     The first evaluation of the map, which counts as step 1, is made at construction.
 
     Args:
-        f: As in :func:`solve`, and so on.
+        f: As in :func:`solve`, as are the others.
 
     Attributes:
         state: The solver's state, on the flattened (B, D) problem.
         num_steps: Steps taken so far.
         done: Whether every sample has stopped, or the steps are used up.
-        tested: Whether convergence is tested, as it is but for a fixed number of steps.
+        tested: Whether convergence is tested: False for a fixed number of steps.
 
     Example:
         >>> import torch
@@ -138,24 +127,22 @@ class Iteration:
     def __init__(
         self,
         f: Callable[..., Any],
-        z0: Any,
+        z0: S,
         solver: Solver | str = "anderson",
         *,
         args: tuple[Any, ...] = (),
-        rtol: Any = RTOL,
-        atol: Any = ATOL,
-        stopping: Stopping | None = None,
-        max_steps: int = 50,
+        stopping: StopRule | None = None,
+        rtol: Tolerance = NOT_GIVEN,
+        atol: Tolerance = NOT_GIVEN,
+        max_steps: int | NotGiven = NOT_GIVEN,
+        check_every: int | NotGiven = NOT_GIVEN,
         batch_dims: int = 1,
         history: bool = False,
-        check_every: int = 1,
         compact: bool = False,
         in_dims: InDims = 0,
     ) -> None:
         self._solver = get_solver(solver)
-        check_options(max_steps)
-        stopping = get_stopping(rtol, atol, stopping)
-        require_positive_int(self, "check_every", check_every)
+        rule = stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, check_every=check_every)
         if compact and batch_dims != 1:
             raise ValueError(f"compact=True needs batch_dims=1, so that samples can leave the batch; got {batch_dims}.")
         self._layout = Layout(z0, batch_dims)
@@ -163,53 +150,82 @@ class Iteration:
         if compact:
             self._map.check_in_dims(in_dims)
         self._in_dims = in_dims
-        self._max_steps = max_steps
-        self._check_every = check_every
         self._compact = compact
+        self._max_steps = rule.max_steps
+        self._check_every = 1
         self._progress: FixedSteps | ToleranceTest
-        self.tested = stopping is not None
-        if stopping is None:
-            self._progress = FixedSteps(keep_history=history)
+        self.tested = isinstance(rule, Stopping)
+        if isinstance(rule, Stopping):
+            self._check_every = rule.check_every
+            self._progress = ToleranceTest(rule, Measure(rule, self._layout), self._map.eps, keep_history=history)
         else:
-            measure = Measure(stopping, self._layout)
-            self._progress = ToleranceTest(stopping, measure, self._map.eps, keep_history=history)
-        # Finished samples, of those in the call of f, that it is held from.
+            self._progress = FixedSteps(keep_history=history)
+        # Number of finished samples that the map is already kept from.
         self._num_apart = 0
         self.num_steps = 1
         with without_autocast(self._layout.device.type):
             self.state = self._solver.init(self._map, self._layout.pack(z0))
-            self.done = self._is_done(compiling=torch.compiler.is_compiling()) or max_steps == 1
+            self.done = self._is_done(compiling=torch.compiler.is_compiling()) or self._max_steps == 1
+
+    def run(self, on_failure: OnFailure = "warn", *, what: str = "The fixed-point solve") -> Solution[S]:
+        """Take all the steps that are left, and report failures.
+
+        Args:
+            on_failure: As in :func:`solve`.
+            what: What is solved, as the beginning of a message.
+        """
+        while not self.done:
+            self.step()
+        close(self.state)
+        solution = self.solution()
+        if self.tested:
+            report_failure(solution, on_failure, what, advice=self._advice)
+        return solution
 
     def step(self) -> None:
-        """Take one step, and test for convergence if one is due; does nothing once the iteration is done."""
+        """Take one step, and test for convergence if a test is due; does nothing once the iteration is done."""
         if self.done:
             return
         with without_autocast(self._layout.device.type):
-            if isinstance(self._progress, ToleranceTest):
-                self._progress.forget_earlier()
-                if self._progress.num_done > self._num_apart:
-                    self._set_finished_apart(self._progress)
+            if isinstance(self._progress, ToleranceTest) and self._progress.num_done > self._num_apart:
+                self._set_finished_apart(self._progress)
             self._step()
 
     def _step(self) -> None:
         self.num_steps += 1
         self.state = self._solver.step(self._map, self.state)
         last = self.num_steps == self._max_steps
-        due = last or self.num_steps % self._check_every == 0 or isinstance(self._progress, FixedSteps)
-        if due:
+        if last or self.num_steps % self._check_every == 0 or not self.tested:
             # Asked here, because torch.compile compiles no function that neither names torch nor is given a tensor.
             self.done = self._is_done(compiling=torch.compiler.is_compiling()) or last
 
     def _is_done(self, *, compiling: bool) -> bool:
         """Take in the state; True when every sample is done."""
-        progress, news = self._progress, (self.num_steps, self.state.z, self.state.fz)
-        if compiling and isinstance(progress, ToleranceTest):
-            from solvers import _outside_graphs
+        progress = self._progress
+        if not isinstance(progress, ToleranceTest):
+            return progress.update(self.num_steps, self.state)
+        if compiling:
+            from solvers import _untraced
 
-            return bool(_outside_graphs.update(progress, *news))
-        return progress.update(*news)
+            done = bool(_untraced.update(progress, self.num_steps, self.state))
+        else:
+            done = progress.update(self.num_steps, self.state)
+        if progress.lost is not None and self.num_steps < self._max_steps:
+            self._take_back(progress, progress.lost)
+        return done
 
-    def solution(self) -> Solution:
+    def _take_back(self, progress: ToleranceTest, lost: Tensor) -> None:
+        """Let the samples ``lost`` (B,) go on from a plain step, or a shorter one, from their best iterate.
+
+        The map at that iterate is computed again: keeping it would cost every solve a vector of the state's size.
+        """
+        best, length = progress.take_back()
+        rows = lost.unsqueeze(1)
+        start = torch.where(rows, best, self.state.z)
+        z = torch.where(rows, torch.lerp(start, self._map(start), length), self.state.z)
+        self.state = self._solver.restarted(self.state, lost, z, self._map(z))
+
+    def solution(self) -> Solution[S]:
         """The solution as it stands; a sample that is still active counts as MAX_STEPS."""
         outcome = self._progress.outcome()
 
@@ -228,14 +244,19 @@ class Iteration:
             state=self.state,
         )
 
-    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Iteration":
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Iteration[S]":
         """A copy that goes on by itself, with ``change`` of every tensor that the steps so far have left.
 
-        Under ``lambda tensor: tensor`` it is where this iteration is, and stays there while this one takes steps.
+        A tensor that ``change`` returns as it is gets copied, because steps may write into it.
         """
+
+        def apart(tensor: Tensor) -> Tensor:
+            changed = change(tensor)
+            return changed.clone() if changed is tensor else changed
+
         other = copy.copy(self)
-        other.state = with_tensors(self.state, change)
-        other._progress = copy_with_tensors(self._progress, change)
+        other.state = with_tensors(self.state, apart)
+        other._progress = copy_with_tensors(self._progress, apart)
         other._map = copy_with_tensors(self._map, change)
         return other
 
@@ -249,10 +270,12 @@ class Iteration:
             self._map.freeze(progress.done, progress.held())
         self._num_apart = progress.num_done
 
-
-def check_options(max_steps: int, on_failure: str = "ignore") -> None:
-    """Raise a ValueError for the first option that is unfit."""
-    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
-        raise ValueError(f"max_steps must be a positive integer, got {max_steps!r}.")
-    if on_failure not in ("warn", "raise", "ignore"):
-        raise ValueError(f'on_failure must be "warn", "raise" or "ignore", got {on_failure!r}.')
+    def _advice(self) -> str:
+        """What may be wrong with the map, as far as a failed solve can find out."""
+        if not self._map.mixes_samples(self.state.z):
+            return ""
+        return (
+            "f mixes samples: what it returns for one sample depends on others. If the whole state is one coupled "
+            "problem, such as a vector of parameters, solve it with batch_dims=0; now its leading dimensions "
+            f"{tuple(self._layout.batch_shape)} count as samples. Else look for the cause with implicit.check_map."
+        )

@@ -1,40 +1,66 @@
-"""When a sample of a solve is done."""
+"""When a solve stops: the one value that says so, and the norms and bounds that follow from it."""
 
 import dataclasses
+import enum
 import math
+import numbers
+from collections.abc import Hashable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from solvers.problem.hyperparameters import Hyperparameters, require_positive_int
-from solvers.problem.layout import Layout
-from solvers.problem.norms import underflow
-
-# The defaults of `solve`, in the place of which a Stopping comes.
-RTOL, ATOL = 1e-4, 1e-6
+from solvers.problem import Hyperparameters, Layout, require_positive_int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+class NotGiven(enum.Enum):
+    """The type of the default of an option whose absence means something other than None."""
+
+    NOT_GIVEN = enum.auto()
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+NOT_GIVEN = NotGiven.NOT_GIVEN
+
+# A number for the whole state, or a pytree of numbers like the state. Any, because a pytree has no static type.
+Tolerance = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Stopping(Hyperparameters):
-    """When a sample has converged, and when there is no more hope for it.
+    """When a sample has converged, and when to declare stagnation or divergence.
 
     A sample has converged when
 
         norm(f(z) - z) <= atol + rtol * norm(f(z)),
 
-    over all its entries, or, where a tolerance is given for each leaf of the state, in every leaf by itself. The
-    residual that a solution reports is always that of the whole sample, ``norm(f(z) - z) / norm(f(z))``.
+    over all of its entries or, where a tolerance is given for each leaf of the state, in every leaf by itself, and when
+    at least one digit of the value is right: the error, as the last two tested iterates estimate it, is below a tenth
+    of the size of the value or of the start, and the residual has fallen tenfold since the value last grew tenfold.
+    The first condition alone also holds for an iterate that has run away. A single iterate has converged only if
+    ``f(z) == z``, because its residual says nothing about its error.
+
+    The residual that a solution reports is always that of the whole sample, ``norm(f(z) - z) / norm(f(z))``.
 
     Args:
-        rtol: Relative tolerance; a number, or a pytree of numbers like the state. None counts as 0.
-        atol: Absolute tolerance, in the units of the state; likewise.
+        rtol: Relative tolerance; a number, or a pytree of numbers like the state. None counts as 0; without ``atol``,
+            it means that nothing is tested, as in :class:`Steps`.
+        atol: Absolute tolerance, in the units of the state; likewise. If it is not given, it is
+            ``rtol * sqrt(eps) * size``, where eps is the rounding unit of the solver's dtype and size the larger one of
+            ``norm(z0)`` and ``norm(f(z0))``. So the test does not depend on the units of the state, and solutions at
+            zero are found as well.
         norm: "rms", the root mean square over the entries, so that ``atol`` does not depend on their number; "max", the
             largest absolute entry; or "l2", the Euclidean norm.
-        patience: Steps in which the smallest residual of a sample does not improve before it counts as STAGNATED.
-        max_growth: A sample counts as DIVERGED when ``norm(f(z) - z)`` is this many times what ``norm(f(z) - z) +
-            norm(f(z))`` was at the start. The default is far above the transients of convergent iterations.
+        max_steps: The largest number of steps. The call of ``f`` at ``z0`` is the first.
+        check_every: Test at every so many steps (and the first and the last) instead of at each. Between tests nothing
+            waits for the device. A sample may take up to ``check_every - 1`` steps more than it needs.
+        patience: A sample is STAGNATED when ``norm(f(z) - z)`` has reached no new minimum for so many steps.
+        max_growth: A sample is DIVERGED when ``norm(f(z) - z)`` is this many times the sum of ``norm(f(z) - z)`` and
+            ``norm(f(z))`` at the start. None is ``eps**-1.5``, 2e10 in float32: far above the transients of convergent
+            iterations, and above the growth from a start close to an unstable fixed point.
 
     Example:
         >>> import torch
@@ -47,22 +73,44 @@ class Stopping(Hyperparameters):
         tensor([True, True])
     """
 
-    rtol: Any = RTOL
-    atol: Any = ATOL
+    rtol: Tolerance = 1e-4
+    atol: Tolerance = NOT_GIVEN
     norm: Literal["rms", "max", "l2"] = "rms"
+    max_steps: int = 50
+    check_every: int = 1
     patience: int = 50
-    max_growth: float = 1e6
+    max_growth: float | None = None
 
     def __post_init__(self) -> None:
         if self.norm not in ("rms", "max", "l2"):
             raise ValueError(f'Stopping(norm=...) must be "rms", "max" or "l2", got {self.norm!r}.')
         for name in ("rtol", "atol"):
             for leaf in tree_flatten(getattr(self, name))[0]:
-                if leaf is not None and not (isinstance(leaf, (int, float)) and leaf >= 0):
+                if leaf is not None and leaf is not NOT_GIVEN and not _is_tolerance(leaf):
                     raise ValueError(f"{name} must be a number >= 0 or None, or a pytree of such, got {leaf!r}.")
+        _require_max_steps(self.max_steps)
+        require_positive_int(self, "check_every", self.check_every)
         require_positive_int(self, "patience", self.patience)
-        if not self.max_growth > 1:
-            raise ValueError(f"Stopping(max_growth=...) must be a number > 1, got {self.max_growth!r}.")
+        if self.max_growth is not None and not self.max_growth > 1:
+            raise ValueError(f"Stopping(max_growth=...) must be a number > 1 or None, got {self.max_growth!r}.")
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{field.name}={value!r}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default or field.name in ("rtol", "max_steps")
+        ]
+        return f"Stopping({', '.join(shown)})"
+
+    def __hash__(self) -> int:
+        # Pytrees of tolerances are not hashable; their leaves are.
+        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return hash(tuple(part for field in fields for part in _hashable(field)))
+
+    @property
+    def relative(self) -> float | None:
+        """The smallest positive relative tolerance, or None if there is none."""
+        return min((float(leaf) for leaf in tree_flatten(self.rtol)[0] if leaf), default=None)
 
     def flattened(self, spec: TreeSpec) -> "Stopping":
         """The same for the list of the leaves of a state of this structure.
@@ -75,39 +123,93 @@ class Stopping(Hyperparameters):
         )
 
 
-def _flattened(tolerance: Any, spec: TreeSpec, name: str) -> float | list[float]:
-    """A number for the whole state, or one for each leaf."""
-    leaves, found = tree_flatten(tolerance)
-    numbers = [float(leaf or 0.0) for leaf in leaves]
-    if found.is_leaf():
-        return numbers[0]
-    if found != spec:
-        raise ValueError(
-            f"{name} must be a number or have the structure of the state: got {found} for a state of structure {spec}."
-        )
-    return numbers
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Take a fixed number of steps and test nothing.
+
+    No residual is computed and nothing is copied to the host, so the solve compiles to one graph. Every sample has the
+    status UNTESTED. n steps of :class:`solvers.Picard` are exactly n calls of ``f``, and the last one's result is the
+    value.
+
+    Args:
+        n: The number of steps. The call of ``f`` at ``z0`` is the first.
+
+    Example:
+        >>> import torch
+        >>> from solvers import Steps, solve
+        >>> solve(lambda z: 0.5 * z + 1, torch.zeros(1, 1), "picard", stopping=Steps(3)).value
+        tensor([[1.7500]])
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _require_max_steps(self.n)
+
+    @property
+    def max_steps(self) -> int:
+        """The number of steps."""
+        return self.n
+
+    def flattened(self, spec: TreeSpec) -> "Steps":
+        """The same: there is nothing in it that depends on the structure of the state."""
+        return self
 
 
-def get_stopping(rtol: Any, atol: Any, stopping: Stopping | None) -> Stopping | None:
-    """The stopping test that these options of a solve ask for; None for a fixed number of steps."""
-    if stopping is None:
-        return None if rtol is None and atol is None else Stopping(rtol=rtol, atol=atol)
-    if not isinstance(stopping, Stopping):
-        raise TypeError(f"stopping must be a solvers.Stopping or None, got {stopping!r}.")
-    if (rtol, atol) != (RTOL, ATOL):
-        raise ValueError(
-            f"Give the tolerances to Stopping or to the solve, not to both: got rtol={rtol!r}, atol={atol!r} and "
-            f"{stopping!r}."
-        )
-    return stopping
+StopRule = Stopping | Steps
+
+
+def stop_rule(
+    stopping: StopRule | None = None,
+    *,
+    rtol: Tolerance = NOT_GIVEN,
+    atol: Tolerance = NOT_GIVEN,
+    max_steps: int | NotGiven = NOT_GIVEN,
+    check_every: int | NotGiven = NOT_GIVEN,
+    default: StopRule | None = None,
+) -> StopRule:
+    """The one value that says when a solve stops, from that value or its shorthand.
+
+    Args:
+        stopping: The value, or None.
+        rtol: Shorthand for a field of :class:`Stopping`, as are the next ones.
+        atol: Excludes ``stopping``, as does ``rtol``: two places for the tolerances would contradict each other.
+        max_steps: Goes with both.
+        check_every: Goes with both.
+        default: What is changed by the shorthand where there is no ``stopping``; ``Stopping()`` if it is None.
+
+    Raises:
+        TypeError: ``stopping`` is something else.
+        ValueError: An option is not valid, or tolerances are given twice.
+    """
+    given = {"rtol": rtol, "atol": atol, "max_steps": max_steps, "check_every": check_every}
+    given = {name: value for name, value in given.items() if value is not NOT_GIVEN}
+    if stopping is not None:
+        if not isinstance(stopping, (Stopping, Steps)):
+            raise TypeError(f"stopping must be a solvers.Stopping, a solvers.Steps or None, got {stopping!r}.")
+        tolerances = [name for name in ("rtol", "atol") if name in given]
+        if tolerances:
+            raise ValueError(
+                f"Give the tolerances to Stopping or to the solve, not to both: got {tolerances[0]}="
+                f"{given[tolerances[0]]!r} and {stopping!r}."
+            )
+    base = stopping or default or Stopping()
+    if isinstance(base, Steps):
+        if given.keys() <= {"max_steps", "check_every"}:
+            return Steps(given["max_steps"]) if "max_steps" in given else base
+        # Tolerances given to a call of a layer with a fixed number of steps.
+        given.setdefault("max_steps", base.n)
+        base = Stopping()
+    rule = dataclasses.replace(base, **given) if given else base
+    return Steps(rule.max_steps) if rule.rtol is None and rule.atol in (None, NOT_GIVEN) else rule
 
 
 class Measure:
     """The norms and bounds of a :class:`Stopping`, for states of one layout.
 
-    A part is what has a tolerance of its own: the whole sample, or each leaf of the state. Norms of parts are (B,) for
-    the one, (B, parts) for the other, and plain: for "rms" the root of the size is in ``atol``, which spares a division
-    a step.
+    A part is what has a tolerance of its own: the whole sample, or each leaf of the state. Norms of parts are (B,) in
+    the first case, (B, parts) in the second, and plain: for "rms" the square root of the size is in ``atol``, which
+    spares a division per step.
     """
 
     def __init__(self, stopping: Stopping, layout: Layout) -> None:
@@ -116,9 +218,12 @@ class Measure:
         self._unit = math.sqrt(max(size, 1)) if stopping.norm == "rms" else 1.0
         flat = stopping.flattened(layout.spec)
         rtol, atol = flat.rtol, flat.atol
+        derived = atol is NOT_GIVEN
+        eps = torch.finfo(layout.dtype).eps
+        atol = 0.0 if derived else atol
         self._sizes = layout.sizes if isinstance(rtol, list) or isinstance(atol, list) else None
-        self._rtol: float | Tensor
-        self._atol: float | Tensor
+        self._rtol: float | Tensor = 0.0
+        self._atol: float | Tensor = 0.0
         if isinstance(rtol, float) and isinstance(atol, float):
             self._rtol, self._atol = rtol, atol * self._unit
         else:
@@ -126,6 +231,7 @@ class Measure:
             sizes = torch.tensor(layout.sizes).to(ones)
             self._rtol = ones * ones.new_tensor(rtol)
             self._atol = ones * ones.new_tensor(atol) * (sizes.sqrt() if stopping.norm == "rms" else 1.0)
+        self._of_start: float | Tensor | None = self._rtol * math.sqrt(eps) if derived else None
 
     def parts(self, x: Tensor) -> Tensor:
         """(B, D) -> plain norms of the parts."""
@@ -142,28 +248,52 @@ class Measure:
         norm: Tensor = torch.linalg.vector_norm(parts, self._ord, dim=1)
         return norm
 
-    def norm(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B,) the norm of the whole as the user chose it."""
-        return self.whole(self.parts(x)) / self._unit
+    def in_units(self, norms: Tensor) -> Tensor:
+        """Plain norms of the whole -> those of the user's choice."""
+        return norms / self._unit
 
-    def exceeds(self, error: Tensor, scale: Tensor) -> Tensor:
-        """(B,) bool: whether a part of ``error`` is above its bound, given the norms of the parts; False for nan."""
-        above = error > self._bound(scale)
-        return above if self._sizes is None else above.any(dim=1)
+    def absolute(self, start: Tensor) -> Tensor:
+        """The absolute tolerance of each part, given the plain norms of the parts at the start."""
+        if self._of_start is None:
+            return torch.zeros_like(start) + self._atol
+        return self._of_start * start
 
-    def met(self, error: Tensor, scale: Tensor, z: Tensor, fz: Tensor) -> Tensor:
-        """(B,) bool: whether all parts of ``error`` are within their bounds, and these mean something.
+    def bound(self, scale: Tensor, absolute: Tensor) -> Tensor:
+        """The bound on the residual of each part, given plain norms of f(z) and the absolute tolerances."""
+        if isinstance(self._rtol, Tensor):
+            return torch.addcmul(absolute, scale, self._rtol)
+        return torch.add(absolute, scale, alpha=self._rtol)
 
-        Norms whose squares overflow or underflow compare as they should not.
-        """
-        bound = self._bound(scale)
-        met = (error <= bound) & bound.isfinite()
-        sound = scale > underflow(scale)
-        if not bool(sound.all()):
-            same = (fz == z).split(self._sizes or [z.shape[1]], dim=1)
-            met = met & (sound | torch.stack([column.all(dim=1) for column in same], dim=1).view_as(sound))
+    def within(self, error: Tensor, bound: Tensor) -> Tensor:
+        """(B,) bool: whether every part of ``error`` is within its bound; False for NaN."""
+        met = error <= bound
         return met if self._sizes is None else met.all(dim=1)
 
-    def _bound(self, scale: Tensor) -> Tensor:
-        bound = self._rtol * scale
-        return bound + self._atol if isinstance(self._atol, Tensor) or self._atol else bound
+
+def _is_tolerance(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(value >= 0)
+
+
+def _require_max_steps(value: object) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"max_steps must be a positive integer, got {value!r}.")
+
+
+def _hashable(field: Any) -> tuple[Hashable, ...]:
+    leaves, spec = tree_flatten(field)
+    return (*leaves, str(spec))
+
+
+def _flattened(tolerance: Any, spec: TreeSpec, name: str) -> Any:
+    """A number for the whole state, or a list with one for each leaf; NOT_GIVEN stays."""
+    if tolerance is NOT_GIVEN:
+        return tolerance
+    leaves, found = tree_flatten(tolerance)
+    values = [float(leaf or 0.0) for leaf in leaves]
+    if found.is_leaf():
+        return values[0]
+    if found != spec:
+        raise ValueError(
+            f"{name} must be a number or have the structure of the state: got {found} for a state of structure {spec}."
+        )
+    return values

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from implicit import spectral_norm
-from implicit.spectral.singular_values import exact_bound, gram_bound
+from implicit.spectral.singular_value_bounds import exact_bound, gram_bound
 
 METHODS = ["gram", "exact"]
 

@@ -112,7 +112,7 @@ class FlattersItself(Iteration):
         return State(state.fz, state.fz.lerp(f(state.fz), 0.01))
 
 
-@breaks("test_step_keeps_iterate_and_image_together", "writes into the z or fz of the state")
+@breaks("test_step_keeps_iterate_and_image_together", "writes into the z or fz of the given state")
 class ReusesTheImage(Iteration):
     def step(self, f, state):
         z = state.fz.clone()
@@ -148,7 +148,7 @@ class InitCallsTwice(Iteration):
         return State(z0, f(z0))
 
 
-@breaks("test_init_evaluates_the_map_once", "begins elsewhere than at z0")
+@breaks("test_init_evaluates_the_map_once", "does not begin at z0")
 class InitTakesAStep(Iteration):
     def init(self, f, z0):
         return State(z0 + 1, f(z0 + 1))
@@ -188,7 +188,7 @@ class KeepsAList(Iteration):
         return Past(z0, f(z0), [z0])
 
 
-@breaks("test_bad_samples_leave_the_others_alone", "hides a map that is nan everywhere")
+@breaks("test_bad_samples_leave_the_others_alone", "hides a map that is NaN everywhere")
 class HidesNan(Iteration):
     def init(self, f, z0):
         return State(z0, f(z0).nan_to_num())
@@ -260,7 +260,7 @@ class LeaksGradients(Iteration):
         return State(z, f(z))
 
 
-@breaks("test_gradients_are_finite_past_convergence", "nan.* in place of .*square roots at zero")
+@breaks("test_gradients_are_finite_past_convergence", "nan.* instead of .*square roots at zero")
 class RootsAtZero(Iteration):
     def step(self, f, state):
         size = (state.fz - state.z).square().sum(1, keepdim=True).sqrt()
@@ -302,7 +302,7 @@ BROKEN += [
     pytest.param(
         Positional(), "test_hyperparameters_are_a_frozen_value", r"positional.*\['damping'\]", id="Positional"
     ),
-    pytest.param(Bare(), "test_hyperparameters_are_a_frozen_value", "no dataclass itself", id="Bare"),
+    pytest.param(Bare(), "test_hyperparameters_are_a_frozen_value", "not itself a dataclass", id="Bare"),
     pytest.param(Picard, "test_hyperparameters_are_a_frozen_value", "Set `solver = YourSolver", id="a class"),
 ]
 

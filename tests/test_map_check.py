@@ -176,7 +176,7 @@ def test_arguments_changed_in_place():
     relu = nn.ReLU(inplace=True)
     x = torch.randn(3, 6)
     before = x.clone()
-    with pytest.raises(ValueError, match=r"ReLU changes its state 0 in place. Write z \+ x in the place of z \+= x"):
+    with pytest.raises(ValueError, match=r"ReLU changes its state 0 in place. Write z \+ x instead of z \+= x"):
         check_map(lambda z, x: relu(z) + x, torch.zeros(3, 6), x)
     with pytest.raises(ValueError, match="f itself changes its input 0 in place"):
         check_map(lambda z, x: x.clamp_(0, 1) + 0.1 * z, torch.zeros(3, 6), x)

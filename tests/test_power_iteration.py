@@ -25,7 +25,7 @@ FORWARDS = {
 @pytest.fixture
 def batched(monkeypatch):
     """Advance as on a GPU."""
-    monkeypatch.setattr(implicit.power_iteration, "_ONE_BY_ONE", set())
+    monkeypatch.setattr(implicit.spectral.power_iteration, "_ONE_BY_ONE", set())
 
 
 @pytest.fixture(params=[False, True], ids=["", "reentrant"])

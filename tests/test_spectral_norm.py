@@ -167,7 +167,7 @@ def test_refusals():
         spectral_norm(nn.Linear(2, 2), method="gram", n_gram_iterations=0)
     with pytest.raises(ValueError, match=r"depends on the size .* got input_size=None. Give input_size, .* 2 integers"):
         spectral_norm(nn.Conv2d(2, 2, 3))
-    with pytest.raises(ValueError, match=r"for convolutions alone, got \(4,\) with an nn.Linear"):
+    with pytest.raises(ValueError, match=r"only for convolutions, got \(4,\) with an nn.Linear"):
         spectral_norm(nn.Linear(2, 2), input_size=(4,))
     with pytest.raises(ValueError, match=r"input_size=\(4, 4\) is for method='power'"):
         spectral_norm(nn.Conv2d(2, 2, 3), method="gram", input_size=(4, 4))

@@ -39,7 +39,7 @@ class AutoBackward(Backward):
         require_positive_int(self, "max_unrolled", self.max_unrolled)
 
     def chosen(self, options: SolveOptions) -> Backward:
-        if options.stopping is not None or not options.solver.differentiable:
+        if options.tested or not options.solver.differentiable:
             return Implicit()
         if options.max_steps <= self.max_unrolled or transform_active() or torch.compiler.is_compiling():
             return Unrolled()

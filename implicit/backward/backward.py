@@ -7,41 +7,58 @@ from typing import Any
 
 from torch.utils._pytree import TreeSpec
 
-from solvers import Iteration, Solution, Solver, Stopping, solve
-from solvers._failure import OnFailure
-from solvers.problem.hyperparameters import Hyperparameters
+from solvers import Iteration, OnFailure, Solution, Solver, Stopping, StopRule
+from solvers.problem import Hyperparameters, InDims
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SolveOptions:
-    """The options of :func:`solvers.solve`, together; ``stopping`` is None for a fixed number of steps."""
+    """The options of :func:`solvers.solve` for one solve, and what it is called in messages."""
 
     solver: Solver
-    stopping: Stopping | None
-    max_steps: int
-    batch_dims: int
-    history: bool
-    on_failure: OnFailure
+    stopping: StopRule = Stopping()  # noqa: RUF009
+    batch_dims: int = 1
+    history: bool = False
+    compact: bool = False
+    in_dims: InDims = 0
+    on_failure: OnFailure = "warn"
+    what: str = "The fixed-point solve"
 
-    def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Solution:
+    @property
+    def tested(self) -> bool:
+        """Whether convergence is tested: False for a fixed number of steps."""
+        return isinstance(self.stopping, Stopping)
+
+    @property
+    def max_steps(self) -> int:
+        """The largest number of steps."""
+        return self.stopping.max_steps
+
+    def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Solution[Any]:
         """``solvers.solve`` with these options."""
-        return solve(f, z0, args=args, on_failure=self.on_failure, **self._of_iteration())
+        return self.iteration(f, z0, args).run(self.on_failure, what=self.what)
 
-    def iteration(self, f: Callable[[Any], Any], z0: Any) -> Iteration:
+    def iteration(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Iteration[Any]:
         """The same solve, to be driven by hand."""
-        return Iteration(f, z0, **self._of_iteration())
+        return Iteration(
+            f,
+            z0,
+            self.solver,
+            args=args,
+            stopping=self.stopping,
+            batch_dims=self.batch_dims,
+            history=self.history,
+            compact=self.compact,
+            in_dims=self.in_dims,
+        )
 
-    def _of_iteration(self) -> dict[str, Any]:
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del options["on_failure"]
-        if self.stopping is None:
-            options.update(rtol=None, atol=None)
-        return options
+    def called(self, what: str) -> "SolveOptions":
+        """The same for a solve with this name in messages."""
+        return dataclasses.replace(self, what=what)
 
     def for_leaves(self, spec: TreeSpec, batch_dims: int) -> "SolveOptions":
         """The same for the list of the leaves of a state of this structure, with so many batch dimensions."""
-        stopping = None if self.stopping is None else self.stopping.flattened(spec)
-        return dataclasses.replace(self, stopping=stopping, batch_dims=batch_dims)
+        return dataclasses.replace(self, stopping=self.stopping.flattened(spec), batch_dims=batch_dims)
 
 
 class Backward(Hyperparameters, abc.ABC):

@@ -1,4 +1,4 @@
-"""Looking into implicit layers: at a model while it runs, at a map before it is solved."""
+"""Tools to inspect implicit layers: a model while it runs, or a map before it is solved."""
 
 from implicit.diagnostics.map_check import check_map, checked_maps
 from implicit.diagnostics.recording import record_solutions

@@ -1,4 +1,4 @@
-"""Whether a map is one that can be solved: the same in every call, changing nothing, its samples independent."""
+"""A check that a map can be solved: it is the same in every call, changes nothing, and does not mix samples."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,43 +9,40 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from implicit.autograd.constant_weights import constant_weights, modules_used_by
-from implicit.diagnostics.observed_map import Call, ObservedMap, nearby, same, untouched
+from implicit.diagnostics.observed_map import Call, ObservedMap, nearby, restored, same
 from implicit.layer import FixedPointLayer
 from solvers.problem.layout import Layout
 
-# Calls beyond the first that must agree with it: two small dropout masks may be equal by chance.
+# Number of calls that must agree with the first one. One is not enough: two small dropout masks may agree by chance.
 _REPETITIONS = 3
 
 
 def check_map(f: Callable[..., Any], z0: Any, *inputs: Any, batch_dims: int = 1) -> None:
-    """Raise an error if f is not a map that can be solved for a fixed point; it names the module that is to blame.
+    """Raise an error if f cannot be solved for a fixed point; the error names the module that is the cause.
 
-    What is checked, near ``z0`` and in the modes (training, autocast) in force:
+    Call it once in a debug run before training. To check all layers of a model on the inputs they get, use
+    :func:`checked_maps`. It checks, near ``z0`` and in the current modes (training, autocast), that
 
-    - f is the same in every call: no dropout, no other random numbers, no state carried from call to call;
-    - it changes none of its arguments, and no buffer or parameter of its modules;
-    - it does not mix samples: what it returns for one does not depend on the state of another, as with BatchNorm in
-      training. (Seen in batches of two and more.)
-    - what it returns is like the state.
+    - f is the same in every call: it has no dropout, draws no other random numbers, and carries no state between calls;
+    - f changes neither its arguments nor the buffers and parameters of its modules;
+    - f does not mix samples: its result for one sample does not depend on the state of another, as it does with
+      BatchNorm in training mode (this needs a batch of at least two);
+    - f returns something of the same structure, shapes and dtypes as the state.
 
-    Values are compared bit for bit on the CPU, up to rounding elsewhere. Parametrized weights are held constant, as
-    they are in a solve. Afterwards the buffers and PyTorch's random numbers are as they were. The module is found by
-    comparing what goes into and comes out of each, as far as they can be seen from f: f itself, the modules that a
-    function refers to, and all their children.
-
-    For a debug run before a training; it costs 6 + 2 log2(B) calls of f and copies of all activations. The solver has a
-    check of its own, always on, for a state that is changed in place. To check the layers of a model on what they are
-    given, use :func:`checked_maps`.
+    It costs 6 + 2 log2(B) calls of f and copies of all activations. Values are compared bit for bit on the CPU and up
+    to rounding on other devices. Parametrized weights are held constant, as they are in a solve. Buffers and PyTorch's
+    random number generators are restored afterwards. The module to blame is found by comparing the inputs and outputs
+    of all modules that can be found from f: f itself, the modules that a function refers to, and all their children.
 
     Args:
         f: The map.
         z0: A start, as for a solve.
-        *inputs: Handed to ``f`` after the state.
+        *inputs: Passed to ``f`` after the state.
         batch_dims: As in :func:`solvers.solve`.
 
     Raises:
-        ValueError: The map is unfit. The message says how, which module it is, and what to do.
-        TypeError: What f returns is not like the state.
+        ValueError: The map cannot be solved. The message says why, names the module and says what to do.
+        TypeError: The result of f does not match the state.
 
     Example:
         >>> import torch
@@ -65,13 +62,13 @@ def check_map(f: Callable[..., Any], z0: Any, *inputs: Any, batch_dims: int = 1)
 
 @contextlib.contextmanager
 def checked_maps(model: nn.Module) -> Iterator[None]:
-    """Inside, :func:`check_map` is run on every FixedPointLayer of the model, at each call, with what it is given.
+    """Within the context, run :func:`check_map` at each call of every FixedPointLayer in the model, on its inputs.
 
     Args:
         model: Any module; the layers are found by type among its submodules.
 
     Raises:
-        ValueError: The map of a layer is unfit. The message names the layer too.
+        ValueError: The map of a layer cannot be solved. The message names the layer as well.
 
     Example:
         >>> import torch
@@ -86,7 +83,7 @@ def checked_maps(model: nn.Module) -> Iterator[None]:
         z0 = options.get("z0")
         if z0 is None:
             tensors = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-            with untouched([], next((tensor.device for tensor in tensors), torch.device("cpu"))):
+            with restored([], next((tensor.device for tensor in tensors), torch.device("cpu"))):
                 z0 = layer.start(*inputs)
         try:
             check_map(layer.f, z0, *inputs, batch_dims=layer.batch_dims)
@@ -104,53 +101,53 @@ def checked_maps(model: nn.Module) -> Iterator[None]:
 
 def _findings(f: Callable[..., Any], z0: Any, inputs: tuple[Any, ...], batch_dims: int) -> list[str]:
     layout = Layout(z0, batch_dims)
-    kept = untouched(modules_used_by(f), layout.device)
-    with torch.inference_mode(False), torch.no_grad(), kept, constant_weights(f):
+    unchanged = restored(modules_used_by(f), layout.device)
+    with torch.inference_mode(False), torch.no_grad(), unchanged, constant_weights(f):
         observed = ObservedMap(f, inputs, layout)
         z = nearby(layout.pack(z0))
         return [*_changes(observed, z), *_mixing(observed, z)]
 
 
 def _changes(observed: ObservedMap, z: Tensor) -> list[str]:
-    """What a call changes, and whether the next ones return the same."""
+    """Find what a call changes, and whether the next calls return the same."""
     before = observed.snapshot()
     first = observed(z)
     found = []
     for argument, module in first.changed_arguments.items():
         found.append(
-            f"{observed.name_of(module)} changes {argument} in place. Write z + x in the place of z += x, and "
-            "give activations inplace=False."
+            f"{observed.name_of(module)} changes {argument} in place. Write z + x instead of z += x, and construct "
+            "activations with inplace=False."
         )
     for module, names in observed.changed(before).items():
         found.append(
-            f"A call changes {', '.join(names)} of {observed.name_of(module)}. Use GroupNorm or LayerNorm in "
-            "the place of BatchNorm, torch.nn.utils.parametrizations in that of hooks on weights, or eval mode."
+            f"A call changes {', '.join(names)} of {observed.name_of(module)}. Use GroupNorm or LayerNorm instead of "
+            "BatchNorm, torch.nn.utils.parametrizations instead of hooks on weights, or eval mode."
         )
     calls = (observed(z) for _ in range(_REPETITIONS))
     different = next((call for call in calls if not same([first.value], [call.value])), None)
     if different is not None:
         found.append(
             f"{observed.name_of(first.first_difference(different))} returns something else in each call for the same "
-            "input. Draw random numbers before the solve and give them to the map as an input (a dropout mask by "
+            "input. Draw random numbers before the solve and pass them to the map as an input (for dropout, use "
             "implicit.dropout_mask), carry no state from call to call, or use eval mode."
         )
     return found
 
 
 def _mixing(observed: ObservedMap, z: Tensor) -> list[str]:
-    """Whether the result for a sample depends on the state of another.
+    """Find whether the result for one sample depends on the state of another.
 
-    Half of the samples are changed at a time, those with a certain bit in their number, and then the others. The
-    numbers of any two differ in some bit, so each of them is once kept while the other is changed.
+    For each bit of the sample numbers, the samples in which it is set are changed first, and then the others. The
+    numbers of any two samples differ in some bit, so each of the two is kept once while the other one is changed.
     """
 
     def call(z: Tensor) -> Call:
-        with observed.untouched():
+        with observed.restored():
             return observed(z)
 
     other = nearby(z)
     before = call(z)
-    if not same([before.value], [call(z).value]):  # it carries a state that cannot be seen: reported already
+    if not same([before.value], [call(z).value]):  # f carries a hidden state, which is reported already
         return []
     number = torch.arange(len(z), device=z.device)
     for bit in range((len(z) - 1).bit_length()):
@@ -161,7 +158,7 @@ def _mixing(observed: ObservedMap, z: Tensor) -> list[str]:
                 module = before.first_mixing(after, kept)
                 return [
                     f"What {observed.name_of(module)} returns for one sample depends on the others in the batch. Use "
-                    "GroupNorm or LayerNorm in the place of BatchNorm, or eval mode; if the samples are one coupled "
+                    "GroupNorm or LayerNorm instead of BatchNorm, or eval mode; if the samples form one coupled "
                     "problem, solve it with batch_dims=0."
                 ]
     return []

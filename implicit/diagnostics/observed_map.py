@@ -1,4 +1,4 @@
-"""Calls of a map of which everything is kept: what every module took and returned, and what was changed in place."""
+"""Calls of a map that record the inputs and outputs of every module and what was changed in place."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ Snapshot = dict[tuple[nn.Module, str], tuple[Tensor, Tensor]]
 
 @dataclasses.dataclass
 class ModuleCall:
-    """Copies of what a module took and returned, and which of the map's arguments changed meanwhile."""
+    """Copies of the inputs and outputs of a module, and the arguments of the map that changed during its call."""
 
     module: nn.Module
     inputs: list[Tensor]
@@ -29,14 +29,14 @@ class ModuleCall:
 
 @dataclasses.dataclass
 class Call:
-    """One call of the map.
+    """The record of one call of the map.
 
     Attributes:
-        layout: Of the state.
-        value: (B, D) what it returned.
-        modules: The calls of its modules in the order in which they ended, so inner ones come before outer ones.
-        changed_arguments: The names of arguments that were changed in place, and the innermost module that did it; None
-            if it was none of them.
+        layout: The layout of the state.
+        value: (B, D) the result.
+        modules: The calls of modules in the order in which they ended, so inner modules come before outer ones.
+        changed_arguments: Maps the name of each argument that was changed in place to the innermost module that changed
+            it, or to None if no module did.
     """
 
     layout: Layout
@@ -45,14 +45,14 @@ class Call:
     changed_arguments: dict[str, nn.Module | None]
 
     def first_difference(self, other: "Call") -> nn.Module | None:
-        """The innermost module that returned something else in the other call for the same inputs."""
+        """Return the innermost module whose outputs differ in the other call although its inputs are the same."""
         for ours, theirs in self._pairs(other):
             if same(ours.inputs, theirs.inputs) and not same(ours.outputs, theirs.outputs):
                 return ours.module
         return None
 
     def first_mixing(self, other: "Call", kept: Tensor) -> nn.Module | None:
-        """The innermost module that returned something else for samples ``kept`` (B,) whose inputs are the same."""
+        """Return the innermost module whose outputs for the samples ``kept`` (B,) differ, but not their inputs."""
         for ours, theirs in self._pairs(other):
             tensors = (ours.inputs, theirs.inputs, ours.outputs, theirs.outputs)
             rows = [[self._rows(tensor) for tensor in group] for group in tensors]
@@ -72,7 +72,7 @@ class Call:
             yield ours, theirs
 
     def _rows(self, tensor: Tensor) -> Tensor | None:
-        """(B, ...) the entries of each sample; None where the leading dimensions are not the samples."""
+        """Return the entries of each sample, (B, ...), or None if the leading dimensions do not index the samples."""
         size, shape = self.layout.batch_size, self.layout.batch_shape
         leading = len(shape) if tensor.shape[: len(shape)] == shape else 1
         count = tensor.shape[:leading].numel()
@@ -80,7 +80,7 @@ class Call:
 
 
 class ObservedMap:
-    """The map f as (B, D) -> :class:`Call`, on copies of its arguments."""
+    """The map f as a function of the flat state (B, D) that works on copies and returns a :class:`Call`."""
 
     def __init__(self, f: Callable[..., Any], inputs: tuple[Any, ...], layout: Layout) -> None:
         self._f = f
@@ -125,15 +125,15 @@ class ObservedMap:
         return Call(self._layout, self._layout.pack(output).clone(), ended, culprits)
 
     def name_of(self, module: nn.Module | None) -> str:
-        """How to call a module in a message; None is f itself."""
+        """Return the name of a module for messages; None stands for f itself."""
         return "f itself" if module is None else self._names[module]
 
     def snapshot(self) -> Snapshot:
-        """The parameters and buffers of the modules, as they are now."""
+        """Return copies of the current parameters and buffers of the modules."""
         return snapshot(self._roots)
 
     def changed(self, before: Snapshot) -> dict[nn.Module, list[str]]:
-        """Which parameters and buffers are not what they were."""
+        """Return the parameters and buffers that differ from the snapshot, by module."""
         now = self.snapshot()
         found: dict[nn.Module, list[str]] = {}
         for (module, name), (_, values) in before.items():
@@ -141,13 +141,13 @@ class ObservedMap:
                 found.setdefault(module, []).append(name)
         return found
 
-    def untouched(self) -> contextlib.AbstractContextManager[None]:
-        """Afterwards the modules and the random numbers are as they were."""
-        return untouched(self._roots, self._layout.device)
+    def restored(self) -> contextlib.AbstractContextManager[None]:
+        """Restore the modules' tensors and the random number generators on leaving the context."""
+        return restored(self._roots, self._layout.device)
 
 
 def snapshot(roots: Sequence[nn.Module]) -> Snapshot:
-    """The parameters and buffers of modules and their children."""
+    """Return copies of the parameters and buffers of modules and their children."""
     return {
         (module, name): (tensor, tensor.detach().clone())
         for root in roots
@@ -158,8 +158,8 @@ def snapshot(roots: Sequence[nn.Module]) -> Snapshot:
 
 
 @contextlib.contextmanager
-def untouched(roots: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Afterwards the modules' tensors are as before, and the random numbers of the CPU and of the device."""
+def restored(roots: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """On leaving the context, restore the modules' tensors and the random number generators of the CPU and device."""
     before = snapshot(roots)
     accelerated = device.type not in ("cpu", "meta")
     kind = device.type if accelerated else "cuda"
@@ -170,17 +170,17 @@ def untouched(roots: Sequence[nn.Module], device: torch.device) -> Iterator[None
         for (module, name), (tensor, values) in before.items():
             held = module._parameters if name in module._parameters else module._buffers
             held[name] = tensor  # type: ignore[assignment]
-            # Not seen by autograd: a graph made before holds the tensor, and finds it as it was.
+            # Through .data, so that a graph that was recorded before accepts the tensor as unchanged.
             tensor.data.copy_(values)
 
 
 def nearby(z: Tensor) -> Tensor:
-    """A random point at a tenth of the size of the entries of ``z``; of 1 where they are 0."""
+    """Return ``z`` plus noise of a tenth of the size of each entry, or of 0.1 where the entry is 0."""
     return z + 0.1 * torch.randn_like(z) * torch.where(z == 0, 1.0, z.abs())
 
 
 def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    """Whether tensors are equal: bit for bit on the CPU, up to rounding elsewhere. nan equals nan."""
+    """Whether tensors are equal: bit for bit on the CPU, up to rounding on other devices. NaN equals NaN."""
     return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
 
 
@@ -192,7 +192,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
         return True
     if a.device.type == "cpu" or not a.is_floating_point():
         return False
-    # Kernels that add atomically round differently in each call.
+    # Kernels with atomic additions round differently in each call.
     return bool(((a - b).abs() <= 32 * torch.finfo(a.dtype).eps * a.abs().max())[unequal].all())
 
 

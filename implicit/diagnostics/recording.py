@@ -1,4 +1,4 @@
-"""Recording the solutions of every implicit layer of a model."""
+"""Recording the solution of every implicit layer in a model."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ from solvers import Solution
 
 @contextlib.contextmanager
 def record_solutions(model: nn.Module) -> Iterator[dict[str, list[Solution]]]:
-    """Inside, collect the Solution of every forward pass of every FixedPointLayer in the model, with its history.
+    """Within the context, record the solution of every forward pass of every FixedPointLayer in the model.
 
-    The residuals are computed also where a layer takes a fixed number of steps. The values and the states are held
-    as long as the record is: use it for a look, not around a whole training run.
+    Use it for a few forward passes, not around a whole training run: the record keeps all values and solver states
+    alive. Each solution has its history; residuals are computed even if a layer takes a fixed number of steps.
 
     Args:
         model: Any module; the layers are found by type among its submodules.
 
     Yields:
-        Module name -> the solutions of its calls, in order.
+        A dictionary from the name of each layer to the solutions of its calls, in order.
 
     Example:
         >>> import torch

@@ -16,13 +16,14 @@ from solvers.problem.window import combine, dot, store
 
 @dataclasses.dataclass(frozen=True)
 class SpectralRadius:
-    """The largest eigenvalue of the Jacobian of each sample, as :func:`spectral_radius` estimates it.
+    """The largest eigenvalue of the Jacobian of each sample, as estimated by :func:`spectral_radius`.
 
     Attributes:
-        value: (B,) its absolute value.
-        eigenvalue: (B,) complex; of a pair the one with the positive imaginary part.
-        residual: (B,) how far it is from being one: exact for a matrix that differs from the Jacobian by
-            ``residual * value`` in the spectral norm. So far, at most, is an eigenvalue if the Jacobian is normal.
+        value: (B,) the absolute value of the eigenvalue.
+        eigenvalue: (B,) the eigenvalue, complex; of a conjugate pair, the one with positive imaginary part.
+        residual: (B,) the relative backward error: the eigenvalue is exact for some matrix that differs from the
+            Jacobian by ``residual * value`` in the spectral norm. If the Jacobian is normal, it has an eigenvalue
+            within this distance.
     """
 
     value: Tensor
@@ -39,33 +40,32 @@ def spectral_radius(
     generator: torch.Generator | None = None,
     batch_dims: int = 1,
 ) -> SpectralRadius:
-    """The spectral radius of df/dz, for each sample: whether and how fast plain iteration converges near ``z``.
+    """Estimate the spectral radius of df/dz for each sample, which says how fast plain iteration converges near ``z``.
 
-    Picard iteration converges near a fixed point if the radius is below 1, and its error shrinks by that factor a step
-    in the end. The eigenvalue says more: near -1 or beyond, damping
-    helps; a complex pair spirals, where Anderson acceleration and Broyden's method do well; near +1 the problem is
-    nearly singular, its gradient large.
+    Picard iteration converges near a fixed point if the radius is below 1; its error then shrinks by that factor per
+    step in the limit. The eigenvalue says more. Near -1 or below, damping helps. For a complex pair, the iterates
+    spiral, and Anderson acceleration and Broyden's method do well. Near +1, the problem is nearly singular and its
+    gradient is large.
 
-    The method is Arnoldi's: ``steps`` products with the transposed Jacobian, which has the same eigenvalues, span a
-    Krylov space from a random start, and the largest eigenvalue of the Jacobian's section in it is returned. It
-    converges faster than power iteration, the last vector of the same space, and finds complex pairs, on which that
-    one does not converge at all. It is exact, to rounding, after as many steps as a sample has entries. ``residual``
-    tells how far it got; where that is not small, take more steps. Costs one call of f, ``steps`` vector-Jacobian
-    products, and as many states in memory.
+    The estimate is Arnoldi's: the largest eigenvalue of the transposed Jacobian, which has the same eigenvalues,
+    restricted to the Krylov space of a random vector and ``steps`` products. It converges faster than power iteration,
+    and it also finds complex pairs, for which power iteration does not converge. It is exact, up to rounding, once
+    there are as many steps as entries in a sample. If ``residual`` is not small, take more steps. The cost is one call
+    of f, ``steps`` vector-Jacobian products, and the memory of as many states.
 
     Args:
-        f: The map, as of :func:`implicit.fixed_point`: it must not mix samples.
-        z: Where the Jacobian is taken, usually the fixed point.
-        *inputs: Handed to ``f`` after the state.
-        steps: Vector-Jacobian products.
-        generator: Source of the random start; by default PyTorch's own.
+        f: The map, as in :func:`implicit.fixed_point`; it must not mix samples.
+        z: The point at which the Jacobian is taken, usually the fixed point.
+        *inputs: Passed to ``f`` after the state.
+        steps: Number of vector-Jacobian products.
+        generator: Source of the random vector; by default PyTorch's own generator.
         batch_dims: As in :func:`solvers.solve`.
 
     Returns:
-        The :class:`SpectralRadius`, without gradient; nan for a sample whose Jacobian is not finite.
+        The :class:`SpectralRadius`, without gradient. It is NaN for samples whose Jacobian is not finite.
 
     Raises:
-        TypeError, ValueError: The state, an option or what ``f`` returns is unfit.
+        TypeError, ValueError: The state, an option or the result of ``f`` is invalid.
 
     References:
         Saad, "Numerical methods for large eigenvalue problems", revised edition, SIAM (2011), algorithm 6.1.
@@ -87,7 +87,7 @@ def spectral_radius(
     hessenberg, below = _arnoldi(lambda u: pullback(u)[0], start, min(steps, flat.shape[1]))
     finite = hessenberg.isfinite().all(dim=(1, 2))
     values, vectors = torch.linalg.eig(torch.where(finite[:, None, None], hessenberg, 0.0))
-    # Of a pair, whose absolute values may differ by rounding, the one above the real axis.
+    # The absolute values of a conjugate pair may differ by rounding; prefer the one with positive imaginary part.
     largest = (values.abs() * (1 + 1e-6 * (values.imag >= 0))).argmax(dim=1)  # (B,)
     eigenvalue = values.gather(1, largest[:, None]).squeeze(1)
     last = vectors[:, -1].gather(1, largest[:, None]).squeeze(1).abs()
@@ -98,9 +98,9 @@ def spectral_radius(
 
 
 def _arnoldi(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The sections (B, m, m) of a matrix in its Krylov spaces from ``start`` (B, D), and the norms (B,) of the rest.
+    """Return the Hessenberg matrices (B, m, m) of the Krylov spaces from ``start`` (B, D), and the entries (B,) below.
 
-    A sample whose Krylov space is exhausted goes on with zeros, which add zero eigenvalues.
+    When the Krylov space of a sample is exhausted, zeros fill its matrix, which only adds zero eigenvalues.
     """
     rounding = 20 * torch.finfo(start.dtype).eps
     norm = torch.linalg.vector_norm(start, dim=1, keepdim=True)
@@ -110,7 +110,7 @@ def _arnoldi(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> t
         w = matvec(basis[:, j])
         size = torch.linalg.vector_norm(w, dim=1, keepdim=True)
         used = basis[:, : j + 1]
-        for _ in range(2):  # classical Gram-Schmidt, twice, as accurate as Householder
+        for _ in range(2):  # classical Gram-Schmidt, twice, is as accurate as Householder reflections
             h = dot(used, w)  # (B, j + 1)
             w = w - combine(used, h)
             hessenberg[:, : j + 1, j] += h

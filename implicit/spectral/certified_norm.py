@@ -1,24 +1,24 @@
-"""Spectral normalization by an upper bound."""
+"""Spectral normalization by an upper bound of the norm."""
 
 import torch
 from torch import Tensor, nn
 
 from implicit.spectral.linear_operator import LinearOperator
-from implicit.spectral.singular_values import exact_bound, gram_bound
-from implicit.spectral.soft_norm import SpectralNorm, check_positive
+from implicit.spectral.parametrization import SpectralNorm, check_positive
+from implicit.spectral.singular_value_bounds import exact_bound, gram_bound
 
 
 class CertifiedNorm(SpectralNorm):
-    """Sigma by an upper bound, so that the normalized weight has a spectral norm of at most ``coeff``.
+    """Normalize by an upper bound of sigma, so that the normalized weight has a spectral norm of at most ``coeff``.
 
-    The bound is computed in float64 at each computation of the weight, in training and in eval mode; it depends on the
-    weight alone and needs no buffers. The weight is scaled such that rounding it to its dtype does not lift the norm
-    above ``coeff`` again (barring underflow).
+    The bound is computed in float64 whenever the weight is computed, in training mode and in eval mode. It depends only
+    on the weight and needs no buffers. Rounding the normalized weight to its dtype does not lift the norm above
+    ``coeff`` again, unless entries underflow.
 
     Args:
-        operator: What the layer does with the weight.
-        coeff: The largest spectral norm that is left alone.
-        n_gram_iterations: Iterations of Gram iteration, or None for the exact norm.
+        operator: The linear operator that the layer forms from the weight.
+        coeff: Upper bound on the spectral norm; larger weights are rescaled to it.
+        n_gram_iterations: Number of Gram iterations, or None for the exact norm.
     """
 
     def __init__(self, operator: LinearOperator, *, coeff: float, n_gram_iterations: int | None) -> None:
@@ -30,9 +30,10 @@ class CertifiedNorm(SpectralNorm):
         self.register_load_state_dict_pre_hook(_drop_singular_vectors)  # type: ignore[no-untyped-call]
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The same shape and dtype, with a spectral norm of at most ``coeff``."""
+        """Return a weight of the same shape and dtype whose spectral norm is at most ``coeff``."""
         wide = weight.double()
-        # Rounding changes each entry by half an eps, and the norm by no more than the sum of the taps' Frobenius norms.
+        # Rounding changes each entry by at most half an eps of its size, and the norm of the operator by at most the
+        # sum of the Frobenius norms of these changes over the taps.
         rounding = 0.51 * torch.finfo(weight.dtype).eps * self.operator.taps**0.5
         sigma = self._bound(weight) + rounding * torch.linalg.vector_norm(wide)
         normalized: Tensor = wide / (sigma / self.coeff).clamp_min(1.0)
@@ -40,7 +41,7 @@ class CertifiedNorm(SpectralNorm):
 
     @torch.no_grad()
     def sigma(self, weight: Tensor) -> Tensor:
-        """The upper bound of the spectral norm of the unnormalized ``weight``."""
+        """Return the upper bound of the spectral norm of the unnormalized ``weight``."""
         return self._bound(weight)
 
     def _bound(self, weight: Tensor) -> Tensor:
@@ -55,6 +56,6 @@ class CertifiedNorm(SpectralNorm):
 
 
 def _drop_singular_vectors(_module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """So that a checkpoint of method "power" loads."""
+    """Drop the buffers that only ``method="power"`` has, so that its checkpoints load here too."""
     for name in ("u", "v"):
         state_dict.pop(prefix + name, None)

@@ -1,4 +1,4 @@
-"""The linear operator of a linear or convolutional layer: its products, and an upper bound of its norm."""
+"""The linear operator of a linear or convolutional layer: its products and an upper bound of its norm."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# How much too large the bound of a convolution may be for its grid of frequencies.
+# The factor by which the bound of a convolution may exceed the maximum over its grid of frequencies.
 _GRID_EXCESS = 1.02
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -17,15 +17,17 @@ _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.co
 
 @dataclasses.dataclass(frozen=True)
 class LinearOperator:
-    """What a layer does with its weight, the bias left out: a convolution; a matrix has no spatial dimensions.
+    """The linear map from a layer's input to its output without the bias: a matrix product or a convolution.
+
+    A matrix product is the case without spatial dimensions. The arguments mean the same as those of ``nn.Conv2d``.
 
     Args:
-        kernel_size: Taps in each spatial dimension.
-        stride: As in ``nn.Conv2d``, as the following are.
-        dilation: Distance of the taps.
-        padding: Before and after the input, in each spatial dimension.
-        padding_mode: What is put there.
-        groups: Blocks of channels that do not mix.
+        kernel_size: Number of taps in each spatial dimension.
+        stride: Step between outputs in each spatial dimension.
+        dilation: Distance between taps in each spatial dimension.
+        padding: Number of entries added before and after the input in each spatial dimension.
+        padding_mode: What the added entries hold.
+        groups: Number of blocks of channels that do not mix.
     """
 
     kernel_size: tuple[int, ...] = ()
@@ -37,13 +39,13 @@ class LinearOperator:
 
     @classmethod
     def of(cls, layer: nn.Module) -> "LinearOperator":
-        """The operator of a layer."""
+        """Return the operator of a layer."""
         if isinstance(layer, nn.Linear):
             return cls()
         if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             raise TypeError(
                 f"Spectral norms are those of an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, got a "
-                f"{type(layer).__name__}."
+                f"{type(layer).__name__}. Normalize the layers of these types inside it."
             )
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         match layer.padding:
@@ -56,7 +58,7 @@ class LinearOperator:
         return cls(layer.kernel_size, layer.stride, layer.dilation, padding, layer.padding_mode, layer.groups)
 
     def __call__(self, weight: Tensor, x: Tensor) -> Tensor:
-        """The product with ``x``: (channels, *size) -> (out channels, *out size)."""
+        """Apply the operator to ``x``: (channels, *size) -> (out channels, *out size)."""
         if not self.kernel_size:
             return torch.mv(weight, x)
         if any(map(any, self.padding)):
@@ -66,7 +68,7 @@ class LinearOperator:
         return convolve(x, weight, stride=self.stride, dilation=self.dilation, groups=self.groups)
 
     def adjoint(self, weight: Tensor, y: Tensor, like: Tensor) -> Tensor:
-        """The product of the transposed operator with ``y``: (out channels, *out size) -> the shape of ``like``."""
+        """Apply the transposed operator to ``y``: (out channels, *out size) -> the shape of ``like``."""
         if not self.kernel_size:
             return torch.mv(weight.t(), y)
         pullback: Any = torch.func.vjp(lambda x: self(weight, x), torch.zeros_like(like))[1]
@@ -74,36 +76,36 @@ class LinearOperator:
         return result
 
     def check_bound(self) -> None:
-        """Raise where there is no proof of :meth:`bound`."""
+        """Raise a ValueError if :meth:`bound` is not proven for this operator."""
         if self.padding_mode not in ("zeros", "circular"):
             raise ValueError(
                 f"There is no certified bound for a convolution with padding_mode={self.padding_mode!r}, which repeats "
-                "a part of the input. Choose 'zeros' or 'circular', or spectral_norm(method='power')."
+                "a part of the input. Use padding_mode='zeros' or 'circular', or spectral_norm(method='power')."
             )
         reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         if self.padding_mode == "circular" and any(sum(p) > r for p, r in zip(self.padding, reach, strict=True)):
             raise ValueError(
                 f"There is no certified bound for a convolution with circular padding {self.padding} of a kernel that "
-                f"reaches {tuple(reach)}: it repeats a part of the output. Choose padding='same', or less."
+                f"reaches {tuple(reach)}: it repeats a part of the output. Use padding='same' or less padding."
             )
 
     def bound(self, weight: Tensor, largest: Callable[[Tensor], Tensor]) -> Tensor:
-        """An upper bound of the operator's norm that holds for inputs of every size.
+        """Return an upper bound of the operator's norm that holds for inputs of every size.
 
-        On an infinite grid a convolution of stride 1 with the kernel K is, in the Fourier domain, the product with
-        ``H(w) = sum_t K_t exp(-i w t)``, so that its norm is the largest singular value of H over all frequencies w.
-        Zero padding, any number of it, restricts that operator to inputs which vanish outside, and to a part of the
-        output: neither raises the norm. Circular padding restricts it to the frequencies ``2 pi j / n``; where it pads
-        less than the kernel reaches, a part of the output is left out. Dilation only maps the frequencies onto
-        themselves.
+        On an infinite grid, a convolution of stride 1 with the kernel K multiplies by ``H(w) = sum_t K_t exp(-i w t)``
+        in the Fourier domain. Its norm is therefore the largest singular value of H over all frequencies w. Padding
+        with zeros restricts that operator to inputs that vanish outside, and to a part of the output; neither raises
+        the norm. Circular padding restricts it to the frequencies ``2 pi j / n``, and leaves out a part of the output
+        if it is smaller than the reach of the kernel. Dilation only maps the frequencies onto themselves.
 
-        A stride s takes each s-th output. As ``t = s q + r``, it is a convolution of stride 1, with taps q, of the s
-        inputs ``x_r(n) = x(s n + r)``, which together are x in another order: H has s times the columns. (With circular
-        padding, whose period s need not divide, the bound is that of stride 1.) Groups are blocks of H.
+        A stride s keeps every s-th output. With ``t = s q + r``, this is a convolution of stride 1 with the taps q of
+        the s inputs ``x_r(n) = x(s n + r)``, which together hold the entries of x in another order: H has s times as
+        many columns. (Under circular padding, s need not divide the period, so the bound is that of stride 1.) Groups
+        are blocks of H.
 
-        For unit vectors u and v the real part of ``u' H(w) v`` is, up to a factor of modulus 1, a trigonometric
-        polynomial of degree ``m = (taps - 1) / 2``, which next to a maximum falls no faster than ``cos(m w)``. From N
-        equidistant frequencies in each dimension therefore
+        For unit vectors u and v, the real part of ``u' H(w) v`` is, up to a factor of modulus 1, a trigonometric
+        polynomial of degree ``m = (taps - 1) / 2``. Next to a maximum it falls no faster than ``cos(m w)``. For N
+        equidistant frequencies in each dimension, this gives
 
             norm <= max over the grid / prod cos(pi m / N).
 
@@ -112,7 +114,7 @@ class LinearOperator:
             largest: (..., rows, columns) -> (...), a bound of the largest singular values.
 
         Returns:
-            A float64 scalar, differentiable.
+            A float64 scalar, which is differentiable.
 
         References:
             Ehlich and Zeller, "Schwankung von Polynomen zwischen Gitterpunkten", Mathematische Zeitschrift 86 (1964),
@@ -121,17 +123,17 @@ class LinearOperator:
         """
         wide = weight.double()
         matrices, excess = self._symbol(wide)
-        # What rounding does to the sums of H, with room to spare.
+        # A generous bound on the rounding errors in the sums of H.
         slack: Tensor = 64 * self.taps * torch.finfo(torch.float64).eps * torch.linalg.vector_norm(wide)
         return (largest(matrices).amax() + slack) * excess
 
     @property
     def taps(self) -> int:
-        """Entries of the kernel for each pair of channels."""
+        """Number of kernel entries for each pair of channels."""
         return math.prod(self.kernel_size)
 
     def _symbol(self, weight: Tensor) -> tuple[Tensor, float]:
-        """H on the grid, (*frequencies, groups, rows, columns), and how far its maximum may be exceeded between."""
+        """Return H on a grid, (*frequencies, groups, rows, columns), and the ratio of the bound to the largest norm."""
         h = weight.unflatten(0, (self.groups, -1))  # (groups, rows, columns, *kernel_size)
         excess = 1.0
         dims = len(self.kernel_size)
@@ -142,13 +144,13 @@ class LinearOperator:
             reach = dilation * (self.kernel_size[dim] - 1) // stride
             points = max(1, math.ceil(math.pi * reach / 2 / math.acos(_GRID_EXCESS ** (-1 / dims))))
             excess /= math.cos(math.pi * reach / 2 / points)
-            # The others are the conjugates, with the same singular values.
+            # H at the other frequencies is the complex conjugate, which has the same singular values.
             frequencies = points // 2 + 1 if dim == dims - 1 else points
             turns = torch.arange(frequencies, device=weight.device)[:, None] * (position // stride) % points
             angle = -2 * math.pi / points * turns.double()  # (frequencies, taps)
             phase = torch.polar(torch.ones_like(angle), angle)
             of_residue = position % stride == torch.arange(stride, device=weight.device)[:, None]  # (stride, taps)
-            # Takes the first dimension of the kernel that is left, appends those of frequencies and residues.
+            # Contracts the first remaining dimension of the kernel and appends those of frequencies and residues.
             h = torch.tensordot(h.to(phase.dtype), phase[:, None] * of_residue, dims=([3], [2]))
         h = h.permute(*range(3, h.dim(), 2), 0, 1, 2, *range(4, h.dim(), 2))
         return h.flatten(-1 - dims), excess

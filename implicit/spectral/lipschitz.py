@@ -1,4 +1,4 @@
-"""Certified Lipschitz constants of modules."""
+"""Certified bounds of the Lipschitz constants of modules."""
 
 import contextlib
 import math
@@ -10,41 +10,43 @@ import torch
 from torch import Tensor, nn
 
 from implicit.spectral.linear_operator import LinearOperator
-from implicit.spectral.singular_values import exact_bound
+from implicit.spectral.singular_value_bounds import exact_bound
 
-# A module's Lipschitz constant, or how to find it.
+# A module's Lipschitz constant, or a function that computes it from the module.
 Constant = float | Callable[[Any], float | Tensor]
 
 
 def lipschitz_bound(module: nn.Module, *, known: Mapping[type[nn.Module], Constant] = MappingProxyType({})) -> Tensor:
-    """An upper bound of a module's Lipschitz constant between Euclidean spaces, composed from those of its layers.
+    """Compute an upper bound of a module's Lipschitz constant from the bounds of its layers.
 
-        |module(x) - module(y)| <= bound |x - y|   for all x and y
+        |module(x) - module(y)| <= bound |x - y|   for all x and y,
 
-    for the norm over all entries of one sample. ``nn.Sequential`` multiplies what its layers have: linear layers and
-    convolutions the exact norm of the operator, which rounding does not break (for convolutions as in
-    :func:`implicit.spectral_norm`, for inputs of every size), activations their own largest slope, batch
-    normalization in eval mode its largest factor. The bound holds for the weights as they are now, and is
-    differentiable in them. A product of norms is often far above the true constant; a map for which it is below 1
-    surely contracts.
+    where ``|.|`` is the Euclidean norm over all entries of one sample. Use it to check that a map contracts: a bound
+    below 1 proves it. A bound above 1 proves nothing, since a product of norms is often far above the true constant.
 
-    A module of another type is refused, by name. Its constant can be given: by type, a number or a function of the
-    module, which is how residual and parallel branches are composed::
+    The bound of an ``nn.Sequential`` is the product over its layers. A linear layer or convolution contributes the
+    exact norm of its operator, rounded up (for a convolution the bound for inputs of every size, as in
+    :func:`implicit.spectral_norm`), an activation its own largest slope, and batch normalization in eval mode its
+    largest factor. The bound holds for the current weights and is differentiable in them.
+
+    Modules of other types are refused with an error that names them. Give their constants in ``known``, as a number or
+    as a function of the module; this is also how residual and parallel branches are composed::
 
         lipschitz_bound(net, known={Residual: lambda m: 1 + lipschitz_bound(m.branch)})
 
-    Subclasses that keep the ``forward`` of a known type count as that type. What forward hooks change is not seen.
+    A subclass that keeps the ``forward`` of a known type counts as that type. Changes made by forward hooks are not
+    seen.
 
     Args:
         module: The module.
-        known: Constants of further types, or in the place of those built in; subclasses included.
+        known: Constants by type, for these types and their subclasses. They take precedence over the built-in ones.
 
     Returns:
         A float64 scalar.
 
     Raises:
-        TypeError: A module of an unknown type.
-        ValueError: There is no bound for a module's options or mode.
+        TypeError: The type of a module is unknown.
+        ValueError: There is no bound for the options or the mode of a module.
 
     Example:
         >>> import torch
@@ -65,7 +67,7 @@ def _bound(module: nn.Module, known: Mapping[type[nn.Module], Constant], name: s
         where = f" {name!r}," if name else ""
         raise TypeError(
             f"lipschitz_bound does not know the module{where} a {type(module).__name__}. Give its constant, or a "
-            f"function of it: known={{{type(module).__name__}: ...}}."
+            f"function that computes it from the module: known={{{type(module).__name__}: ...}}."
         )
     return torch.as_tensor(constant(module) if callable(constant) else constant, dtype=torch.float64)
 
@@ -82,7 +84,7 @@ def _find(module: nn.Module, known: Mapping[type[nn.Module], Constant]) -> Const
 def _operator_norm(layer: Any) -> Tensor:
     operator = LinearOperator.of(layer)
     operator.check_bound()
-    with _not_training(layer):  # a weight that is computed stays what it is
+    with _not_training(layer):  # in training mode, computing the weight would advance its power iteration
         return operator.bound(layer.weight, exact_bound)
 
 
@@ -101,7 +103,7 @@ def _batch_norm(layer: Any) -> float | Tensor:
     if layer.training or layer.running_var is None:
         raise ValueError(
             f"{type(layer).__name__} with the statistics of the batch mixes samples and has no Lipschitz constant. "
-            "Call eval() before lipschitz_bound, and keep running statistics."
+            "Call eval() before lipschitz_bound, and construct the layer with track_running_stats=True."
         )
     scale = (layer.running_var.double() + layer.eps).rsqrt()
     factors: Tensor = scale if layer.weight is None else scale * layer.weight
@@ -110,29 +112,31 @@ def _batch_norm(layer: Any) -> float | Tensor:
 
 def _normalization(layer: nn.Module) -> float:
     raise ValueError(
-        f"{type(layer).__name__} has no useful Lipschitz constant: near inputs without variance its slope is "
-        "1 / sqrt(eps), and without eps unbounded. Leave it out of the map, or give a constant that holds for your "
-        f"inputs: known={{{type(layer).__name__}: ...}}."
+        f"{type(layer).__name__} has no useful Lipschitz constant: its slope reaches 1 / sqrt(eps) where the inputs "
+        "have no variance. Remove it from the map, or give a constant that holds for your inputs: "
+        f"known={{{type(layer).__name__}: ...}}."
     )
 
 
 def _dropout(layer: Any) -> float:
-    # Of any one mask.
+    # The constant for any fixed mask.
     return 1.0 if not layer.training else 1 / (1 - layer.p) if layer.p < 1 else 0.0
 
 
 def _gelu(layer: Any) -> float:
-    # At sqrt(2): (1 + erf(1)) / 2 + exp(-1) / sqrt(pi). The approximation has its largest slope at 1.41850.
+    # The largest slope is at sqrt(2): (1 + erf(1)) / 2 + exp(-1) / sqrt(pi). That of the approximation is at 1.41850.
     return 1.1289041451851549 if layer.approximate == "none" else 1.1289930686587719
 
 
 def _celu(layer: Any) -> float:
     if layer.alpha < 0:
-        raise ValueError(f"CELU with alpha={layer.alpha!r} < 0 grows exponentially: it has no Lipschitz constant.")
+        raise ValueError(
+            f"CELU with alpha={layer.alpha!r} < 0 grows exponentially: it has no Lipschitz constant. Use alpha > 0."
+        )
     return 1.0
 
 
-# The largest slope of an activation, rounded up; of the others the norm as a map.
+# Lipschitz constants by type. Those of activations are their largest slopes, rounded up.
 _CONSTANTS: dict[type[nn.Module], Constant] = {
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
@@ -161,7 +165,7 @@ _CONSTANTS: dict[type[nn.Module], Constant] = {
     nn.LeakyReLU: lambda layer: max(1.0, abs(layer.negative_slope)),
     nn.Linear: _operator_norm,
     nn.LogSigmoid: 1.0,
-    # At 1.49057.
+    # The slope at 1.49057.
     nn.Mish: 1.0884981612512580,
     nn.PReLU: lambda layer: layer.weight.double().abs().max().clamp_min(1.0),
     nn.PixelShuffle: 1.0,
@@ -170,14 +174,14 @@ _CONSTANTS: dict[type[nn.Module], Constant] = {
     nn.RReLU: lambda layer: max(1.0, abs(layer.lower), abs(layer.upper)),
     nn.ReLU: 1.0,
     nn.ReLU6: 1.0,
-    # At 0 from below.
+    # The slope at 0 from below.
     nn.SELU: 1.7580993408473770,
-    # At 2.39936.
+    # The slope at 2.39936.
     nn.SiLU: 1.0998393201288671,
     nn.Sigmoid: 0.25,
-    # The Jacobian diag(p) - p p' has row sums of moduli 2 p (1 - p).
+    # In each row of the Jacobian diag(p) - p p', the absolute values add up to 2 p (1 - p).
     nn.Softmax: 0.5,
-    # Its switch to the identity lowers it by exp(-threshold), which is rounding.
+    # Where it switches to the identity, its value drops by about exp(-threshold), which is below rounding.
     nn.Softplus: 1.0,
     nn.Softshrink: 1.0,
     nn.Softsign: 1.0,

@@ -10,37 +10,38 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 
 from implicit.spectral.linear_operator import LinearOperator
-from implicit.spectral.soft_norm import SpectralNorm, check_positive
+from implicit.spectral.parametrization import SpectralNorm, check_positive
 from solvers.problem.autocast import without_autocast
 
-# Power iterations from a random start. A start is settled once, so its cost does not matter; the iterations in
-# training start where the last ones ended.
+# Number of power iterations from a random start. They run only at construction and when a weight is assigned, so
+# their cost does not matter; the iterations in training start where the last ones ended.
 _SETTLING_ITERATIONS = 100
 
-# Where products of one matrix and one vector are faster one after the other than batched. Elsewhere the time goes into
-# starting kernels, and there are fewer of them in a batch.
+# Devices on which matrix-vector products are faster one after the other than in a batch. Elsewhere, starting kernels
+# takes most of the time, and a batch starts fewer of them.
 _ONE_BY_ONE = {"cpu"}
 
 
 class PowerIteration(SpectralNorm):
-    """Sigma by power iteration, from below, with singular vectors that follow the weight in training.
+    """Normalize by power iteration, which approaches sigma from below and follows the weight during training.
 
-    In training mode each computation of the weight first advances the power iteration by ``n_power_iterations``; in
-    eval mode the singular vectors stay. They stay too when gradient checkpointing computes the weight again in the
-    backward pass, so that it is the same one, if there was no other forward pass in between; but not where the layer is
-    compiled and the checkpoint around it is not. The gradient takes the singular vectors as constants, which is the
-    gradient of sigma. All is computed in float32 at least, also under autocast.
+    In training mode, every computation of the weight first advances the power iteration by ``n_power_iterations``. In
+    eval mode the singular vectors do not change. They do not change either when gradient checkpointing computes the
+    weight again in the backward pass, so the weight is the same as in the forward pass, unless another forward pass
+    came in between, or the layer is compiled and the checkpoint around it is not. The gradient treats the singular
+    vectors as constants, which gives the gradient of sigma. Everything is computed in float32 or float64, also under
+    autocast.
 
     Args:
-        weight: The weight at the start, for its shape, device and singular vectors.
-        operator: What the layer does with it.
-        coeff: The largest spectral norm that is left alone.
-        n_power_iterations: Power iterations a computation in training mode.
-        input_size: Of a convolution, the spatial size of the inputs.
+        weight: The initial weight, which determines the shapes, the device and the first singular vectors.
+        operator: The linear operator that the layer forms from the weight.
+        coeff: Upper bound on the spectral norm; larger weights are rescaled to it.
+        n_power_iterations: Number of power iterations per computation of the weight in training mode.
+        input_size: For a convolution, the spatial size of the inputs.
 
     Attributes:
-        u: (out,) left singular vector; (out channels, *output size) for a convolution.
-        v: (in,) right singular vector; (in channels, *input_size).
+        u: (out,) the left singular vector; (out channels, *output size) for a convolution.
+        v: (in,) the right singular vector; (in channels, *input_size) for a convolution.
     """
 
     u: Tensor
@@ -64,10 +65,10 @@ class PowerIteration(SpectralNorm):
                 f"method='power', got input_size={input_size!r}. Give input_size, a sequence of {dims} integers, or "
                 "choose method='gram' or 'exact', whose bound holds for every size."
                 if dims
-                else f"input_size is for convolutions alone, got {input_size!r} with an nn.Linear."
+                else f"input_size is only for convolutions, got {input_size!r} with an nn.Linear. Leave it out."
             )
         self.n_power_iterations = n_power_iterations
-        # Set inside of power_iterations_advanced.
+        # The singular vectors to use within power_iterations_advanced.
         self._advanced: tuple[Tensor, Tensor] | None = None
         v = weight.new_empty(weight.shape[1] * operator.groups, *(input_size or ()))
         self.register_buffer("u", torch.empty_like(operator(weight, v)))
@@ -83,18 +84,18 @@ class PowerIteration(SpectralNorm):
         self._advance(weight, _SETTLING_ITERATIONS)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The same shape, with a spectral norm of at most ``coeff`` up to the error of the power iteration."""
+        """Return a weight of the same shape with a norm of at most ``coeff``, up to the error of power iteration."""
         u, v = self._singular_vectors(weight)
         return weight / (self._sigma(weight, u, v) / self.coeff).clamp_min(1.0).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The weight itself; the singular vectors become its own."""
+        """Return the weight itself, after computing its singular vectors."""
         self.settle(weight)
         return weight
 
     @torch.no_grad()
     def sigma(self, weight: Tensor) -> Tensor:
-        """The spectral norm of the unnormalized ``weight``, as the singular vectors have it."""
+        """Return the spectral norm of the unnormalized ``weight``, estimated with the current singular vectors."""
         return self._sigma(weight, self.u, self.v)
 
     def _sigma(self, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class PowerIteration(SpectralNorm):
             return self._advanced
         if self.training and not _in_backward_pass():
             return self._advance(weight.detach(), self.n_power_iterations)
-        # The buffers may change before the backward pass of this computation.
+        # The buffers may change before the backward pass of this computation, so it gets copies.
         return self.u.clone(), self.v.clone()
 
     @torch.no_grad()
@@ -115,11 +116,11 @@ class PowerIteration(SpectralNorm):
         with without_autocast(weight.device.type):
             weight, u, v = _at_least_float32(weight), _at_least_float32(self.u), _at_least_float32(self.v)
             for _ in range(iterations):
-                # The length of v cancels in u, so that one normalization a round is enough.
+                # The length of v cancels in u, so one normalization per iteration is enough.
                 v = self.operator.adjoint(weight, u, like=v)
                 u = _unit(self.operator(weight, v))
             v = _unit(v)
-        # As they are stored, so that a computation from the buffers has the same.
+        # Rounded to the dtype of the buffers, so that a later computation from the buffers uses the same vectors.
         u, v = u.to(self.u.dtype), v.to(self.v.dtype)
         self.u.copy_(u)
         self.v.copy_(v)
@@ -131,15 +132,15 @@ class PowerIteration(SpectralNorm):
 
 @contextlib.contextmanager
 def power_iterations_advanced(module: nn.Module) -> Iterator[None]:
-    """Advance the power iterations of a model once, together; inside, its normalized weights advance none.
+    """Advance all power iterations of a model once, in batches; within the context, computing a weight advances none.
 
-    For the ``forward`` of a model with many layers under :func:`implicit.spectral_norm`: on a GPU the iterations of
-    equal-shaped weights run as one batch, which starts a fraction of the kernels. The weights are what they would be
-    without it, up to rounding; one that is used several times is the same each time. In eval mode, and for other
-    methods than "power", nothing happens.
+    Use it in the ``forward`` of a model with many layers under :func:`implicit.spectral_norm`. On a GPU, the iterations
+    of weights of equal shape run as one batch, which starts far fewer kernels. The weights are the same as without it,
+    up to rounding, and a weight that is used several times is the same each time. It does nothing in eval mode or for
+    methods other than "power".
 
     Args:
-        module: The model, or a part of it.
+        module: The model or a part of it.
 
     Example:
         >>> import torch
@@ -150,10 +151,10 @@ def power_iterations_advanced(module: nn.Module) -> Iterator[None]:
     """
     groups: defaultdict[object, list[tuple[PowerIteration, Tensor]]] = defaultdict(list)
     for parametrized in module.modules():
-        # Of several parametrizations a later one gets its weight from those before it, and is left to itself.
+        # Only the first of several parametrizations gets the stored weight; a later one advances by itself.
         if isinstance(parametrized, ParametrizationList) and isinstance(norm := parametrized[0], PowerIteration):
             weight = parametrized.original.detach()
-            # Sharded weights, which are tensors of another type, are whole only within their layer.
+            # Sharded weights, whose tensors are of another type, are complete only within their layer.
             if norm.training and norm._advanced is None and type(weight) is Tensor:
                 batched = weight.dim() == 2 and weight.device.type not in _ONE_BY_ONE
                 alike = (weight.shape, weight.dtype, weight.device, norm.u.dtype, norm.n_power_iterations)
@@ -170,7 +171,7 @@ def power_iterations_advanced(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _advance_together(group: list[tuple[PowerIteration, Tensor]]) -> None:
-    """Advance norms whose weights are alike."""
+    """Advance parametrizations whose weights have the same shape, dtype and device as one batch."""
     norms, weights = [norm for norm, _ in group], [weight for _, weight in group]
     first = norms[0]
     if len(norms) == 1:
@@ -181,7 +182,7 @@ def _advance_together(group: list[tuple[PowerIteration, Tensor]]) -> None:
         u = _at_least_float32(torch.stack([norm.u for norm in norms])).unsqueeze(1)  # (norms, 1, out)
         for _ in range(first.n_power_iterations):
             v = u @ weight
-            # One kernel; the length does not matter before the end.
+            # rms_norm is one kernel, and the length does not matter before the end.
             u = F.rms_norm(v @ weight.mT, u.shape[-1:], eps=1e-30)
         u = F.normalize(u.squeeze(1), dim=1).to(first.u.dtype)
         v = F.normalize(v.squeeze(1), dim=1).to(first.v.dtype)
@@ -192,7 +193,7 @@ def _advance_together(group: list[tuple[PowerIteration, Tensor]]) -> None:
 
 
 def _in_backward_pass() -> bool:
-    # While PyTorch traces it is in none.
+    # torch.compile cannot trace the call, and it traces no backward pass here.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

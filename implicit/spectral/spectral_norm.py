@@ -8,8 +8,8 @@ from torch.nn.utils import parametrize
 
 from implicit.spectral.certified_norm import CertifiedNorm
 from implicit.spectral.linear_operator import LinearOperator
+from implicit.spectral.parametrization import SpectralNorm
 from implicit.spectral.power_iteration import PowerIteration
-from implicit.spectral.soft_norm import SpectralNorm
 
 Method = Literal["power", "gram", "exact"]
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
@@ -25,43 +25,46 @@ def spectral_norm(
     input_size: Sequence[int] | None = None,
     name: str = "weight",
 ) -> Layer:
-    """Bound the spectral norm of a layer: its weight W is used as ``W / max(1, sigma(W) / coeff)``.
+    """Bound the spectral norm of a layer: it uses ``W / max(1, sigma(W) / coeff)`` instead of its weight W.
 
-    Soft: a weight whose norm is below ``coeff`` is used as it is. A map built from such layers and 1-Lipschitz
-    activations contracts with factor ``coeff`` a layer, so that its fixed point exists and Picard iteration finds it.
-    Inside a :class:`implicit.FixedPointLayer` the weight is computed once a forward pass and constant during the solve.
+    The normalization is soft: a weight whose norm sigma is below ``coeff`` is used as it is. Use it to make a map
+    contract: a chain of such layers with activations of slope at most 1 has a Lipschitz constant of at most ``coeff``
+    to the power of the number of layers. For ``coeff < 1`` its fixed point exists, and Picard iteration finds it.
+    Inside a :class:`implicit.FixedPointLayer`, the weight is computed once per forward pass and stays constant during
+    the solve.
 
     The methods differ in how they find sigma, the norm of the layer as a linear map between Euclidean spaces:
 
-    - ``"power"``: power iteration, the cheapest, which approaches sigma from below. It is settled at construction,
-      when a weight is assigned, and tracked during training, by buffers.
-    - ``"gram"``: Gram iteration, an upper bound. Matrix products alone: for GPUs.
-    - ``"exact"``: from the eigenvalues of W W', lifted by the rounding error. The tightest upper bound, and on CPUs
-      faster than Gram iteration.
+    - ``"power"``: power iteration is the cheapest method. It approaches sigma from below. Its buffers are settled at
+      construction and when a weight is assigned, and follow the weight during training.
+    - ``"gram"``: Gram iteration gives an upper bound. It needs only matrix products, which suits GPUs.
+    - ``"exact"``: the eigenvalues of W W', raised by a bound on the rounding error, give the tightest upper bound. On
+      CPUs it is faster than Gram iteration.
 
-    With the last two ``coeff`` is certified: no normalized weight exceeds it, whatever its dtype. (What the layer's own
-    product rounds, under autocast for instance, comes on top.) They work in float64, which MPS devices do not have.
+    The last two certify ``coeff``: no normalized weight exceeds it, whatever its dtype. (Rounding in the layer's own
+    product, for instance under autocast, comes on top.) They work in float64, which MPS devices do not support.
 
-    Of a convolution the operator is bounded, not the kernel as a matrix. ``"power"`` finds its norm for one size of
-    inputs and every kind of padding; the bounds of ``"gram"`` and ``"exact"`` hold for every size, for padding with
-    zeros and circular padding, and are up to 2% larger than what an infinitely large input has.
+    For a convolution, sigma is the norm of the operator, not of the kernel reshaped to a matrix. ``"power"`` finds it
+    for one size of inputs and any padding. The bounds of ``"gram"`` and ``"exact"`` hold for inputs of every size, with
+    zero or circular padding, and exceed the norm for infinitely large inputs by at most 2%.
 
-    Initialize or change the weight by assigning it, ``layer.weight = w``, or through
+    To initialize or change the weight, assign it (``layer.weight = w``) or change
     ``layer.parametrizations.weight.original``; ``torch.nn.init`` on ``layer.weight`` would write to a computed copy.
 
     Args:
         module: An ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``. It is changed in place and returned.
-        coeff: The largest spectral norm that is left alone.
-        n_power_iterations: Of ``"power"``: iterations a forward pass in training mode.
+        coeff: Upper bound on the spectral norm; larger weights are rescaled to it.
+        n_power_iterations: For ``"power"``: the number of iterations per forward pass in training mode.
         method: "power", "gram" or "exact".
-        n_gram_iterations: Of ``"gram"``. After n of them the bound is at most ``rank^(1 / 2^(n+1))`` times sigma: 6 are
-            off by 4.4% for an orthogonal matrix of size 256, by 0.05% for a random one.
-        input_size: Of ``"power"`` for a convolution, and required there: the spatial size of the inputs.
-        name: The weight's name.
+        n_gram_iterations: For ``"gram"``: the number of iterations. After n of them the bound is at most
+            ``rank^(1 / 2^(n+1))`` times sigma; 6 are off by 4.4% for an orthogonal matrix of size 256 and by 0.05% for
+            a random one.
+        input_size: For ``"power"`` with a convolution, where it is required: the spatial size of the inputs.
+        name: The name of the weight.
 
     Raises:
-        TypeError: The module is none of these.
-        ValueError: An option is unfit, the weight is normalized already, or there is no proof of a bound.
+        TypeError: The module is none of these layers.
+        ValueError: An option is invalid, the weight is already normalized, or no bound is proven for this convolution.
 
     References:
         Behrmann, Grathwohl, Chen, Duvenaud and Jacobsen, "Invertible residual networks", ICML (2019), section 2.1.
@@ -82,7 +85,10 @@ def spectral_norm(
     if parametrize.is_parametrized(module, name) and any(
         isinstance(p, SpectralNorm) for p in cast(nn.ModuleDict, module.parametrizations)[name].children()
     ):
-        raise ValueError(f"The {name} of this layer is spectrally normalized already.")
+        raise ValueError(
+            f"The {name} of this {type(module).__name__} is spectrally normalized already. To use other options, first "
+            f"call torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})."
+        )
     norm: SpectralNorm
     if method == "power":
         norm = PowerIteration(
@@ -94,7 +100,8 @@ def spectral_norm(
         )
     elif input_size is not None:
         raise ValueError(
-            f"input_size={input_size!r} is for method='power': the bound of {method!r} holds for every size."
+            f"input_size={input_size!r} is for method='power': the bound of {method!r} holds for every size. Leave "
+            "input_size out."
         )
     else:
         norm = CertifiedNorm(operator, coeff=coeff, n_gram_iterations=n_gram_iterations if method == "gram" else None)

@@ -1,4 +1,4 @@
-"""What helps implicit layers to train: warm starts, intermediate iterates, dropout, Jacobian regularization."""
+"""Tools that help to train implicit layers: warm starts, iterates, dropout masks, Jacobian regularization."""
 
 from implicit.training.dropout import dropout_mask
 from implicit.training.iterates import iterates

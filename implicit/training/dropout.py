@@ -1,4 +1,4 @@
-"""Dropout in a map that must not change during a solve."""
+"""Dropout masks for maps, which must not change during a solve."""
 
 import torch
 from torch import Tensor
@@ -6,23 +6,24 @@ from torch.nn import functional as F
 
 
 def dropout_mask(like: Tensor, p: float = 0.5, *, training: bool = True) -> Tensor:
-    """A dropout mask to give to a map as an input, so that it is the same in every call of a solve.
+    """Draw a dropout mask to pass to a map as an input, so that it is the same in every call of a solve.
 
         mask = 1 / (1 - p) with probability 1 - p, else 0.
 
-    ``nn.Dropout`` within a map draws anew at each call: the map has no fixed point, the solver stagnates, and the
-    derivative is taken of another map than the one that was solved. Drawn before the solve and passed as an input, the
-    mask belongs to the solve as any input does. The backward pass and double backward see the same mask, also after
-    another use of the layer; ``torch.vmap(..., randomness="different")`` draws one for each lane. A new mask is drawn
-    when this function is called again. Dropout of what goes into the layer or comes out of it needs none of this.
+    Use it instead of ``nn.Dropout`` inside a map. ``nn.Dropout`` draws a new mask at each call, so the map has no fixed
+    point, the solver stagnates, and the derivative belongs to another map than the one that was solved. A mask that is
+    drawn before the solve is an input like any other: the backward pass and the double backward pass see the same mask,
+    even if the layer was used again in between. Each call of this function draws a new mask. Dropout on the input or
+    the output of a layer can stay ``nn.Dropout``.
 
-    A map with several dropouts takes a tuple or a dict of masks. A ``like`` of size 1 in some dimension makes a mask
-    that is shared along it: one for all tokens, ``like=z[:, :1]``, as variational dropout has it.
+    A map with several dropouts takes a tuple or dictionary of masks. If ``like`` has size 1 in some dimension, the mask
+    is shared along it: ``like=z[:, :1]`` gives one mask for all tokens, as in variational dropout.
+    ``torch.vmap(..., randomness="different")`` draws a mask for each lane.
 
     Args:
-        like: A tensor of the shape, dtype and device of the mask; its values do not matter.
+        like: A tensor with the shape, dtype and device of the mask; its values do not matter.
         p: Probability of a zero, in [0, 1].
-        training: Without it the mask is ones; give ``self.training``.
+        training: If False, the mask is all ones; pass ``self.training``.
 
     Returns:
         The mask, without gradient.

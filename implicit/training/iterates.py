@@ -23,26 +23,27 @@ def iterates(
     stopping: Stopping | None = None,
     batch_dims: int = 1,
 ) -> list[Any]:
-    """States that the solver passes on its way, each with the gradient of one application of the map.
+    """Return intermediate iterates of the solver, each with the gradient of one application of the map.
 
-    For each k in ``steps``, with v_k what the solver has after k steps (``solve(..., max_steps=k).value``):
+    For each k in ``steps``, let v_k be the value after k steps (``solve(..., max_steps=k).value``). Then
 
         z_k = f(v_k, *args),   where v_k is a constant.
 
-    A loss on some of these, beside the one on the fixed point, teaches the map to come close early, so that fewer steps
-    do: "fixed-point correction". The gradient is that of the Jacobian-free mode at v_k: biased, but it points
-    downhill for contractions, and costs no linear solve. The solve takes ``steps[-1]`` steps at most and stores nothing
-    for the backward pass; each k costs one call of f with gradients, and the memory of it. Samples that converge
-    before are frozen at their solution. In reverse mode only: forward-mode derivatives see the steps too.
+    Add a loss on some of these to the loss on the fixed point ("fixed-point correction"): it teaches the map to come
+    close early, so that fewer steps suffice. The gradient is that of the Jacobian-free mode at v_k. It is biased, but
+    for contractions it points downhill, and it needs no linear solve. The solve takes at most ``steps[-1]`` steps and
+    stores nothing for the backward pass; each k costs one call of f with gradients and its memory. Samples that
+    converge earlier are frozen at their solution. The gradient holds in reverse mode only; forward-mode derivatives
+    pass through the steps as well.
 
-    To go on to the fixed point, start the layer from the last iterate, ``layer(x, z0=zs[-1])``. It costs a few steps
-    more than a solve in one piece, since the solver forgets what it has learnt.
+    To continue to the fixed point, start the layer from the last iterate: ``layer(x, z0=zs[-1])``. This takes a few
+    more steps than a single solve, since the solver starts with an empty memory.
 
     Args:
-        f: As in :func:`implicit.fixed_point`, and so on.
+        f: The map, as in :func:`implicit.fixed_point`.
         z0: The start.
         *args: Further arguments of ``f``.
-        steps: Numbers of steps, increasing.
+        steps: Numbers of steps, in increasing order.
         solver: A solver or its name.
         rtol: As in :func:`solvers.solve`.
         atol: As in :func:`solvers.solve`.
@@ -50,10 +51,10 @@ def iterates(
         batch_dims: As in :func:`solvers.solve`.
 
     Returns:
-        One state for each of ``steps``, like ``z0``. From where all samples have converged, the same one.
+        One state like ``z0`` for each of ``steps``. Once all samples have converged, the entries repeat.
 
     Raises:
-        TypeError, ValueError: The state, an option or what ``f`` returns is unfit.
+        TypeError, ValueError: The state, an option or the result of ``f`` is invalid.
 
     References:
         Bai, Geng, Savani and Kolter, "Deep equilibrium optical flow estimation", CVPR (2022).
@@ -69,7 +70,7 @@ def iterates(
     """
     steps = list(steps)
     if not steps or not all(isinstance(k, int) and k > before for before, k in zip([0, *steps], steps, strict=False)):
-        raise ValueError(f"steps must be increasing positive integers, got {steps!r}.")
+        raise ValueError(f"steps must be increasing positive integers, such as (1, 3, 10), got {steps!r}.")
     found: list[Any] = []
     layout = Layout(z0, batch_dims)
     one_step = FlatMap(f, args, layout)

@@ -1,4 +1,4 @@
-"""The size of a map's Jacobian as a loss."""
+"""The size of a map's Jacobian as a term of the loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,37 +19,38 @@ def jacobian_regularization(
     generator: torch.Generator | None = None,
     batch_dims: int = 1,
 ) -> Tensor:
-    """Estimate how large the Jacobian of a map is, for each sample, as a term of a loss.
+    """Estimate the size of a map's Jacobian for each sample, as a term of the loss.
 
-        norm(df/dz)_F^2 / D  =  E norm(v' df/dz)^2 / D,     v of D independent random signs.
+        norm(df/dz)_F^2 / D  =  E norm(v' df/dz)^2 / D,     where v has D independent random signs.
 
-    An equilibrium layer tends to get stiffer in training: its Jacobian grows, and the solver needs more and more steps.
-    This term, with a small weight, keeps the map easy to solve. Divided by the number D
-    of a sample's entries, as in the paper, it is 1 for the identity whatever the size; its root bounds the root mean
-    square of the eigenvalues, not the largest one: to look at that one there is
-    :func:`implicit.diagnostics.spectral_radius`, and to bound it :func:`implicit.spectral_norm`.
+    Add it with a small weight to keep the map easy to solve: the Jacobian of an equilibrium layer tends to grow during
+    training, and the solver then needs more and more steps. As in the paper, the term is divided by the number D of
+    entries in a sample, so that it is 1 for the identity of any size. Its square root bounds the root mean square of
+    the eigenvalues, but not the largest one. To look at the largest one, use
+    :func:`implicit.diagnostics.spectral_radius`; to bound it, use :func:`implicit.spectral_norm`.
 
-    The estimate is unbiased. Signs have a smaller variance than the paper's normal entries, and none at all where the
-    rows of the Jacobian are orthogonal. Gradients reach ``z``, the inputs, and all that f depends on. Costs one call of
-    f and ``num_samples`` vector-Jacobian products, and for the gradient a double backward pass through them: about
-    twice a call of f and its gradient.
+    The estimate is unbiased. Signs give a smaller variance than the normal entries of the paper, and none at all if the
+    rows of the Jacobian are orthogonal. Gradients reach ``z``, the inputs, and everything else that f depends on. The
+    cost is one call of f and ``num_samples`` vector-Jacobian products, and a double backward pass through them for the
+    gradient: together about twice a call of f and its gradient.
 
-    If ``z`` carries its gradient, the term is differentiated through the solution too, which costs nothing beside a
-    loss that is so anyway: one linear solve serves both. The paper takes z as a constant, ``z.detach()``.
+    If ``z`` carries its gradient, the term is differentiated through the solution as well. Next to a loss on the
+    solution this costs no further linear solve, since one serves both. The paper treats z as a constant: pass
+    ``z.detach()`` for that.
 
     Args:
-        f: The map, as of :func:`implicit.fixed_point`: it must not mix samples.
-        z: Where the Jacobian is taken, usually the fixed point.
-        *inputs: Handed to ``f`` after the state.
-        num_samples: Random vectors to average over. One does: the noise averages out over batches.
-        generator: Source of the random signs; by default PyTorch's own.
+        f: The map, as in :func:`implicit.fixed_point`; it must not mix samples.
+        z: The point at which the Jacobian is taken, usually the fixed point.
+        *inputs: Passed to ``f`` after the state.
+        num_samples: Number of random vectors to average over. One suffices, since the noise averages out over batches.
+        generator: Source of the random signs; by default PyTorch's own generator.
         batch_dims: As in :func:`solvers.solve`.
 
     Returns:
-        (B,) estimates, never negative; in the dtype of the state, at least float32.
+        (B,) estimates, which are never negative; in the dtype of the state, but at least float32.
 
     Raises:
-        TypeError, ValueError: The state, an option or what ``f`` returns is unfit.
+        TypeError, ValueError: The state, an option or the result of ``f`` is invalid.
 
     References:
         Bai, Koltun and Kolter, "Stabilizing equilibrium models by Jacobian regularization", ICML (2021), section 4.

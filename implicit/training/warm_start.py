@@ -1,4 +1,4 @@
-"""The equilibria of the last epoch as the starts of the next."""
+"""Starting each solve from the solution of the same sample in the last epoch."""
 
 from typing import Any
 
@@ -8,32 +8,32 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_
 
 
 class WarmStart(nn.Module):
-    """The last solution of every sample of a data set, by its index, to start the next solve of it from.
+    """Store the last solution of every sample of a data set, by its index, as the start of the sample's next solve.
 
-    Between two epochs the weights change a little, and so do the equilibria: a solve from the last one takes fewer
-    steps. It pays where a sample comes back as it was and the weights move slowly, as in the later part of a training
-    and in fine-tuning. Random augmentation, dropout and large learning rates take the gain away: on handwritten digits
-    a third to a half of the calls of f were saved at a learning rate of 1e-4, next to none at 1e-2. What a solve to
-    tolerance converges to stays the same, unless the map has several fixed points.
+    Between two epochs, the weights change a little, and so do the solutions; a solve that starts from the last solution
+    takes fewer steps. Use it when samples come back unchanged and the weights move slowly, as late in training and in
+    fine-tuning. Random augmentation, dropout and large learning rates take the gain away: on handwritten digits it
+    saved a third to a half of the calls of f at a learning rate of 1e-4, and almost none at 1e-2. The limit of a solve
+    to a tolerance stays the same unless the map has several fixed points.
 
-    States are stored without gradient, in buffers, so that they are saved with ``state_dict`` and move with ``to``.
-    They may lie elsewhere and in another precision than the layer's: ``like=z.half().cpu()`` spares memory. A state
-    that is not finite is not stored.
+    States are stored in buffers, without gradient. They are saved with ``state_dict`` and move with ``to``. They may be
+    on another device and in another precision than the layer's states: ``like=z.half().cpu()`` saves memory. States
+    that are not finite are not stored.
 
-    Under DistributedDataParallel each process keeps the samples that it saw. DDP would overwrite the buffers of its
-    model with those of the first process: keep the warm start outside of the model that is wrapped, and save it by
-    rank.
+    Under DistributedDataParallel (DDP), each process stores the samples that it has seen. DDP would overwrite the
+    buffers of the model it wraps with those of the first process, so keep the warm start outside of that model, and
+    save it for each rank.
 
     Args:
-        num_samples: How many samples there are; indices are 0 to ``num_samples - 1``.
-        like: A state of the layer, a tensor or a pytree, with any number of samples in its first dimension. For the
-            shapes, dtypes and device; the values do not matter.
+        num_samples: The number of samples; indices run from 0 to ``num_samples - 1``.
+        like: A state of the layer, a tensor or pytree with any number of samples in the first dimension, which gives
+            the shapes, dtypes and device; its values do not matter.
 
     Attributes:
-        seen: (num_samples,) bool, which samples have a stored state.
+        seen: (num_samples,) bool, True for the samples that have a stored state.
 
     Raises:
-        TypeError, ValueError, IndexError: An index, or a state, is unfit.
+        TypeError, ValueError, IndexError: An index or a state is invalid.
 
     Example:
         >>> import torch
@@ -57,23 +57,24 @@ class WarmStart(nn.Module):
         if not leaves or not all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
             raise TypeError(
                 "WarmStart(like=...) must be a tensor or a pytree of tensors with the samples as first dimension, got "
-                f"{like!r}."
+                f"{like!r}. Pass a state of the layer, such as layer.start(x)."
             )
-        # A pytree like the state, whose leaves are the names of their buffers. A TreeSpec does not copy well.
+        # A pytree like the state whose leaves are the names of the buffers. Unlike a TreeSpec, a class that is private
+        # to PyTorch, it can be pickled with the module and read by another version.
         self._names = tree_unflatten([f"state{i}" for i in range(len(leaves))], spec)
         self.register_buffer("seen", torch.zeros(num_samples, dtype=torch.bool, device=leaves[0].device))
         for name, leaf in zip(tree_leaves(self._names), leaves, strict=True):
             self.register_buffer(name, leaf.new_zeros(num_samples, *leaf.shape[1:]))
 
     def get(self, index: Tensor, default: Any) -> Any:
-        """The stored states of these samples, and ``default`` for those that have none.
+        """Return the stored states of these samples, and ``default`` for those that have none.
 
         Args:
-            index: (B,) integers. Checked where they are on the CPU, as a DataLoader gives them.
-            default: The state to start from otherwise, as ``layer.start(*inputs)`` gives it.
+            index: (B,) integers. Their range is checked if they are on the CPU, as those from a DataLoader are.
+            default: The state for samples without a stored one, such as ``layer.start(*inputs)``.
 
         Returns:
-            Like ``default``, with its dtypes and device.
+            A state like ``default``, with its dtypes and device.
         """
         pairs = self._pairs(default, "The default")
         index = self._checked(index, pairs)
@@ -85,11 +86,11 @@ class WarmStart(nn.Module):
 
     @torch.no_grad()
     def __setitem__(self, index: Tensor, state: Any) -> None:
-        """Store the states of these samples, those that are finite.
+        """Store the states of these samples, except those that are not finite.
 
         Args:
-            index: (B,) integers, each once.
-            state: Their states, as the layer returned them.
+            index: (B,) integers, all different.
+            state: The states that the layer returned for them.
         """
         pairs = self._pairs(state, "The state")
         index = self._checked(index, pairs)
@@ -100,7 +101,7 @@ class WarmStart(nn.Module):
         self.seen[index] |= finite
 
     def clear(self) -> None:
-        """Forget all states, as for new weights."""
+        """Forget all states, for instance because the weights are new."""
         self.seen.zero_()
 
     @property
@@ -108,7 +109,7 @@ class WarmStart(nn.Module):
         return [self.get_buffer(name) for name in tree_leaves(self._names)]
 
     def _pairs(self, state: Any, name: str) -> list[tuple[Tensor, Tensor]]:
-        """Each leaf of a state, behind the buffer for it."""
+        """Pair the buffers with the leaves of a state."""
         leaves, spec = tree_flatten(state)
         expected = tree_structure(self._names)
         if spec != expected:
@@ -116,12 +117,12 @@ class WarmStart(nn.Module):
         return list(zip(self._buffers_of_leaves, leaves, strict=True))
 
     def _checked(self, index: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """``index`` on the device of the buffers, found to fit these states."""
+        """Check that ``index`` fits these states, and move it to the device of the buffers."""
         index = torch.as_tensor(index)
         if index.is_floating_point() or index.dtype == torch.bool or index.dim() != 1:
             raise TypeError(
                 "The samples of a WarmStart are given by their indices, integers of shape (B,): got a tensor of "
-                f"{index.dtype} and shape {tuple(index.shape)}."
+                f"{index.dtype} and shape {tuple(index.shape)}. For one sample, pass torch.tensor([i])."
             )
         for buffer, leaf in pairs:
             expected = (len(index), *buffer.shape[1:])
@@ -132,7 +133,7 @@ class WarmStart(nn.Module):
         if index.device.type == "cpu" and bool(((index < 0) | (index >= len(self.seen))).any()):
             raise IndexError(
                 f"The indices of this WarmStart are 0 to {len(self.seen) - 1}, got {int(index.min())} to "
-                f"{int(index.max())}. Give it num_samples=len(dataset), and the data set's own indices."
+                f"{int(index.max())}. Give it num_samples=len(dataset), and index by position in the data set."
             )
         return index.to(self.seen.device, torch.int64)
 

@@ -6,7 +6,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers._stopping import Stopping
 from solvers.linear import GMRES, LinearSolver
 from solvers.methods.anderson import Anderson, AndersonState
 from solvers.methods.broyden import Broyden, BroydenState
@@ -30,7 +29,7 @@ _BROYDEN_PATIENCE = 30
 _NEWTON_REDUCTION = 0.9
 # A step to a residual this many times the size of the first image is taken back: a tenth of what the driver takes for
 # divergence by default.
-_GROWTH = 0.1 * Stopping.max_growth
+_GROWTH = 1e5
 # A residual of so many units in the last place of f(z) is not worth another method.
 _ROUNDING = 100.0
 # Relative tolerance of a sample's first linear solve on Newton's method.

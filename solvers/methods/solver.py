@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from solvers.problem.hyperparameters import Hyperparameters
@@ -67,6 +68,11 @@ class Solver(Hyperparameters, abc.ABC):
     @abc.abstractmethod
     def step(self, f: FlatMapping, state: Any) -> Any:
         """The next state. A solver's states are of its own subclass of :class:`State`."""
+
+    def restarted(self, state: Any, rows: Tensor, z: Tensor, fz: Tensor) -> Any:
+        """TEMP."""
+        r = rows.unsqueeze(1)
+        return dataclasses.replace(state, z=torch.where(r, z, state.z), fz=torch.where(r, fz, state.fz))
 
 
 def take_samples(state: Any, keep: Tensor) -> Any:

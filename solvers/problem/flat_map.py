@@ -86,3 +86,28 @@ class FlatMap:
                 "instead of z += ..., torch.relu(z) instead of torch.relu_(z)."
             )
         return self._layout.pack(output)
+
+    @torch.no_grad()
+    def mixes_samples(self, z: Tensor) -> bool:
+        """Whether f at ``z`` (B, D) returns something else for a sample when others are changed.
+
+        For the report of a failed solve: costs up to four calls of f, and is False where f fails or is random.
+        """
+        number = torch.arange(len(z), device=z.device)
+        if len(z) < 2:
+            return False
+        self._done = self._value = None
+        try:
+            with torch.random.fork_rng(devices=[]):
+                image = self(z)
+                if not torch.equal(image, self(z)):
+                    return False
+                for changed in (number % 2 == 1, number < len(z) // 2):
+                    other = torch.where(changed.unsqueeze(1), z + 0.1 * torch.where(z == 0, 1.0, z.abs()), z)
+                    difference = (self(other) - image).abs()[~changed]
+                    rounding = 64 * self.eps * image.abs()[~changed].amax(dim=1, keepdim=True)
+                    if bool((difference > rounding).any()):
+                        return True
+        except Exception:
+            return False
+        return False

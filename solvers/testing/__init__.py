@@ -1,4 +1,4 @@
-"""What a solver is tested and measured with."""
+"""Tools to test and measure solvers: conformance tests, a bank of problems, and a meter of peak memory."""
 
 from solvers.testing.conformance import SolverConformance
 from solvers.testing.peak_memory import PeakMemory

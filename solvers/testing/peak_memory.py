@@ -1,4 +1,4 @@
-"""How much memory the tensors of a piece of a program take at once."""
+"""The peak memory of the tensors that a part of a program creates."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -11,13 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and still alive, on any device, and their largest sum.
+    """Measure the memory of all tensors created within the context, on any device, as their largest sum of bytes.
 
-    Counted is what PyTorch's operations return, not what they need within.
+    It counts the tensors that PyTorch's operations return, while they are alive. It does not count temporary memory
+    within an operation.
 
     Attributes:
-        held: The number of bytes now.
-        peak: The largest number so far.
+        held: The number of bytes in use now.
+        peak: The largest number of bytes in use so far.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
-"""The problem bank: maps with known fixed points or known behaviour.
+"""The problem bank: maps with known fixed points or known behavior.
 
-Every problem is made by a function of the dtype from a fixed seed, in float64, and then converted, so that all dtypes
-solve the same problem.
+Each problem is a function of the dtype. It is created in float64 from a fixed seed and then converted, so that it is
+the same problem in all dtypes.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ class BankProblem:
     """A batch of fixed-point problems.
 
     Attributes:
-        f: The map, (B, D) to (B, D).
+        f: The map, (B, D) -> (B, D).
         z0: (B, D) the start.
-        solution: (B, D) the fixed point that the iteration from z0 leads to.
+        solution: (B, D) the fixed point to which the iteration from z0 leads.
     """
 
     f: Callable[[Tensor], Tensor]
@@ -57,16 +57,16 @@ def rotation(dtype: torch.dtype) -> BankProblem:
 
 
 def planes(dtype: torch.dtype) -> BankProblem:
-    """Seven plane rotations about the centres 1 to 14: no contraction, Picard iteration cycles."""
+    """Seven plane rotations about the centers 1 to 14: the map does not contract, and Picard iteration cycles."""
     angles = math.pi / torch.tensor([2, 3, 4, 5, 6, 1.27, 1.73], dtype=torch.float64)
-    centre = torch.arange(1.0, 15.0, dtype=torch.float64).to(dtype)
+    center = torch.arange(1.0, 15.0, dtype=torch.float64).to(dtype)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
     def f(z: Tensor) -> Tensor:
-        x, y = (z - centre).view(-1, 7, 2).unbind(2)
-        return centre + torch.stack((cos * x - sin * y, sin * x + cos * y), dim=2).flatten(1)
+        x, y = (z - center).view(-1, 7, 2).unbind(2)
+        return center + torch.stack((cos * x - sin * y, sin * x + cos * y), dim=2).flatten(1)
 
-    return BankProblem(f, centre.new_zeros(1, 14), centre.unsqueeze(0))
+    return BankProblem(f, center.new_zeros(1, 14), center.unsqueeze(0))
 
 
 def cosine(dtype: torch.dtype) -> BankProblem:
@@ -76,13 +76,13 @@ def cosine(dtype: torch.dtype) -> BankProblem:
 
 
 def marginal_cosine(dtype: torch.dtype) -> BankProblem:
-    """``cos(z) + pi / 2``: the derivative at the solution is -1, so that Picard iteration hardly gets nearer."""
+    """``cos(z) + pi / 2``: the derivative at the solution is -1, so Picard iteration hardly makes progress."""
     solution = torch.tensor([[math.pi / 2]], dtype=dtype)
     return BankProblem(lambda z: torch.cos(z) + math.pi / 2, torch.ones(1, 1, dtype=dtype), solution)
 
 
 def tanh(dtype: torch.dtype) -> BankProblem:
-    """``tanh(z W' + x)`` with |W| = 1.2: contracts only where the activation saturates."""
+    """``tanh(z W' + x)`` with |W| = 1.2: the map contracts only where the activation saturates."""
     generator = torch.Generator().manual_seed(0)
     w = _normal((256, 256), generator)
     w = 1.2 * w / torch.linalg.matrix_norm(w, 2)
@@ -152,17 +152,17 @@ def adjoint(dtype: torch.dtype, *, size: int = 10_000) -> BankProblem:
     """
     p = _normal((1, size), torch.Generator().manual_seed(0))
 
-    def neighbours(z: Tensor) -> Tensor:
+    def neighbors(z: Tensor) -> Tensor:
         return F.pad(z[:, 1:], (0, 1)) + F.pad(z[:, :-1], (1, 0))
 
-    # The same equation as a contraction.
-    solution = _limit(lambda z: (p + neighbours(z) - 0.1 * z * z) / 10, torch.zeros_like(p), 200)
+    # The same equation, written as a contraction.
+    solution = _limit(lambda z: (p + neighbors(z) - 0.1 * z * z) / 10, torch.zeros_like(p), 200)
     p = p.to(dtype)
-    return BankProblem(lambda z: p + neighbours(z) - 9 * z - 0.1 * z * z, torch.zeros_like(p), solution.to(dtype))
+    return BankProblem(lambda z: p + neighbors(z) - 9 * z - 0.1 * z * z, torch.zeros_like(p), solution.to(dtype))
 
 
 def h_equation(dtype: torch.dtype) -> BankProblem:
-    """Chandrasekhar's H-equation, 512 unknowns, c = 0.99 (Toth and Kelley 2015, section 4.1)."""
+    """Chandrasekhar's H-equation with 512 unknowns and c = 0.99 (Toth and Kelley 2015, section 4.1)."""
     n = 512
     mu = (torch.arange(1, n + 1, dtype=torch.float64) - 0.5) / n
     kernel = 0.99 / (2 * n) * mu.unsqueeze(1) / (mu.unsqueeze(1) + mu)
@@ -173,7 +173,7 @@ def h_equation(dtype: torch.dtype) -> BankProblem:
 
 
 def contractive_2x2(dtype: torch.dtype) -> BankProblem:
-    """``M z + (I - M) 1`` with singular values 0.1 and 0.5 in different bases: the answer is ones."""
+    """``M z + (I - M) 1`` with singular values 0.1 and 0.5 in different bases: the solution is all ones."""
     u = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
     v = torch.tensor([[3.0, -4.0], [4.0, 3.0]], dtype=torch.float64) / 5
     m = u @ torch.diag(torch.tensor([0.1, 0.5], dtype=torch.float64)) @ v.T
@@ -218,7 +218,7 @@ BANK: dict[str, Callable[[torch.dtype], BankProblem]] = {
 
 
 def _symmetric(size: int, generator: torch.Generator) -> Tensor:
-    """(size, size) a random symmetric matrix of spectral radius 1."""
+    """Return a random symmetric matrix (size, size) of spectral radius 1."""
     a = _normal((size, size), generator)
     a = a + a.T
     radius: Tensor = torch.linalg.eigvalsh(a).abs().max()
@@ -230,7 +230,7 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _conv_norm(weight: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """The operator norm of a convolution of images of ``shape`` with zero padding, by power iteration."""
+    """Compute the operator norm of a convolution of images of ``shape`` with zero padding by power iteration."""
     image = _normal((1, *shape), generator)
     for _ in range(300):
         image = image / image.norm()

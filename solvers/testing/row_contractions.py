@@ -1,4 +1,4 @@
-"""Small contractions, one a row, for tests of what a solver does to one row and not to the others."""
+"""A batch of small contractions, one per row, for tests that change one row and compare the others."""
 
 import dataclasses
 
@@ -10,14 +10,14 @@ from torch import Tensor
 class RowContractions:
     """A batch of maps ``z -> rate * h(0.6 z + 0.4 roll(z)) + growth * z + shift`` with h(u) = u / sqrt(1 + u^2).
 
-    h has slopes in (0, 1] and the mean of z and its neighbours has norm 1, so that a row without growth contracts by
-    its ``rate`` in the root mean square. Every operation is made entry by entry and rounded exactly: the same row gives
-    the same bits in any batch and any memory layout.
+    The slopes of h are in (0, 1], and averaging z with its neighbors has norm 1. A row without growth therefore
+    contracts by its ``rate`` in the root mean square. All operations act on single entries and are correctly rounded:
+    a row gives the same bits in any batch and any memory layout.
 
     Attributes:
         rate: (B, 1) the Lipschitz constants.
-        growth: (B, 1) 0 for contractions; beyond 1 a row diverges under Picard iteration.
-        shift: (B, D).
+        growth: (B, 1) zero for contractions; a row with growth above 1 diverges under Picard iteration.
+        shift: (B, D) the constant term.
     """
 
     rate: Tensor
@@ -28,7 +28,7 @@ class RowContractions:
     def make(
         cls, batch: int = 6, size: int = 16, dtype: torch.dtype = torch.float64, *, slowest: float = 0.9
     ) -> "RowContractions":
-        """Contractions with rates from 0.1 to ``slowest``, the same at every call."""
+        """Create contractions with rates from 0.1 to ``slowest``; every call creates the same ones."""
         generator = torch.Generator().manual_seed(0)
         shift = torch.randn(batch, size, dtype=torch.float64, generator=generator)
         rate = torch.linspace(0.1, slowest, batch, dtype=torch.float64).unsqueeze(1)
@@ -39,11 +39,11 @@ class RowContractions:
         return self.rate * (u / torch.sqrt(1 + u * u)) + self.growth * z + self.shift
 
     def select(self, rows: Tensor) -> "RowContractions":
-        """The maps of these rows, by index (n,)."""
+        """Return the maps of the rows with these indices (n,)."""
         return RowContractions(self.rate[rows], self.growth[rows], self.shift[rows])
 
     def replace(self, row: int, *, growth: float = 0.0, shift: float | None = None) -> "RowContractions":
-        """The same maps but for one row, which gets this growth and, in every entry, this shift."""
+        """Return the same maps, except that one row gets this growth and, in every entry, this shift."""
         growths, shifts = self.growth.clone(), self.shift.clone()
         growths[row] = growth
         if shift is not None:
@@ -52,11 +52,11 @@ class RowContractions:
 
     @property
     def start(self) -> Tensor:
-        """(B, D) zeros."""
+        """The start of a solve: (B, D) zeros."""
         return torch.zeros_like(self.shift)
 
     def solution(self) -> Tensor:
-        """(B, D) the fixed points of contractions, to rounding."""
+        """Return the fixed points (B, D) of contractions, accurate to rounding."""
         z = self.start
         for _ in range(400):
             z = self(z)

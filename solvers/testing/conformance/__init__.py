@@ -1,4 +1,4 @@
-"""The contract of a solver as tests, for solvers of ours and of yours."""
+"""The contract of a solver as a class of tests, for the library's solvers and for your own."""
 
 from solvers.testing.conformance._answers import AnswerTests
 from solvers.testing.conformance._gradients import GradientTests
@@ -10,17 +10,19 @@ __all__ = ["SolverConformance"]
 
 
 class SolverConformance(StepTests, AnswerTests, IndependenceTests, ReportTests, GradientTests):
-    """Tests that a solver keeps the contract of :class:`solvers.Solver`, to be inherited by a test class of yours.
+    """Tests that a solver keeps the contract of :class:`solvers.Solver`; inherit from it in your own test class.
 
-    Name the solver in a class whose own name begins with Test, and pytest runs every test on it. A failure says what
-    the solver did and what is expected of it. The tests run on the CPU and take a few seconds.
+    Give your class a name that begins with ``Test`` and set ``solver``; pytest then runs every test on that solver. A
+    failure says what the solver did and what is expected. The tests run on the CPU and take a few seconds.
 
     Attributes:
-        solver: The solver under test. Its class must stand at the top level of a module, so that it can be pickled.
-        calls_per_step: How many times a step calls the map; None if that varies. ``init`` always calls it once.
-        problems: Names of problems of ``solvers.testing.BANK`` that the solver must solve, to a relative residual of
+        solver: The solver under test. Its class must be defined at the top level of a module, so that it can be
+            pickled.
+        calls_per_step: How often a step calls the map, or None if that varies. ``init`` must call it once.
+        problems: Names of problems in ``solvers.testing.BANK`` that the solver must solve, to a relative residual of
             1e-5 in float32 and 1e-10 in float64.
-        max_steps: How many steps it may take for any problem. Those outside the bank contract by 0.9 or better.
+        max_steps: The number of steps that it may take for any problem. Problems outside the bank contract by a factor
+            of at most 0.9.
 
     Example:
         >>> from solvers import Picard

@@ -1,4 +1,4 @@
-"""That a solver finds fixed points, for every kind of state."""
+"""Tests that a solver finds fixed points for every kind of state."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from solvers.testing.row_contractions import RowContractions
 
 
 class AnswerTests(ConformanceTests):
-    """The right answer for all dtypes, shapes, layouts and structures of the state."""
+    """The solver finds the right answer for all dtypes, shapes, layouts and structures of the state."""
 
     def test_solves_the_bank_in_float32(self) -> None:
-        """Finds the known fixed points to 1e-5."""
+        """The solver finds the known fixed points to 1e-5."""
         self._require_bank_is_solved(torch.float32, 1e-5)
 
     def test_solves_the_bank_in_float64(self) -> None:
-        """Finds the known fixed points to 1e-10."""
+        """The solver finds the known fixed points to 1e-10."""
         self._require_bank_is_solved(torch.float64, 1e-10)
 
     def _require_bank_is_solved(self, dtype: torch.dtype, rtol: float) -> None:
@@ -34,10 +34,10 @@ class AnswerTests(ConformanceTests):
             require(
                 solution.converged.all(),
                 f"{self._yours} does not solve the problem {name!r} of the bank in {dtype} to rtol={rtol:.0e} within "
-                f"max_steps={self.max_steps}. If it is not made for such problems, name others in `problems` of the "
+                f"max_steps={self.max_steps}. If it is not meant for such problems, name others in `problems` of the "
                 f"test class.\n{solution.summary()}",
             )
-            # Where a map contracts by 0.9, the error is up to 9 times the residual.
+            # If a map contracts by 0.9, the error is up to 9 times the residual.
             error = rms_norm(solution.value - problem.solution) / rms_norm(problem.solution)
             require(
                 (error <= 20 * rtol).all(),
@@ -46,7 +46,7 @@ class AnswerTests(ConformanceTests):
             )
 
     def test_solves_half_precision_states(self) -> None:
-        """A bfloat16 or float16 state, which the map rounds in every call, is solved to the precision of its dtype."""
+        """A bfloat16 or float16 state, which the map rounds in each call, is solved to the precision of its dtype."""
         problem = RowContractions.make(dtype=torch.float32, slowest=0.5)
         for dtype in (torch.bfloat16, torch.float16):
             eps = torch.finfo(dtype).eps
@@ -62,7 +62,7 @@ class AnswerTests(ConformanceTests):
             )
 
     def test_exact_start_stops_at_once(self) -> None:
-        """A start whose residual is zero is the answer, after one call."""
+        """A start whose residual is zero is returned after one call of the map."""
         z0 = RowContractions.make().shift
         solution = self._solve(lambda z: z, z0)
         require(
@@ -71,7 +71,7 @@ class AnswerTests(ConformanceTests):
         )
 
     def test_fixed_steps_are_exact(self) -> None:
-        """With ``rtol=None, atol=None`` it takes ``max_steps`` steps and returns the last image."""
+        """With ``rtol=None, atol=None``, a solve takes ``max_steps`` steps and returns the last image."""
         problem = RowContractions.make()
         for steps in (1, 2, 7):
             f = Counted(problem)
@@ -80,15 +80,16 @@ class AnswerTests(ConformanceTests):
             require(
                 solution.num_evals == f.calls and expected in (None, f.calls),
                 f"{self._yours} makes {f.calls} calls of f in {steps} fixed steps, where {expected} are expected. If "
-                "that is meant, set calls_per_step in the test class, to None if it varies.",
+                "this is intended, set calls_per_step in the test class, to None if it varies.",
             )
             require(
                 torch.equal(solution.value, self._iterates(problem, problem.start, steps)[-1][1]),
-                f"{self._yours} gives another answer after {steps} fixed steps than its init and step called directly.",
+                f"{self._yours} gives a different answer after {steps} fixed steps than its init and step do when they "
+                "are called directly.",
             )
 
     def test_steps_past_convergence_stay_finite(self) -> None:
-        """Fixed steps beyond the solution, where all differences vanish, stay at the solution."""
+        """Further steps at the solution, where all differences vanish, stay at the solution."""
         z0 = torch.zeros(3, 4, dtype=torch.float64)
         for name, f, expected in (("z -> z / 2 + 1", lambda z: z / 2 + 1, 2.0), ("z -> 1", torch.ones_like, 1.0)):
             steps = 2 * int(self._solve(f, z0, rtol=1e-12).num_steps.max()) + 20
@@ -101,7 +102,7 @@ class AnswerTests(ConformanceTests):
             )
 
     def test_batch_dims(self) -> None:
-        """Zero, one or two leading dimensions index the samples; the answer and the shapes of the report follow."""
+        """Any number of leading dimensions may index the samples; the shapes of the solution follow from it."""
         shape = (4, 3, 5)
         shift = RowContractions.make(12, 5).shift.reshape(shape)
         expected = _iterate(lambda z: 0.5 * torch.cos(z) + shift, torch.zeros_like(shift))
@@ -118,7 +119,7 @@ class AnswerTests(ConformanceTests):
             self._require_near(solution.value, expected, f"with batch_dims={batch_dims} for a state of shape {shape}")
 
     def test_small_and_empty_batches(self) -> None:
-        """No samples, one sample, one entry, no entries, a scalar."""
+        """The solver works with no samples, one sample, one entry, no entries, and a scalar state."""
         for shape, batch_dims in (((0, 3), 1), ((1, 3), 1), ((3, 1), 1), ((1, 1), 1), ((2, 0), 1), ((), 0), ((1,), 1)):
             z0 = torch.zeros(shape, dtype=torch.float64)
             solution = self._solve(lambda z: 0.5 * torch.cos(z) + 1, z0, batch_dims=batch_dims)
@@ -130,7 +131,7 @@ class AnswerTests(ConformanceTests):
             self._require_near(solution.value, expected, f"for a state of shape {shape}, batch_dims={batch_dims}")
 
     def test_pytree_state(self) -> None:
-        """The same problem as one tensor and as a nested pytree: the same steps, the same answer."""
+        """A problem takes the same steps to the same answer as one tensor and as a nested pytree."""
         problem = RowContractions.make()
 
         def split(z: Tensor) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class AnswerTests(ConformanceTests):
         self._require_same(parts, whole, "for the same state as a pytree of tensors")
 
     def test_layout_of_the_start_does_not_matter(self) -> None:
-        """Transposed and expanded starts, which are not contiguous."""
+        """Transposed and expanded starts, which are not contiguous, give the same answer."""
         problem = RowContractions.make()
         reference = self._solve(problem, torch.ones_like(problem.shift))
         for how, z0 in (
@@ -155,7 +156,7 @@ class AnswerTests(ConformanceTests):
             self._require_same(self._solve(problem, z0), reference, f"from {how} start")
 
     def test_grad_modes(self) -> None:
-        """Works under ``torch.no_grad`` and ``torch.inference_mode``, and where gradients are recorded."""
+        """The solver works under ``torch.no_grad`` and ``torch.inference_mode``, and while gradients are recorded."""
         problem = RowContractions.make()
         reference = self._solve(problem, problem.start)
         with torch.no_grad():

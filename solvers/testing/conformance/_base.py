@@ -1,4 +1,4 @@
-"""What all conformance tests share: the solver, solves that must converge, and failures that read well."""
+"""The base class of the conformance tests: the solver, solves that must converge, and readable failures."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,15 @@ from solvers._solve import solve
 from solvers.methods.solver import Solver
 from solvers.testing.row_contractions import RowContractions
 
-# What a solve of a contraction in float64 is asked for: few enough digits that rounding is not amplified up to them.
+# The tolerance for contractions in float64: loose enough that amplified rounding errors stay below it.
 RTOL = 1e-6
 
-# Relative difference of answers that are equal but for rounding in the kernels of batches of different sizes.
+# Relative difference of answers that are equal except for rounding in the kernels of batches of different sizes.
 ROUNDING = 1e-9
 
 
 class ConformanceTests:
-    """Attributes and helpers of the groups of tests; see :class:`solvers.testing.SolverConformance`."""
+    """The attributes and methods that the groups of tests share; see :class:`solvers.testing.SolverConformance`."""
 
     solver: Solver
     calls_per_step: int | None = 1
@@ -31,7 +31,7 @@ class ConformanceTests:
         return f"Your solver {self.solver!r}"
 
     def _solve(self, f: Callable[..., Any], z0: Any, *, rtol: float = RTOL, **options: Any) -> Solution:
-        """A solve that must converge for every sample."""
+        """Solve a problem, which must converge for every sample."""
         __tracebackhide__ = True
         solution = solve(
             f, z0, self.solver, rtol=rtol, atol=0.0, max_steps=self.max_steps, on_failure="ignore", **options
@@ -44,7 +44,7 @@ class ConformanceTests:
         return solution
 
     def _iterates(self, f: Callable[[Tensor], Tensor], z0: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
-        """Copies of z and fz after init and after each further step."""
+        """Return copies of z and fz after init and after each further step."""
         state = self.solver.init(f, z0)
         iterates = [(state.z.clone(), state.fz.clone())]
         for _ in range(steps - 1):
@@ -53,28 +53,28 @@ class ConformanceTests:
         return iterates
 
     def _require_same(self, solution: Solution, reference: Solution, what: str) -> None:
-        """The same status and number of steps, the same value to rounding; a nan equals a nan."""
+        """Require the same statuses and numbers of steps, and the same values up to rounding; NaN equals NaN."""
         __tracebackhide__ = True
         require(
             torch.equal(solution.status, reference.status),
-            f"{self._yours} ends otherwise {what}: status {solution.status.tolist()}, where it is "
+            f"{self._yours} ends differently {what}: the statuses are {solution.status.tolist()} instead of "
             f"{reference.status.tolist()}. {INDEPENDENCE}",
         )
         require(
             torch.equal(solution.num_steps, reference.num_steps),
-            f"{self._yours} takes another number of steps {what}: {solution.num_steps.tolist()}, where it is "
+            f"{self._yours} takes a different number of steps {what}: {solution.num_steps.tolist()} instead of "
             f"{reference.num_steps.tolist()}. {INDEPENDENCE}",
         )
         difference = float((solution.value - reference.value).abs().max()) if reference.value.numel() else 0.0
         require(
             torch.allclose(solution.value, reference.value, rtol=ROUNDING, atol=ROUNDING, equal_nan=True),
-            f"{self._yours} gives another answer {what}: it differs by {difference:.1e}. {INDEPENDENCE}",
+            f"{self._yours} gives a different answer {what}: it differs by {difference:.1e}. {INDEPENDENCE}",
         )
 
 
 INDEPENDENCE = (
-    "A row of the new state must depend on that row alone: reduce over dim=1 with keepdim=True, never over the batch, "
-    "and choose row by row with torch.where."
+    "Each row of the new state must depend only on that row: reduce over dim=1 with keepdim=True, never over the "
+    "batch, and choose row by row with torch.where."
 )
 
 
@@ -91,7 +91,7 @@ class Counted:
 
 
 def require(condition: bool | Tensor, message: str) -> None:
-    """An AssertionError with this message unless the condition holds; pytest shows the test, not this function."""
+    """Raise an AssertionError with this message unless the condition holds; pytest then shows only the test."""
     __tracebackhide__ = True
     if not bool(condition):
         raise AssertionError(message)

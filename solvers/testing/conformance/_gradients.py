@@ -1,4 +1,4 @@
-"""That gradients flow through a solver's steps."""
+"""Tests that gradients flow through the steps of a solver."""
 
 import dataclasses
 import unittest
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from solvers._solve import solve
-from solvers.testing.conformance._base import ConformanceTests, require
+from solvers.testing.conformance._base import INDEPENDENCE, ConformanceTests, require
 from solvers.testing.row_contractions import RowContractions
 
 
 class GradientTests(ConformanceTests):
-    """The derivative of the steps is right, belongs to its own sample, and is finite where differences vanish."""
+    """Derivatives of the steps are right, stay within their sample, and are finite where differences vanish."""
 
     def test_gradients_through_fixed_steps(self) -> None:
-        """They agree with finite differences, for the start and for the map's own tensors."""
+        """Gradients with respect to the start and to tensors of the map agree with finite differences."""
         self._require_differentiable()
         problem = RowContractions.make(batch=3, size=5)
         cotangent = problem.shift.flip(0)
@@ -37,12 +37,13 @@ class GradientTests(ConformanceTests):
             derivative = float((gradient * direction).sum())
             require(
                 abs(derivative - expected) <= 1e-6 * (1 + abs(expected)),
-                f"{self._yours} has the derivative {derivative:.8f} to {name} by backpropagation through 4 steps, and "
-                f"{expected:.8f} by finite differences.",
+                f"{self._yours} has a derivative with respect to {name} of {derivative:.8f} by backpropagation through "
+                f"4 steps, and {expected:.8f} by finite differences. Use only operations that autograd differentiates "
+                "in init and step.",
             )
 
     def test_gradients_belong_to_their_sample(self) -> None:
-        """One sample's answer has no gradient to another's inputs."""
+        """The answer for one sample has no gradient with respect to the inputs of another."""
         self._require_differentiable()
         problem = RowContractions.make(batch=3, size=5)
         shift = problem.shift.clone().requires_grad_()
@@ -51,11 +52,11 @@ class GradientTests(ConformanceTests):
         gradient = self._gradient(value[1].sum(), shift, "a tensor of the map")
         require(
             not gradient[[0, 2]].any(),
-            f"{self._yours} lets a sample's answer depend on the inputs of another one.",
+            f"{self._yours} lets the answer for a sample depend on the inputs of another one. {INDEPENDENCE}",
         )
 
     def test_gradients_are_finite_past_convergence(self) -> None:
-        """Samples that are solved, by themselves or beside others that go on, have the fixed point's gradient."""
+        """Samples that are solved before others, or before the last step, have the gradient of the fixed point."""
         self._require_differentiable()
         rate = torch.tensor([[0.0], [0.3], [0.9]], dtype=torch.float64)
         expected = (1 / (1 - rate)).expand(3, 5)
@@ -72,9 +73,9 @@ class GradientTests(ConformanceTests):
             require(
                 torch.allclose(gradient, expected, rtol=1e-3),
                 f"{self._yours} has wrong gradients for samples that are solved before the last step, {what}: "
-                f"{gradient[:, 0].tolist()} in place of {expected[:, 0].tolist()}. Beware of divisions by zero and of "
-                "square roots at zero: torch.where must be inside of them too, for the gradient of the branch that is "
-                "not taken is computed nevertheless.",
+                f"{gradient[:, 0].tolist()} instead of {expected[:, 0].tolist()}. Check for divisions by zero and "
+                "square roots at zero. torch.where must guard their argument as well, since autograd also computes the "
+                "gradient of the branch that is not taken.",
             )
 
     def _require_differentiable(self) -> None:
@@ -82,7 +83,7 @@ class GradientTests(ConformanceTests):
             raise unittest.SkipTest(f"{self._yours} says differentiable = False.")
 
     def _gradient(self, total: Tensor, leaf: Tensor, name: str) -> Tensor:
-        """The gradient of ``total`` to ``leaf``, which must have one."""
+        """Return the gradient of ``total`` with respect to ``leaf``, which must exist."""
         __tracebackhide__ = True
         leaf.grad = None
         if total.requires_grad:
@@ -90,7 +91,8 @@ class GradientTests(ConformanceTests):
         gradient: Tensor | None = leaf.grad
         if gradient is None:
             raise AssertionError(
-                f"{self._yours} cuts the gradient to {name}: no detach, no torch.no_grad, no .data in init and step. "
-                "If gradients are not meant to flow through, say differentiable: ClassVar[bool] = False in its class."
+                f"{self._yours} cuts the gradient to {name}: do not use detach, torch.no_grad or .data in init and "
+                "step. If gradients should not flow through it, set differentiable: ClassVar[bool] = False in its "
+                "class."
             )
         return gradient

@@ -1,4 +1,4 @@
-"""That what happens to one sample is no matter of the others."""
+"""Tests that samples do not affect each other."""
 
 import dataclasses
 import math
@@ -13,10 +13,10 @@ from solvers.testing.row_contractions import RowContractions
 
 
 class IndependenceTests(ConformanceTests):
-    """A sample's status, number of steps and answer are the same in any company."""
+    """The status, number of steps and answer of a sample are the same in any batch."""
 
     def test_a_sample_alone_is_as_in_the_batch(self) -> None:
-        """Each sample by itself takes as many steps and gives the same answer to rounding."""
+        """Each sample by itself takes the same number of steps to the same answer, up to rounding."""
         problem = RowContractions.make()
         together = self._solve(problem, problem.start)
         for i in range(6):
@@ -33,7 +33,7 @@ class IndependenceTests(ConformanceTests):
         self._require_same(permuted, _select(solution, order), "when the batch is permuted")
 
     def test_finished_samples_can_leave_the_batch(self) -> None:
-        """With ``compact=True``, which takes the finished samples out of the state, everything is as without it."""
+        """With ``compact=True``, which takes finished samples out of the state, the solution stays the same."""
         problem = RowContractions.make()
 
         def f(z: Tensor, *maps: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class IndependenceTests(ConformanceTests):
         self._require_same(compact, self._solve(problem, problem.start), "with compact=True")
 
     def test_bad_samples_leave_the_others_alone(self) -> None:
-        """A sample that is nan, overflows, diverges or is solved at once changes nothing for the others."""
+        """A sample that is NaN, overflows, diverges or is solved at once changes nothing for the others."""
         problem = RowContractions.make()
         others = torch.tensor([0, 1, 3, 4, 5])
         reference = _select(self._solve(problem, problem.start), others)
@@ -62,12 +62,13 @@ class IndependenceTests(ConformanceTests):
                 status = Status(int(solution.status[2]))
                 require(
                     status is Status.NONFINITE and bool(solution.value[2].isnan().all()),
-                    f"{self._yours} hides a map that is nan everywhere: status {status.name}. Do not replace nan.",
+                    f"{self._yours} hides a map that is NaN everywhere: its status is {status.name}. Do not replace "
+                    "NaN by numbers.",
                 )
 
 
 def _select(solution: Solution, rows: Tensor) -> Solution:
-    """The report on these samples alone."""
+    """Return the solution of only these samples."""
     return dataclasses.replace(
         solution,
         value=solution.value[rows],

@@ -1,4 +1,4 @@
-"""That a solution says the truth about the solve."""
+"""Tests that a solution tells the truth about the solve."""
 
 import warnings
 
@@ -12,10 +12,10 @@ from solvers.testing.row_contractions import RowContractions
 
 
 class ReportTests(ConformanceTests):
-    """Statuses, residuals and histories are those of the iterates; failures are reported as asked."""
+    """Statuses, residuals and histories are those of the iterates, and failures are reported as requested."""
 
     def test_converged_means_a_small_residual(self) -> None:
-        """The residual of every converged sample, computed anew from the map, is within the tolerance."""
+        """The residual of every converged sample, computed again from the map, is within the tolerance."""
         problem = RowContractions.make()
         for rtol in (1e-3, RTOL):
             solution = self._solve(problem, problem.start, rtol=rtol)
@@ -25,18 +25,18 @@ class ReportTests(ConformanceTests):
             require(
                 (error <= bound).all(),
                 f"{self._yours} ends CONVERGED at rtol={rtol:.0e}, but the values have residuals of up to "
-                f"{float(relative(error, rms_norm(solution.value)).max()):.1e}. Is fz in its states the result of "
-                "calling f with z?",
+                f"{float(relative(error, rms_norm(solution.value)).max()):.1e}. Check that fz in its states is the "
+                "result of calling f with z.",
             )
 
     def test_too_few_steps_are_reported(self) -> None:
-        """A sample short of the tolerance after ``max_steps`` says so."""
+        """A sample that does not meet the tolerance within ``max_steps`` has the status MAX_STEPS."""
         problem = RowContractions.make()
         solution = solve(problem, problem.start, self.solver, rtol=0, atol=0, max_steps=3, on_failure="ignore")
         require(
             (solution.status == Status.MAX_STEPS).all() and (solution.num_steps == 3).all(),
-            f"{self._yours} ends with status {solution.status.tolist()} after {solution.num_steps.tolist()} steps, "
-            "where max_steps=3 is too few.",
+            f"{self._yours} ends with the statuses {solution.status.tolist()} after {solution.num_steps.tolist()} "
+            "steps, where MAX_STEPS after max_steps=3 steps is expected.",
         )
 
     def test_history_is_the_residual_of_every_step(self) -> None:
@@ -49,26 +49,26 @@ class ReportTests(ConformanceTests):
         steps = int(solution.num_steps.max())
         require(
             history.shape == (steps, 6),
-            f"{self._yours} leaves a history of shape {tuple(history.shape)} where {steps} steps were taken on 6 "
-            "samples.",
+            f"{self._yours} has a history of shape {tuple(history.shape)} after {steps} steps on 6 samples.",
         )
         iterates = self._iterates(problem, problem.start, steps)
         replayed = torch.stack([relative(rms_norm(fz - z), rms_norm(fz)) for z, fz in iterates])  # (steps, 6)
         for sample, taken in enumerate(solution.num_steps.tolist()):
             require(
                 torch.allclose(history[:taken, sample], replayed[:taken, sample], rtol=1e-6, atol=0),
-                f"{self._yours} leaves the history {history[:taken, sample].tolist()}, but its init and step called "
-                f"directly have the residuals {replayed[:taken, sample].tolist()}.",
+                f"{self._yours} has the history {history[:taken, sample].tolist()}, but the residuals are "
+                f"{replayed[:taken, sample].tolist()} when its init and step are called directly.",
             )
             best = int(history[:taken, sample].argmin())
             require(
                 bool(residual[sample] == history[best, sample])
                 and torch.allclose(solution.value[sample], iterates[best][1][sample], rtol=1e-6, atol=1e-9),
-                f"{self._yours} does not return the image of its best iterate, that of step {best + 1} of {taken}.",
+                f"{self._yours} does not return the image of its best iterate, which is that of step {best + 1} of "
+                f"{taken}.",
             )
 
     def test_failures_are_reported_as_asked(self) -> None:
-        """``on_failure``: a warning, an error that carries the solution, or silence."""
+        """``on_failure`` gives a warning, an error that holds the solution, or nothing."""
         problem = RowContractions.make()
         modes = {"warn": ConvergenceWarning, "raise": ConvergenceError, "ignore": None}
         for mode, expected in modes.items():
@@ -81,5 +81,5 @@ class ReportTests(ConformanceTests):
                     got = type(failure)
             require(
                 got is expected,
-                f"{self._yours} fails with {got} at on_failure={mode!r}, where {expected} is expected.",
+                f"{self._yours} fails with {got} under on_failure={mode!r}, where {expected} is expected.",
             )

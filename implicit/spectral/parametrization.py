@@ -1,4 +1,4 @@
-"""What the parametrizations of spectral normalization share."""
+"""The base class of the parametrizations that normalize a weight by its spectral norm."""
 
 from abc import ABC, abstractmethod
 
@@ -8,10 +8,10 @@ from implicit.spectral.linear_operator import LinearOperator
 
 
 class SpectralNorm(nn.Module, ABC):
-    """The parametrization behind :func:`spectral_norm`: ``weight / max(1, sigma / coeff)``.
+    """The parametrization that :func:`spectral_norm` registers: it computes ``weight / max(1, sigma / coeff)``.
 
     Attributes:
-        coeff: The largest spectral norm that is left alone.
+        coeff: Upper bound on the spectral norm; larger weights are rescaled to it.
     """
 
     def __init__(self, operator: LinearOperator, *, coeff: float) -> None:
@@ -23,18 +23,18 @@ class SpectralNorm(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:
-        """The normalized weight, of the same shape and dtype."""
+        """Return the normalized weight, which has the same shape and dtype."""
 
     @abstractmethod
     def sigma(self, weight: Tensor) -> Tensor:
-        """The spectral norm of the unnormalized ``weight`` as the method has it, without gradient."""
+        """Return the spectral norm of the unnormalized ``weight`` as this method computes it, without gradient."""
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What to store so that the weight becomes this one: itself, normalized only if it must be."""
+        """Return what to store when ``weight`` is assigned: the weight itself, which is normalized when it is used."""
         return weight
 
 
 def check_positive(name: str, value: int) -> None:
-    """Raise where an option is no positive integer."""
+    """Raise a ValueError unless the option is a positive integer."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"spectral_norm({name}=...) must be an int >= 1, got {value!r}.")

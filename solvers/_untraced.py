@@ -1,0 +1,11 @@
+"""What ``torch.compile`` leaves out of its graphs. Imported while it traces: the import loads PyTorch's compiler."""
+
+import torch
+
+from solvers._progress import ToleranceTest
+
+update = torch.compiler.disable(
+    ToleranceTest.update,
+    reason="The test for convergence waits for the device and decides on the host. For one graph take a fixed number "
+    "of steps: rtol=None, atol=None, max_steps=n.",
+)
