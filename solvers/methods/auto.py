@@ -15,24 +15,27 @@ from solvers.methods.solver import FlatMapping, Solver, State
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative, rms_norm
 
-# The methods, in the order in which a sample comes to them.
-PICARD, ANDERSON, BROYDEN, NEWTON = range(4)
+# The methods, in the order in which a sample comes to them; after the last it goes on with ANDERSON.
+FAST, ANDERSON, PICARD, BROYDEN, NEWTON = range(5)
 
-# A sample whose residual falls more slowly than this in a plain step leaves Picard iteration: from there on Anderson
-# acceleration needs fewer steps.
+# A sample whose residual falls more slowly than this in one of the first plain steps goes on to Anderson acceleration,
+# which from there on needs fewer steps.
 _FAST = 0.1
-# Steps in which the best residual may fail to improve under Anderson and Broyden: on maps that expand, or are far from
-# normal, they take long to get under way. Together they are less than the driver's patience.
-_ANDERSON_PATIENCE = 15
-_BROYDEN_PATIENCE = 30
-# A step of Newton's method must reduce the residual to so much at least: it costs many calls.
-_NEWTON_REDUCTION = 0.9
-# A step to a residual this many times the size of the first image is taken back: a tenth of what the driver takes for
-# divergence by default.
+# A method must reduce the smallest residual to this part of it within its patience. Together the patiences are less
+# than the driver's. That of PICARD doubles at every return.
+_PROGRESS = 0.9
+_PATIENCE = {ANDERSON: 15, PICARD: 6, BROYDEN: 15, NEWTON: 3}
+# On its nth visit, plain iteration hands the sample back to Anderson acceleration after reducing the residual to the
+# nth power of this.
+_PLAIN_REDUCTION = 0.1
+# A step to a residual this many times the size of the first image and its residual is taken back.
 _GROWTH = 1e5
-# A residual of so many units in the last place of f(z) is not worth another method.
+# An accelerated step that reduces the iterate to this part of its size leads to a fixed point at zero. Where the
+# residual grows, that point repels, and the sample takes plain steps away from it, this many at most.
+_COLLAPSE, _LONGEST_GROWTH = 1e-3, 34
+# A relative residual of this many units in the last place is not worth another method.
 _ROUNDING = 100.0
-# Relative tolerance of a sample's first linear solve on Newton's method.
+# Relative tolerance of a sample's first linear solve by Newton's method.
 _FORCING = 0.5
 
 _BROYDEN = Broyden()
@@ -48,27 +51,39 @@ class Trail(State):
 
 @dataclasses.dataclass
 class AutoState(State):
-    """The method of each sample, how it fares, and what the methods remember.
+    """The method of each sample, its progress, and what the methods remember.
 
     Attributes:
-        method: (B,) int8, one of PICARD, ANDERSON, BROYDEN and NEWTON for each sample.
+        method: (B,) int8, one of FAST, ANDERSON, PICARD, BROYDEN and NEWTON for each sample.
         error: (B,) root mean square of ``f(z) - z``.
         limit: (B,) the largest error that is not taken back.
-        best: The iterate with the smallest relative residual of each sample.
-        best_residual: (B,) that residual.
-        idle: (B,) int64, steps in which it has not improved.
+        best: The iterate of the smallest error of each sample.
+        best_error: (B,) that error.
+        mark: (B,) the error at the last progress.
+        idle: (B,) int64, steps since then.
+        target: (B,) the error at which plain iteration hands the sample back to Anderson acceleration.
+        visits: (B,) int64, how often a sample has returned to plain iteration.
+        grown: (B,) int64, how many plain steps it has taken away from a fixed point at zero.
+        grew: (B,) bool, whether the error grew in the last step.
+        fresh: (B,) bool, samples whose next step is the first one of a method that remembers nothing of them.
         forcing: (B,) relative tolerance of the next linear solve, for samples on Newton's method.
         trail: While there is no window, the iterates before this one.
-        window: Anderson's state, of all samples since the start; None while all are on Picard iteration.
-        broyden: Broyden's state, which means something for the samples on that method alone.
+        window: Anderson's state, of all samples since they were last fresh; None while all samples are fast.
+        broyden: Broyden's state, which is meaningful only for the samples on that method.
     """
 
     method: Tensor
     error: Tensor
     limit: Tensor
     best: State
-    best_residual: Tensor
+    best_error: Tensor
+    mark: Tensor
     idle: Tensor
+    target: Tensor
+    visits: Tensor
+    grown: Tensor
+    grew: Tensor
+    fresh: Tensor
     forcing: Tensor
     trail: Trail | None = None
     window: AndersonState | None = None
@@ -77,23 +92,26 @@ class AutoState(State):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Auto(Solver):
-    """Begins with the cheapest method and moves each sample to a stronger one when its own residuals ask for it.
+    """Begins with the cheapest method and moves each sample to another one when its own residuals ask for it.
 
-    1. Picard iteration, while a step reduces the residual ten times at least. No other work is done.
+    1. Picard iteration, while every step reduces the residual at least ten times. No other work is done.
     2. Anderson acceleration with a long window, which has the plain steps in it from the start.
-    3. Broyden's method from where the sample is, when 15 steps have brought no progress.
-    4. Newton's method, when another 30 have brought none; while a step takes a tenth off the residual. Then 3 again.
+    3. Picard iteration again, when 15 steps have brought no progress. Once it has reduced the residual tenfold (the
+       next time a hundredfold, and so on), Anderson acceleration gets another chance with a new window.
+    4. Broyden's method, when 6 plain steps (the next time 12, and so on) have brought no progress.
+    5. Newton's method, when another 15 have brought none; while it makes progress within 3 steps. Then 2 again.
 
-    Progress is a smaller relative residual than ever. A step that leads to inf or nan, or near to what counts as
-    divergence, is taken back to the best iterate, and the sample moves on by one method.
+    Progress is a residual that is a tenth smaller than before, in the absolute sense: iterates that run away have small
+    relative ones. Each method starts at the best iterate so far. A step that leads to infinity or NaN, or far beyond
+    the residual of the start, is taken back to that iterate, and the sample goes on with the next method.
 
     For maps of which little is known, and batches of easy and hard samples. A step is one call of ``f`` until a sample
     needs Newton's method, and as many more as that takes. Where the map is known to be fast, :class:`Picard` has less
-    to do; if gradients are to flow through the steps, use :class:`Anderson`: they do not through these. Each step waits
-    for the device once at least, also when their number is fixed.
+    to do. If gradients are to flow through the steps, use :class:`Anderson`: they do not flow through these. Each step
+    waits for the device once, also when their number is fixed, and more often while a sample is on Newton's method.
 
     Args:
-        memory: The most differences in Anderson's window, which grows by one a step: two vectors of the state's size
+        memory: The most differences in Anderson's window, which grows by one per step: two vectors of the state's size
             each. It is never longer than the state has entries. Broyden's estimate, where it comes to that, has no
             limit.
         linear_solver: The solver of Newton's linear systems, as in :class:`NewtonKrylov`. The map must support forward
@@ -111,19 +129,7 @@ class Auto(Solver):
 
     def init(self, f: FlatMapping, z0: Tensor) -> AutoState:
         z0 = z0.contiguous()  # forward mode refuses expanded tensors
-        fz = f(z0)
-        error, scale = rms_norm(fz - z0), rms_norm(fz)
-        return AutoState(
-            z=z0,
-            fz=fz,
-            method=torch.full_like(error, PICARD, dtype=torch.int8),
-            error=error,
-            limit=_GROWTH * (error + scale),
-            best=State(z0, fz),
-            best_residual=relative(error, scale),
-            idle=torch.zeros_like(error, dtype=torch.int64),
-            forcing=torch.zeros_like(error),
-        )
+        return _started(z0, f(z0))
 
     @torch.no_grad()
     def step(self, f: FlatMapping, state: AutoState) -> AutoState:
@@ -136,22 +142,51 @@ class Auto(Solver):
         # One look at the host is all the work of a step in which every sample is fast.
         if trail.length < self.memory and bool((error <= _FAST * state.error).all()):
             return dataclasses.replace(state, z=z, fz=fz, error=error, trail=trail)
-        last = State(state.z, state.fz)
+        best_error = torch.where(state.error.isfinite(), state.error, torch.inf)
         state = dataclasses.replace(
-            state, best=last, best_residual=relative(state.error, rms_norm(last.fz)), trail=None
+            state, best=State(state.z, state.fz), best_error=best_error, mark=best_error, trail=None
         )
-        return self._judge(state, self._window_of(trail), z, fz, error)
+        return self._judge(state, self._window_of(trail), z, fz, error, torch.zeros_like(state.fresh))
+
+    def restarted(self, state: AutoState, rows: Tensor, z: Tensor, fz: Tensor) -> AutoState:
+        if state.window is None:
+            # There is no window yet that could forget these samples, so that it begins here for all of them.
+            everywhere = rows.unsqueeze(1)
+            z, fz = torch.where(everywhere, z, state.z), torch.where(everywhere, fz, state.fz)
+            return dataclasses.replace(_started(z, fz))
+        begun = _started(z, fz)
+        changes: dict[str, Tensor | State] = {}
+        for field in dataclasses.fields(begun):
+            new, old = getattr(begun, field.name), getattr(state, field.name)
+            if isinstance(new, Tensor):
+                changes[field.name] = torch.where(rows.view(-1, *[1] * (new.dim() - 1)), new, old)
+        best = State(*(torch.where(rows.unsqueeze(1), new, old) for new, old in ((z, state.best.z), (fz, state.best.fz))))
+        changes["method"] = torch.where(rows, ANDERSON, state.method)
+        changes["fresh"] = state.fresh | rows
+        return dataclasses.replace(state, best=best, **changes)
 
     def _mixed_step(self, f: FlatMapping, state: AutoState, window: AndersonState) -> AutoState:
-        """Every sample by its own method."""
+        """A step of every sample by its own method."""
         on = {method: state.method == method for method in (ANDERSON, BROYDEN, NEWTON)}
-        needed = dict(zip(on, torch.stack([rows.any() for rows in on.values()]).tolist(), strict=True))
-        z, broyden = state.fz, state.broyden
-        if needed[ANDERSON]:
-            z = torch.where(on[ANDERSON].unsqueeze(1), self._anderson(z).propose(window), z)
+        news = torch.stack([state.fresh.any(), *(rows.any() for rows in on.values())])
+        fresh, *needed = news.tolist()
+        needs = dict(zip(on, needed, strict=True))
+        broyden = state.broyden if needs[BROYDEN] else None
+        if fresh:
+            window = _forgotten(window, state.fresh)
+        if needs[BROYDEN] and (fresh or broyden is None):
+            broyden = _joined(broyden, state)
+
+        z = state.fz
+        growing = torch.zeros_like(state.fresh)
+        if needs[ANDERSON]:
+            proposal = self._anderson(z).propose(window)
+            growing = (state.grown > 0) | (rms_norm(proposal) <= _COLLAPSE * rms_norm(z))
+            growing = growing & on[ANDERSON] & state.grew & (state.grown < _LONGEST_GROWTH)
+            z = torch.where((on[ANDERSON] & ~growing).unsqueeze(1), proposal, z)
         if broyden is not None:
             z = torch.where(on[BROYDEN].unsqueeze(1), broyden.z + broyden.direction, z)
-        if needed[NEWTON]:
+        if needs[NEWTON]:
             newton = NewtonKrylovState(state.z, state.fz, state.error, state.forcing)
             newton = NewtonKrylov(linear_solver=self.linear_solver).step_some(f, newton, on[NEWTON], z)
             z, fz, error = newton.z, newton.fz, newton.error
@@ -160,44 +195,68 @@ class Auto(Solver):
             fz = f(z)
             error = rms_norm(fz - z)
         if broyden is not None:
-            # Of the others' rows it makes something meaningless, which is cleared before it is used.
-            broyden = _BROYDEN.step(lambda _: fz, broyden) if needed[BROYDEN] else None
-        return self._judge(dataclasses.replace(state, broyden=broyden), window, z, fz, error)
+            # What it makes of the other samples is meaningless, and cleared before it is used.
+            broyden = _BROYDEN.step(lambda _: fz, broyden)
+        return self._judge(dataclasses.replace(state, broyden=broyden), window, z, fz, error, growing)
 
-    def _judge(self, state: AutoState, window: AndersonState, z: Tensor, fz: Tensor, error: Tensor) -> AutoState:
+    def _judge(
+        self, state: AutoState, window: AndersonState, z: Tensor, fz: Tensor, error: Tensor, growing: Tensor
+    ) -> AutoState:
         """The state at ``z``, with steps that led astray taken back and the methods for the next step."""
-        method = state.method
-        residual = relative(error, rms_norm(fz))
-        settled = residual <= _ROUNDING * torch.finfo(error.dtype).eps
-        # Also where the error is nan; a sample without any finite residual has no iterate to go back to.
-        lost = ~(error <= state.limit) & state.best_residual.isfinite()
-        improved = residual < state.best_residual
-        idle = torch.where(improved, 0, state.idle + 1)
-        slow = torch.where(
-            (method == PICARD) | (method == NEWTON),
-            error > torch.where(method == PICARD, _FAST, _NEWTON_REDUCTION) * state.error,
-            idle >= torch.where(method == ANDERSON, _ANDERSON_PATIENCE, _BROYDEN_PATIENCE),
-        )
-        moves = lost | (slow & ~settled)
-        method = torch.where(moves, torch.where(method == NEWTON, BROYDEN, method + 1), method)
-        # The same image twice: the map is constant there, as it is made for a sample that is finished.
-        method = torch.where((fz == state.fz).all(dim=1), PICARD, method)
+        method, scale = state.method, rms_norm(fz)
+        limit = torch.where(growing, torch.maximum(state.limit, _GROWTH * (error + scale)), state.limit)
+        # Also where the error is NaN; a sample without any finite residual has no iterate to go back to.
+        lost = ~(error <= limit) & state.best_error.isfinite()
+        better = (error < state.best_error) | (growing & ~lost)
+        # Iterates may grow on the way of plain iteration to a solution, and their residuals with them.
+        measure = torch.where(method == PICARD, relative(error, scale), error)
+        progress = (measure <= _PROGRESS * state.mark) | (growing & ~lost)
+        mark, idle = torch.where(progress, measure, state.mark), torch.where(progress, 0, state.idle + 1)
 
-        back, better = lost.unsqueeze(1), improved.unsqueeze(1)
-        z, fz = torch.where(back, state.best.z, z), torch.where(back, state.best.fz, fz)
-        error = torch.where(lost, rms_norm(state.best.fz - state.best.z), error)
+        patience = torch.zeros_like(idle)
+        for each, steps in _PATIENCE.items():
+            patience = torch.where(method == each, steps, patience)
+        patience = torch.where(method == PICARD, patience << state.visits.clamp_max(20), patience)
+        slow = torch.where(method == FAST, error > _FAST * state.error, idle >= patience)
+        slow = slow & (error > _ROUNDING * torch.finfo(error.dtype).eps * scale)
+        recovered = (method == PICARD) & (measure <= state.target) & ~lost
+        better = better | recovered
+        slow = slow & ~recovered
+        moves = lost | slow
+        best = State(
+            torch.where(better.unsqueeze(1), z, state.best.z), torch.where(better.unsqueeze(1), fz, state.best.fz)
+        )
+        best_error = torch.where(better, error, state.best_error)
+        # From the first plain steps to the window of the same steps a sample goes on where it is.
+        back = lost | (slow & (method != FAST))
+        z, fz = torch.where(back.unsqueeze(1), best.z, z), torch.where(back.unsqueeze(1), best.fz, fz)
+        error = torch.where(back, best_error, error)
+
+        next_method = torch.where(method == NEWTON, ANDERSON, method + 1)
+        next_method = torch.where(moves, next_method, torch.where(recovered, ANDERSON, method))
+        # The same image twice: the map is constant there, as it is made for a sample that is finished.
+        next_method = torch.where((fz == state.fz).all(dim=1) & ~moves, FAST, next_method)
+        returns = moves & (next_method == PICARD)
+        visits = state.visits + returns
+        start = torch.where(returns, relative(best_error, rms_norm(best.fz)), best_error)
         return AutoState(
             z=z,
             fz=fz,
-            method=method,
+            method=next_method,
             error=error,
-            limit=state.limit,
-            best=State(torch.where(better, z, state.best.z), torch.where(better, fz, state.best.fz)),
-            best_residual=torch.where(improved, residual, state.best_residual),
-            idle=torch.where(moves, 0, idle),
+            limit=limit,
+            best=best,
+            best_error=best_error,
+            mark=torch.where(moves | recovered, start, mark),
+            idle=torch.where(moves | recovered, 0, idle),
+            target=torch.where(returns, start * _PLAIN_REDUCTION ** visits.to(error.dtype), state.target),
+            visits=visits,
+            grown=torch.where(growing, state.grown + 1, torch.where(state.grown > 0, _LONGEST_GROWTH, 0)),
+            grew=error > state.error,
+            fresh=back,
             forcing=torch.where(moves, _FORCING, state.forcing),
             window=self._anderson(z).absorb(window, z, fz),
-            broyden=_join(state.broyden, z, fz, method == BROYDEN, moves),
+            broyden=state.broyden,
         )
 
     def _anderson(self, z: Tensor) -> Anderson:
@@ -217,20 +276,61 @@ class Auto(Solver):
         return window
 
 
-def _join(state: BroydenState | None, z: Tensor, fz: Tensor, rows: Tensor, new: Tensor) -> BroydenState | None:
-    """Broyden's state with every sample at ``z`` (B, D), where of ``rows`` (B,) those that are ``new`` begin there.
+def _started(z0: Tensor, fz: Tensor) -> AutoState:
+    """The state of samples that begin at ``z0`` (B, D)."""
+    error = rms_norm(fz - z0)
+    count = torch.zeros_like(error, dtype=torch.int64)
+    best_error = torch.where(error.isfinite(), error, torch.inf)
+    return AutoState(
+        z=z0,
+        fz=fz,
+        method=torch.full_like(error, FAST, dtype=torch.int8),
+        error=error,
+        limit=_GROWTH * (error + rms_norm(fz)),
+        best=State(z0, fz),
+        best_error=best_error,
+        mark=best_error,
+        idle=count,
+        target=torch.zeros_like(error),
+        visits=count,
+        grown=count,
+        grew=torch.zeros_like(error, dtype=torch.bool),
+        fresh=torch.zeros_like(error, dtype=torch.bool),
+        forcing=torch.full_like(error, _FORCING),
+    )
 
-    The estimate of one that begins is -I, which it is where all u are zero.
+
+def _forgotten(window: AndersonState, rows: Tensor) -> AndersonState:
+    """Anderson's state without the differences of the samples ``rows`` (B,)."""
+    if window.df is None or window.dg is None or window.gram is None:
+        return window
+    cleared = rows.view(-1, 1, 1)
+    identity = torch.eye(window.gram.shape[1], dtype=window.gram.dtype, device=window.gram.device)
+    return dataclasses.replace(
+        window,
+        df=torch.where(cleared, 0.0, window.df),
+        dg=torch.where(cleared, 0.0, window.dg),
+        gram=torch.where(cleared, identity, window.gram),
+    )
+
+
+def _joined(broyden: BroydenState | None, state: AutoState) -> BroydenState:
+    """Broyden's state in which the samples that are fresh begin at their iterates.
+
+    Their estimate is -I, which it is where all u are zero.
     """
-    if state is None:
-        return _BROYDEN.init(lambda _: fz, z) if bool(rows.any()) else None
-    new = new.unsqueeze(1)
-    g = fz - z
-    inverse = state.inverse
+    if broyden is None:
+        return _BROYDEN.init(lambda _: state.fz, state.z)
+    fresh = state.fresh.unsqueeze(1)
+    g = state.fz - state.z
+    inverse = broyden.inverse
     if inverse.u is not None and inverse.v is not None:
-        u, v = (torch.where(new.unsqueeze(2), 0.0, block) for block in (inverse.u, inverse.v))
+        u, v = (torch.where(fresh.unsqueeze(2), 0.0, block) for block in (inverse.u, inverse.v))
         inverse = LowRankInverse(inverse.rank, u, v)
-    direction = torch.where(new, g, state.direction)
     return BroydenState(
-        z=z, fz=fz, direction=direction, inverse=inverse, recent=torch.linalg.vector_norm(g, dim=1, keepdim=True)
+        z=torch.where(fresh, state.z, broyden.z),
+        fz=torch.where(fresh, state.fz, broyden.fz),
+        direction=torch.where(fresh, g, broyden.direction),
+        inverse=inverse,
+        recent=torch.where(fresh, torch.linalg.vector_norm(g, dim=1, keepdim=True), broyden.recent),
     )

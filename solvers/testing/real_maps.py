@@ -158,14 +158,14 @@ def mixture(dtype: torch.dtype, batch: int = 4, *, dims: int, unconstrained: boo
     Soc. B 39 (1977), section 4.3.
     """
     generator = torch.Generator().manual_seed(0)
-    centers = torch.tensor([[-2.0, 1.0], [0.0, -1.0], [2.5, 0.5]], dtype=torch.float64)[:, :dims] * (
+    centers = torch.tensor([[-3.0, 1.5], [0.0, -1.5], [3.75, 0.75]], dtype=torch.float64)[:, :dims] * (
         1.5 if dims == 1 else 1.0
     )
     label = torch.randint(3, (batch, 300), generator=generator)
     data = centers[label] + _normal(batch, 300, dims, generator=generator)
     start = (
         torch.full((batch, 3), 1 / 3, dtype=torch.float64),
-        torch.linspace(-1.5, 1.5, 3, dtype=torch.float64).view(1, 3, 1).expand(batch, 3, dims).contiguous(),
+        0.5 * centers.expand(batch, 3, dims),
         torch.ones(batch, 3, dims, dtype=torch.float64),
     )
 

@@ -161,7 +161,9 @@ STATUS_MAPS: dict[str, Callable[[], StatusMap]] = {
     "late": late,
     "faint": lambda: StatusMap(lambda z: 0.99 * z + 1e-7, _rows(0.0, 1e-6), (_rows(1e-5),), contracts=True, rtol=1e-12),
     "domain of a logarithm": lambda: _contraction(lambda z: z - torch.log(z) / 2, _rows(9.0, 4.0, 100.0, 0.3)),
-    "domain of a logarithm, slow": lambda: _contraction(lambda z: 2 + torch.log(z), _rows(20.0, 0.5, 1e4)),
+    "domain of a logarithm, slow": lambda: _contraction(
+        lambda z: 2 + torch.log(z), _rows(20.0, 0.5, 1e4), _rows(0.158594339563039)
+    ),
     "domain of a square root": lambda: _contraction(lambda z: 1 + torch.sqrt(z), _rows(9.0, 0.0, 1e4)),
     "domain of a square root, near zero": lambda: _contraction(
         lambda z: 0.5 * torch.sqrt(z) - 0.05, _rows(4.0, 0.1, 100.0), _rows(0.0145898033750315)
