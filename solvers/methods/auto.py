@@ -25,6 +25,9 @@ _FAST = 0.1
 # than the driver's. That of PICARD doubles at every return.
 _PROGRESS = 0.9
 _PATIENCE = {ANDERSON: 15, PICARD: 6, BROYDEN: 15, NEWTON: 3}
+# Anderson's window is forgotten where the residual is so many times the smallest one after this many steps or more
+# without progress.
+_WILD, _WILD_STEPS = 2.0, 3
 # On its nth visit, plain iteration hands the sample back to Anderson acceleration after reducing the residual to the
 # nth power of this.
 _PLAIN_REDUCTION = 0.1
@@ -95,7 +98,8 @@ class Auto(Solver):
     """Begins with the cheapest method and moves each sample to another one when its own residuals ask for it.
 
     1. Picard iteration, while every step reduces the residual at least ten times. No other work is done.
-    2. Anderson acceleration with a long window, which has the plain steps in it from the start.
+    2. Anderson acceleration with a long window, which has the plain steps in it from the start. Where the residual
+       is larger than before for several steps, it begins again at the best iterate with an empty window.
     3. Picard iteration again, when 15 steps have brought no progress. Once it has reduced the residual tenfold (the
        next time a hundredfold, and so on), Anderson acceleration gets another chance with a new window.
     4. Broyden's method, when 6 plain steps (the next time 12, and so on) have brought no progress.
@@ -227,8 +231,10 @@ class Auto(Solver):
             torch.where(better.unsqueeze(1), z, state.best.z), torch.where(better.unsqueeze(1), fz, state.best.fz)
         )
         best_error = torch.where(better, error, state.best_error)
+        # An extrapolation from differences that no longer fit: they are forgotten.
+        wild = (method == ANDERSON) & (idle >= _WILD_STEPS) & (error > _WILD * state.best_error) & ~growing
         # From the first plain steps to the window of the same steps a sample goes on where it is.
-        back = lost | (slow & (method != FAST))
+        back = lost | wild | (slow & (method != FAST))
         z, fz = torch.where(back.unsqueeze(1), best.z, z), torch.where(back.unsqueeze(1), best.fz, fz)
         error = torch.where(back, best_error, error)
 
