@@ -52,6 +52,11 @@ class Aitken(Solver):
         ratio = -(g * dg).sum(dim=1, keepdim=True) / torch.where(square > 0, square, 1.0)
         return AitkenState(z=z, fz=fz, step_length=state.step_length * torch.where(square > 0, ratio, 1.0))
 
+    def restarted(self, state: AitkenState, rows: Tensor, z: Tensor, fz: Tensor) -> AitkenState:
+        # The driver takes samples back whose step led nowhere; the step length that led them there must go too.
+        state = super().restarted(state, rows, z, fz)
+        return dataclasses.replace(state, step_length=state.step_length.masked_fill(rows.unsqueeze(1), self.first))
+
 
 class TestAitken(SolverConformance):
     solver = Aitken()

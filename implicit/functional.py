@@ -5,8 +5,8 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 
-from implicit.autograd.explicit_map import transform_active
-from implicit.backward import Backward, SolveOptions, Unrolled, get_backward
+from implicit.autograd.torch_internals import transform_active
+from implicit.backward import Backward, SolveOptions, get_backward
 from solvers import (
     NOT_GIVEN,
     NotGiven,
@@ -144,17 +144,17 @@ def fixed_point(
 def solve_with_gradient(
     f: Callable[..., Any], z0: S, args: tuple[Any, ...], mode: Backward, options: SolveOptions
 ) -> Solution[S]:
-    """The solution of ``z = f(z, *args)``, whose value carries the gradient of a backward mode where one is recorded."""
+    """The solution of ``z = f(z, *args)``; its value carries the gradient of a backward mode where one is recorded."""
     # Not while torch.compile traces, when PyTorch 2.11 says that it is exporting too.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if exporting and options.tested:
         raise ValueError(
-            f"A solve to a tolerance, got {options.stopping!r}, cannot be exported: its test for convergence decides by "
-            "the values, and a graph has none. Export a fixed number of steps: rtol=None, atol=None, max_steps=n."
+            f"A solve to a tolerance, got {options.stopping!r}, cannot be exported: its test for convergence decides "
+            "by the values, and a graph has none. Export a fixed number of steps: rtol=None, atol=None, max_steps=n."
         )
+    mode = mode.chosen(options)
     if not exporting and (torch.is_grad_enabled() or transform_active()):
-        mode = mode.chosen(options)
         solution = mode.solve(f, z0, args, options)
         solution.backward = mode
         return solution
-    return Unrolled().solve(f, z0, args, options)  # with no derivative to take, the plain solve
+    return mode.evaluate(f, z0, args, options)

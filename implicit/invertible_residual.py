@@ -7,19 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit.autograd.constant_weights import constant_weights, modules_used_by
-from implicit.autograd.explicit_map import transform_active
-from implicit.backward import Backward, get_backward
-from implicit.functional import fixed_point
+from implicit.autograd.constant_weights import constant_weights
+from implicit.autograd.torch_internals import transform_active
+from implicit.backward import Backward
+from implicit.diagnostics.modules_used import modules_used_by
+from implicit.implicit_layer import ImplicitLayer
 from implicit.log_determinant import ExactLogDet, PowerSeriesLogDet, check_estimator
-from solvers import ConvergenceError, ConvergenceWarning, Solution, Solver, Status, get_solver
-from solvers._failure import OnFailure
-from solvers._solve import check_options
-from solvers._stopping import get_stopping
-from solvers.problem.layout import Layout
+from solvers import (
+    NOT_GIVEN,
+    ConvergenceError,
+    ConvergenceWarning,
+    NotGiven,
+    OnFailure,
+    Solution,
+    Solver,
+    Status,
+    Stopping,
+    StopRule,
+    Tolerance,
+    stop_rule,
+)
+from solvers.problem import InDims, Layout
 
 
-class InvertibleResidual(nn.Module):
+class InvertibleResidual(ImplicitLayer):
     """A residual block ``y = x + g(x)`` that is invertible because g is a contraction.
 
     Use it to build normalizing flows. If ``Lip(g) < 1``, the inverse is the unique fixed point of ``x = y - g(x)``, and
@@ -42,12 +53,18 @@ class InvertibleResidual(nn.Module):
         estimator: How the log-determinant is computed: :class:`ExactLogDet` or :class:`PowerSeriesLogDet`.
         solver: The solver for the inverse, such as ``Anderson(memory=10)``, or its name.
         backward: The backward mode for the inverse, or its name.
-        rtol: Relative tolerance of the inverse; ``rtol=None, atol=None`` takes exactly ``max_steps`` steps.
-        atol: Absolute tolerance on the root mean square over the entries of a sample. The error of x can exceed the
-            residual by a factor of 1 / (1 - Lip(g)); ``solution.error_bound`` bounds it.
-        max_steps: The largest number of solver steps.
+        stopping: When the solve for the inverse stops, as in :func:`solvers.solve`. The next four options are a
+            shorthand for it.
+        rtol: Relative tolerance, 1e-6 if it is not given. The error of x can exceed the residual by a factor of
+            1 / (1 - Lip(g)); ``solution.error_bound`` bounds it. ``rtol=None, atol=None`` takes exactly ``max_steps``
+            steps.
+        atol: Absolute tolerance on the root mean square over the entries of a sample.
+        max_steps: The largest number of solver steps, 100 if it is not given.
+        check_every: Test for convergence at every so many steps.
         batch_dims: The number of leading dimensions of x that index samples. The other dimensions form the event,
             which may have any shape.
+        compact: Take finished samples out of the call of g, as in :class:`implicit.FixedPointLayer`.
+        in_dims: With ``compact``, which dimension of x and of each further input indexes the samples.
         on_failure: "warn", "raise" or "ignore".
 
     Raises:
@@ -76,27 +93,32 @@ class InvertibleResidual(nn.Module):
         estimator: ExactLogDet | PowerSeriesLogDet = ExactLogDet(),
         solver: Solver | str = "anderson",
         backward: Backward | str = "implicit",
-        rtol: Any = 1e-6,
-        atol: Any = 1e-6,
-        max_steps: int = 100,
+        stopping: StopRule | None = None,
+        rtol: Tolerance = NOT_GIVEN,
+        atol: Tolerance = NOT_GIVEN,
+        max_steps: int | NotGiven = NOT_GIVEN,
+        check_every: int | NotGiven = NOT_GIVEN,
         batch_dims: int = 1,
+        compact: bool = False,
+        in_dims: InDims = 0,
         on_failure: OnFailure = "warn",
     ) -> None:
-        super().__init__()
         if not callable(g):
             raise TypeError(f"InvertibleResidual(g) must be given a callable, got {g!r}. Pass a module or a function.")
-        check_options(max_steps, on_failure)
-        get_stopping(rtol, atol, None)  # raises if a tolerance is invalid
+        default = Stopping(rtol=1e-6, max_steps=100)
+        super().__init__(
+            solver=solver,
+            backward=backward,
+            stopping=stop_rule(
+                stopping, rtol=rtol, atol=atol, max_steps=max_steps, check_every=check_every, default=default
+            ),
+            batch_dims=batch_dims,
+            compact=compact,
+            in_dims=in_dims,
+            on_failure=on_failure,
+        )
         self.g = g
         self.estimator = check_estimator(estimator)
-        self.solver = get_solver(solver)
-        self.backward = get_backward(backward)
-        self.backward.check(self.solver)
-        self.rtol = rtol
-        self.atol = atol
-        self.max_steps = max_steps
-        self.batch_dims = batch_dims
-        self.on_failure = on_failure
 
     def forward(
         self, x: Tensor, *inputs: Any, return_log_det: bool = False, generator: torch.Generator | None = None
@@ -115,7 +137,7 @@ class InvertibleResidual(nn.Module):
         if return_log_det:
             return self._with_log_det(x, inputs, self.estimator, generator)
         layout = self._layout(x)
-        with constant_weights(self.g):
+        with constant_weights():
             return x + _checked(self.g, layout, x, inputs)
 
     def log_det(
@@ -154,25 +176,11 @@ class InvertibleResidual(nn.Module):
         Raises:
             ConvergenceError: A sample failed and ``on_failure="raise"``.
         """
-        x, solution = fixed_point(
-            _InverseMap(self.g, self._layout(y)),
-            y,
-            y,
-            *inputs,
-            solver=self.solver,
-            backward=self.backward,
-            rtol=self.rtol,
-            atol=self.atol,
-            max_steps=self.max_steps,
-            batch_dims=self.batch_dims,
-            on_failure=self.on_failure,
-            return_solution=True,
-        )
-        return (x, solution) if return_solution else x
+        solution = self._solve(_InverseMap(self.g, self._layout(y)), y, (y, *inputs))
+        return (solution.value, solution) if return_solution else solution.value
 
     def extra_repr(self) -> str:
-        names = ("estimator", "solver", "backward", "rtol", "atol", "max_steps")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"estimator={self.estimator!r}, {super().extra_repr()}"
 
     def _layout(self, x: Any) -> Layout:
         if not isinstance(x, Tensor):
@@ -194,7 +202,7 @@ class InvertibleResidual(nn.Module):
         def flat_g(flat: Tensor) -> Tensor:
             return layout.pack(_checked(self.g, layout, layout.unpack(flat), inputs))
 
-        with constant_weights(self.g):
+        with constant_weights():
             gx, *per_sample = estimator.run(flat_g, layout.pack(x), generator)
         log_det, sound = (layout.unpack_batch(part) for part in per_sample)
         if not (self.on_failure == "ignore" or torch.compiler.is_compiling() or transform_active()):

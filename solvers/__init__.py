@@ -1,9 +1,9 @@
 """Fixed-point solvers for PyTorch: batched, per-sample convergence, no silent failure."""
 
+from solvers._failure import report_failure
 from solvers._registry import get_solver
 from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from solvers._solve import Iteration, solve
-from solvers._failure import OnFailure, report_failure
 from solvers._stopping import NOT_GIVEN, NotGiven, Steps, Stopping, StopRule, Tolerance, stop_rule
 from solvers.methods.anderson import Anderson
 from solvers.methods.auto import Auto
@@ -12,6 +12,7 @@ from solvers.methods.newton_krylov import NewtonKrylov
 from solvers.methods.picard import Picard
 from solvers.methods.solver import Solver, State
 from solvers.methods.squarem import Squarem
+from solvers.problem import OnFailure
 
 __all__ = [
     "Anderson",

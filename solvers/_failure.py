@@ -4,20 +4,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 from solvers._solution import ConvergenceError, ConvergenceWarning, Solution
-
-OnFailure = Literal["warn", "raise", "ignore"]
+from solvers.problem import OnFailure
 
 # Packages whose lines a user did not write: a warning points above them.
 _LIBRARY = {"solvers", "implicit", "imixer", "torch"}
-
-
-def check_on_failure(on_failure: str) -> None:
-    """Raise a ValueError unless it is one of the three."""
-    if on_failure not in ("warn", "raise", "ignore"):
-        raise ValueError(f'on_failure must be "warn", "raise" or "ignore", got {on_failure!r}.')
 
 
 def report_failure(
@@ -44,7 +37,7 @@ def report_failure(
     if on_failure == "ignore" or not bool(solution.failed.any()):
         return
     failed, total = int(solution.failed.sum()), solution.failed.numel()
-    lines = [f"{what} failed for {failed} of {total} sample{'s' if total > 1 else ''}.", solution.summary()]
+    lines = [f"{what} did not converge for {failed} of {total} samples.", solution.summary()]
     if advice is not None and (extra := advice()):
         lines.append(extra)
     message = "\n".join(lines)
@@ -80,7 +73,7 @@ def warn_caller(message: str, category: type[Warning], *, same: str) -> None:
 class _Text(str):
     """A message that Python's record of warnings shown takes for equal to another one of the same kind."""
 
-    __slots__ = ("_same",)
+    _same: str
 
     def __new__(cls, text: str, same: str) -> "_Text":
         self = super().__new__(cls, text)
@@ -91,7 +84,7 @@ class _Text(str):
         return self
 
     def __eq__(self, other: object) -> bool:
-        return self._same == other._same if isinstance(other, _Text) else str.__eq__(self, other)  # type: ignore[arg-type]
+        return self._same == other._same if isinstance(other, _Text) else str.__eq__(self, other)
 
     def __hash__(self) -> int:
         return hash(self._same)

@@ -33,11 +33,11 @@ FAR = 1e6
 # A residual that reaches the limit from below this part of it has not grown there step by step.
 SUDDEN = 1e-3
 
-# How often in a row a sample is taken back without a smaller residual in between.
-MAX_TAKEN_BACK = 10
-
 # A residual this many times its bound does not meet it in the next step, as a rule.
 CLOSE = 30.0
+
+# The part of its bound below which the residual of a single iterate counts as convergence.
+TINY = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +109,13 @@ class ToleranceTest:
         num_done: How many of the samples that are left in the batch have stopped, on the host.
         lost: (B,) bool, the samples to be taken back: their last step led to infinity, NaN or far away. None if there
             are none.
+        latest: The latest iterate and its image.
     """
 
     # Set by the first update.
+    latest: State
     _samples: Samples
     _secant: Secant
-    _latest: State
 
     def __init__(self, stopping: Stopping, measure: Measure, eps: float, *, keep_history: bool) -> None:
         self._stopping = stopping
@@ -125,19 +126,25 @@ class ToleranceTest:
         self._step = self._secant_step = 0
         # The last step at which the residual of every active sample fell: none of them can be stagnant soon after it.
         self._all_improved_at = 0
-        # Whether a sample may converge in the next step, has ever grown tenfold, has ever been taken back.
-        self._near, self._grown, self._taken_back = True, False, False
+        # Whether a sample may converge in the next step, and whether one has ever grown tenfold.
+        self._near, self._grown = True, False
+        self._num_expanding = 0
         self.num_done = 0
         self.lost: Tensor | None = None
         # After drop_done: which samples of the batch are left, and what is known of all of them.
         self._rows: Tensor | None = None
         self._aside: Samples | None = None
 
-    def update(self, step: int, state: State) -> bool:
-        """Take in the state after a step; True when every sample has stopped."""
-        first, self._step, self._latest = self._step == 0, step, state
+    def update(self, step: int, state: State, *, taken_back: bool = False) -> bool:
+        """Take in the state after a step; True when every sample has stopped.
+
+        Nothing is taken in where samples are ``lost``, unless they were ``taken_back`` already.
+        """
+        first, self._step = self._step == 0, step
+        # Without what else the solver remembers.
+        self.latest, self.lost = State(state.z, state.fz), None
         with torch.no_grad():
-            errors, scales = self._measure.parts(state.fz - state.z), self._measure.parts(state.fz)
+            errors, scales = self._measure.parts(state.residual), self._measure.parts(state.fz)
             if first:
                 self._samples = self._at_start(state, errors, scales)
                 self._secant, self._secant_step = Secant.at_start(state), step
@@ -146,31 +153,35 @@ class ToleranceTest:
             verdict = self._verdict(news, near=self._near or waited, waited=waited)
             if verdict.num_within and not (self._near or waited):
                 verdict = self._verdict(news, near=True, waited=waited)
-            taken, ended = self._take_in(news, verdict)
-        self._take_value(taken, ended)
+            if verdict.num_beyond and not taken_back:
+                self.lost = self._lost(news)
+                if self.lost is not None:
+                    return False
+            taken = self._take_in(news, verdict)
+        self._take_value(taken)
         return self.num_done == len(verdict.active)
 
     def _at_start(self, state: State, errors: Tensor, scales: Tensor) -> Samples:
         starts = torch.maximum(self._measure.parts(state.z), scales)
         error, scale, size = (self._measure.whole(parts) for parts in (errors, scales, starts))  # (B,)
-        growth = self._stopping.max_growth or torch.finfo(error.dtype).eps ** -1.5
+        growth = self._stopping.max_growth
         self._far = min(1.0, FAR / growth)
         zero = torch.zeros_like(error, dtype=torch.int64)
         infinite = torch.full_like(error, math.inf)
         return Samples(
             value=state.fz,
+            is_image=torch.ones_like(error, dtype=torch.bool),
             status=torch.full_like(error, ACTIVE, dtype=torch.int8),
             active=torch.ones_like(error, dtype=torch.bool),
             num_steps=zero,
             error=infinite,
-            scale=scale,
+            scale=torch.ones_like(scale),
             least=infinite,
             best_step=zero,
             error_ratio=torch.full_like(error, math.nan),
             latest=error,
             reference=infinite,
             next_growth=10 * size,
-            taken_back=zero,
             start=state.z,
             start_size=size,
             absolute=self._measure.absolute(starts),
@@ -190,15 +201,17 @@ class ToleranceTest:
             allowed=error < samples.limit,
             within=measure.within(errors, bound),
             close=measure.within(errors, CLOSE * bound),
+            tiny=measure.within(errors, TINY * bound) if self._step == 1 else torch.zeros_like(error, dtype=torch.bool),
         )
 
     def _verdict(self, news: News, *, near: bool, waited: bool) -> Verdict:
         """What becomes of the samples; none of them converges unless ``near``, or is idle unless ``waited``."""
         samples = self._samples
         if near and self._secant_step < self._step:
-            self._secant, self._secant_step = self._secant.after(self._latest), self._step
+            self._secant, self._secant_step = self._secant.after(self.latest), self._step
         if self._step == 1:
-            met = news.within & self._is_fixed()
+            # One iterate tells nothing of the error, so that the residual has to.
+            met = (news.tiny | (news.within & self._is_fixed())) & news.allowed
         else:
             met = news.within & self._is_sure(news) if near else torch.zeros_like(news.within)
         idle = self._idle(news) if waited else None
@@ -216,13 +229,14 @@ class ToleranceTest:
             news.grown,
             news.close & samples.active,
             news.within & samples.active,
+            ~self._secant.contracts,
         )
         # The look at the host.
         return Verdict(met, idle, active, *torch.stack(flags).sum(dim=1).tolist())
 
     def _is_fixed(self) -> Tensor:
         """(B,) bool: whether f(z) is z, bit for bit."""
-        return (self._latest.fz == self._latest.z).all(dim=1)
+        return (self.latest.fz == self.latest.z).all(dim=1)
 
     def _is_sure(self, news: News) -> Tensor:
         """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell.
@@ -245,21 +259,15 @@ class ToleranceTest:
         idle = torch.full_like(samples.status, ACTIVE)
         return idle.masked_fill(stagnant, Status.STAGNATED).masked_fill(at_floor, Status.PRECISION_FLOOR)
 
-    def _take_in(self, news: News, verdict: Verdict) -> tuple[Tensor | None, Tensor | None]:
-        """Remember a step.
+    def _lost(self, news: News) -> Tensor | None:
+        samples = self._samples
+        lost = (news.allowed < samples.active) & (samples.latest < SUDDEN * samples.limit)
+        return lost if bool(lost.any()) else None
 
-        Returns:
-            (B,) bool, the samples with a new best iterate; None for all. (B,) bool, those that stop; None for none.
-        """
+    def _take_in(self, news: News, verdict: Verdict) -> Tensor | None:
+        """Remember a step; returns the samples with a new best iterate (B,), or None for all."""
         samples = self._samples
         active, left = verdict.active, verdict.num_active
-        self.lost = None
-        if verdict.num_beyond:
-            lost = (news.allowed < samples.active) & (samples.latest < SUDDEN * samples.limit)
-            lost = lost & (samples.taken_back < MAX_TAKEN_BACK)
-            active = active | lost
-            if num_lost := int(lost.sum()):
-                self.lost, left = lost, left + num_lost
         ended = samples.active & ~active if left < len(active) - self.num_done else None
         if ended is not None:
             self._end(ended, news, verdict)
@@ -278,15 +286,16 @@ class ToleranceTest:
             for name, value in (("error", news.error), ("scale", news.scale), ("least", news.rounded)):
                 setattr(samples, name, torch.where(taken, value, getattr(samples, name)))
             samples.best_step = samples.best_step.masked_fill(taken, self._step)
-            if self._taken_back:
-                samples.taken_back = samples.taken_back.masked_fill(taken, 0)
+            samples.is_image = torch.where(taken, self._secant.contracts, samples.is_image)
         else:
             taken = None
             samples.error, samples.scale, samples.least = news.error, news.scale, news.rounded
+            samples.is_image = self._secant.contracts
         if not verdict.num_missed:
             self._all_improved_at = self._step
         samples.active, self.num_done, self._near = active, len(active) - left, verdict.num_close > 0
-        return taken, ended
+        self._num_expanding = verdict.num_expanding
+        return taken
 
     def _end(self, ended: Tensor, news: News, verdict: Verdict) -> None:
         """Give the samples ``ended`` (B,) their status."""
@@ -298,13 +307,15 @@ class ToleranceTest:
         status = status.masked_fill(verdict.met, Status.CONVERGED)
         samples.status = torch.where(ended, status, samples.status)
         samples.num_steps = samples.num_steps.masked_fill(ended, self._step)
-        samples.error_ratio = torch.where(ended, self._secant.error_ratio, samples.error_ratio)
+        # The values are taken in after this.
+        is_image = torch.where(news.improved | verdict.met, self._secant.contracts, samples.is_image)
+        samples.error_ratio = torch.where(ended, self._secant.error_ratio(is_image), samples.error_ratio)
 
-    def _take_value(self, taken: Tensor | None, ended: Tensor | None) -> None:
+    def _take_value(self, taken: Tensor | None) -> None:
         """Take in the values of the samples ``taken``, with gradients where they are recorded."""
-        samples, newest = self._samples, self._latest.z
-        if ended is not None:
-            newest = torch.where((ended & self._secant.contracts).unsqueeze(1), self._latest.fz, newest)
+        samples, newest = self._samples, self.latest.fz
+        if self._num_expanding:
+            newest = torch.where(self._secant.contracts.unsqueeze(1), newest, self.latest.z)
         samples.value = newest if taken is None else torch.where(taken.unsqueeze(1), newest, samples.value)
 
     @property
@@ -317,17 +328,6 @@ class ToleranceTest:
         samples = self._samples
         return torch.where(samples.error.isinf().unsqueeze(1), samples.start, samples.value).detach()
 
-    def take_back(self) -> tuple[Tensor, Tensor]:
-        """The best iterates (B, D), and how long a plain step from there is to be (B, 1), for the samples ``lost``.
-
-        The step is halved each time that a sample is taken back again without a smaller residual in between.
-        """
-        assert self.lost is not None
-        samples, self._taken_back = self._samples, True
-        samples.taken_back = samples.taken_back + self.lost
-        samples.latest = torch.where(self.lost, samples.error, samples.latest)
-        return samples.value, 0.5 ** (samples.taken_back - 1).clamp_min(0).to(samples.value.dtype).unsqueeze(1)
-
     def drop_done(self) -> Tensor:
         """Put the stopped samples aside; from now on updates are of the others alone.
 
@@ -339,7 +339,7 @@ class ToleranceTest:
         keep = order[: len(order) - self.num_done]
         self._aside = self._whole()
         self._rows = keep if self._rows is None else self._rows[keep]
-        for name in ("_samples", "_secant", "_latest"):
+        for name in ("_samples", "_secant", "latest"):
             setattr(self, name, with_tensors(getattr(self, name), lambda tensor: tensor.index_select(0, keep)))
         self.num_done = 0
         return keep
@@ -349,18 +349,15 @@ class ToleranceTest:
         samples, whole = self._samples, self._whole()
         active = samples.active
         with torch.no_grad():
-            secant = self._secant if self._secant_step == self._step else self._secant.after(self._latest)
+            secant = self._secant if self._secant_step == self._step else self._secant.after(self.latest)
             far = torch.maximum(self._far * samples.limit, WILD * samples.error)
             status = samples.status.masked_fill(active, Status.MAX_STEPS)
             status = status.masked_fill(active & (samples.latest > far), Status.DIVERGED)
-            error_ratio = torch.where(active, secant.error_ratio, samples.error_ratio)
-            is_best = samples.best_step.clamp_min(self._all_improved_at) == self._step
-            newest = active & secant.contracts & is_best
+            error_ratio = torch.where(active, secant.error_ratio(samples.is_image), samples.error_ratio)
             change = self._measure.in_units(whole.error)
             estimate = self._merged(whole.error_ratio, error_ratio) * change
-        value = torch.where(newest.unsqueeze(1), self._latest.fz, samples.value)
         return Outcome(
-            value=self._merged(whole.value, value),
+            value=whole.value,
             status=self._merged(whole.status, status),
             residual=whole.residual,
             change=change,

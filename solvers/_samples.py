@@ -12,7 +12,8 @@ class Samples:
     """What is known of each sample. All norms are those of the stopping test, without its unit.
 
     Attributes:
-        value: (B, D) the iterate with the smallest residual; once a sample has stopped, its result.
+        value: (B, D) of the iterate z with the smallest residual: f(z) while the map contracts, else z.
+        is_image: (B,) bool, whether it is f(z).
         status: (B,) int8, ACTIVE until the sample stops.
         active: (B,) bool.
         num_steps: (B,) int64, the step at which it stopped.
@@ -24,7 +25,6 @@ class Samples:
         latest: (B,) ``norm(f(z) - z)`` of the latest iterate.
         reference: (B,) the largest ``norm(f(z) - z)`` since the value last grew tenfold; infinite before that.
         next_growth: (B,) the ``norm(f(z))`` at which it has grown tenfold again.
-        taken_back: (B,) int64, how often in a row the sample was taken back.
         start: (B, D) the iterate of the first step.
         start_size: (B,) the larger one of ``norm(z)`` and ``norm(f(z))`` there.
         absolute: (B,), or (B, parts), the absolute tolerance.
@@ -32,6 +32,7 @@ class Samples:
     """
 
     value: Tensor
+    is_image: Tensor
     status: Tensor
     active: Tensor
     num_steps: Tensor
@@ -43,7 +44,6 @@ class Samples:
     latest: Tensor
     reference: Tensor
     next_growth: Tensor
-    taken_back: Tensor
     start: Tensor
     start_size: Tensor
     absolute: Tensor
@@ -68,6 +68,7 @@ class News:
         allowed: Whether the error is below the limit for divergence; False for NaN.
         within: Whether the error is within the bound of the residual test.
         close: Whether it may be so in the next step.
+        tiny: Whether it is far below the bound; only for the first step.
     """
 
     error: Tensor
@@ -78,6 +79,7 @@ class News:
     allowed: Tensor
     within: Tensor
     close: Tensor
+    tiny: Tensor
 
 
 @dataclasses.dataclass
@@ -95,6 +97,7 @@ class Verdict:
         num_grown: How many samples have grown tenfold.
         num_close: How many of the active ones are close to their bound.
         num_within: How many are within it.
+        num_expanding: Of how many samples the map has not contracted in every step.
     """
 
     met: Tensor
@@ -106,3 +109,4 @@ class Verdict:
     num_grown: int
     num_close: int
     num_within: int
+    num_expanding: int

@@ -9,7 +9,10 @@ from torch import Tensor
 from solvers.methods.solver import State
 
 # Entries of a sample that are looked at; ratios of norms need no more, and large states need not be read again.
-ENTRIES = 64
+ENTRIES = 128
+
+# Up to this factor the change of images over that of iterates, if not all entries are looked at, may be chance.
+CHANCE = 1.1
 
 
 @dataclasses.dataclass
@@ -45,12 +48,13 @@ class Secant:
         """The changes from the iterate of this one to ``state``."""
         entries = _entries(state)
         dz, df, dg = torch.linalg.vector_norm(entries - self.entries, dim=2).unbind(1)
-        return Secant(entries=entries, contracts=self.contracts & (df <= dz), dz=dz, df=df, dg=dg)
+        whole = entries.shape[2] == state.z.shape[1]
+        contracts = self.contracts & (df <= (dz if whole else CHANCE * dz))
+        return Secant(entries=entries, contracts=contracts, dz=dz, df=df, dg=dg)
 
-    @property
-    def error_ratio(self) -> Tensor:
-        """(B,) the error over the residual, of f(z) where the map contracts, else of z."""
-        return torch.where(self.contracts, self.df, self.dz) / self.dg
+    def error_ratio(self, of_image: Tensor) -> Tensor:
+        """(B,) the error over the residual, of f(z) where ``of_image`` (B,), else of z."""
+        return torch.where(of_image, self.df, self.dz) / self.dg
 
 
 def _entries(state: State) -> Tensor:

@@ -40,7 +40,7 @@ class Status(enum.IntEnum):
     )
     NONFINITE = (
         4,
-        "The map returned infinity or NaN, also near the best iterate. Check the inputs and the map at the returned "
+        "The map returned inf or nan, also after shorter steps. Check the inputs and the map at the returned "
         "value, which is the best finite one seen, if there was any.",
     )
     BREAKDOWN = (
@@ -75,10 +75,10 @@ class Solution(Generic[S]):
     Below, B stands for the batch shape: the leading ``batch_dims`` dimensions of the state.
 
     Attributes:
-        value: Like ``z0``. For each sample the iterate z with the smallest ``norm(f(z) - z)``, or ``f(z)`` if that is
-            the latest iterate and every step so far has brought images closer together than iterates, so that f(z) is
-            nearer to the fixed point. For a linear solve, the solution vector. A sample whose first evaluation is not
-            finite keeps that evaluation.
+        value: Like ``z0``. For each sample, of the iterate z with the smallest ``norm(f(z) - z)``, ``f(z)`` if every
+            step so far has brought images closer together than iterates, so that f(z) is nearer to the fixed point;
+            else z itself. For a linear solve, the solution vector. A sample whose first evaluation is not finite keeps
+            that evaluation.
         status: (B,) int8, one :class:`Status` per sample.
         residual: (B,) relative residual ``norm(f(z) - z) / norm(f(z))`` of that iterate (linear:
             ``norm(b - A x) / norm(b)``); None when a fixed number of steps was taken without ``history=True``.
@@ -197,10 +197,12 @@ class Solution(Generic[S]):
             if not indices:
                 continue
             line = f"{len(indices)} of {status.numel()} samples {member.name}"
+            if member is not Status.CONVERGED:
+                line += f": {member.message}"
             if member is not Status.UNTESTED and residual is not None:
                 worst = max(indices, key=lambda i: _nan_to_inf(float(residual[i])))
                 line += f" (worst residual {float(residual[worst]):.2e}, sample {self._index(worst)})"
-            lines.append(f"{line}: {member.message}" if member is not Status.CONVERGED else f"{line}.")
+            lines.append(line)
         return "\n".join(lines) or "The batch is empty."
 
     def _index(self, flat: int) -> int | tuple[int, ...]:

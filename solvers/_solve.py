@@ -1,21 +1,34 @@
 """The driver loop: one for every solver."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from solvers._failure import OnFailure, check_on_failure, report_failure
+from solvers._failure import report_failure
 from solvers._progress import FixedSteps, ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
 from solvers._stopping import NOT_GIVEN, Measure, NotGiven, Stopping, StopRule, Tolerance, stop_rule
-from solvers.methods.solver import Solver, close, take_samples
-from solvers.problem import FlatMap, InDims, Layout, copy_with_tensors, with_tensors, without_autocast
+from solvers.methods.solver import Solver, State, close, take_samples
+from solvers.problem import (
+    FlatMap,
+    InDims,
+    Layout,
+    OnFailure,
+    check_on_failure,
+    copy_with_tensors,
+    with_tensors,
+    without_autocast,
+)
 
 S = TypeVar("S")  # a state: a tensor or a pytree of tensors
+
+# A step that leads to infinity or NaN is replaced by the plain one, or by one so many times shorter, and so on.
+SHORTER, MOST_SHORTER = 0.25, 8
 
 # The part of a batch that must be finished before the rest is copied together.
 COMPACT_SHARE = 0.25
@@ -204,26 +217,31 @@ class Iteration(Generic[S]):
         progress = self._progress
         if not isinstance(progress, ToleranceTest):
             return progress.update(self.num_steps, self.state)
+        update = progress.update
         if compiling:
             from solvers import _untraced
 
-            done = bool(_untraced.update(progress, self.num_steps, self.state))
-        else:
-            done = progress.update(self.num_steps, self.state)
-        if progress.lost is not None and self.num_steps < self._max_steps:
-            self._take_back(progress, progress.lost)
+            update = functools.partial(_untraced.update, progress)
+        before = progress.latest if self.num_steps > 1 else self.state
+        done = bool(update(self.num_steps, self.state))
+        if progress.lost is not None:
+            self._take_back(progress.lost, before)
+            done = bool(update(self.num_steps, self.state, taken_back=True))
         return done
 
-    def _take_back(self, progress: ToleranceTest, lost: Tensor) -> None:
-        """Let the samples ``lost`` (B,) go on from a plain step, or a shorter one, from their best iterate.
-
-        The map at that iterate is computed again: keeping it would cost every solve a vector of the state's size.
-        """
-        best, length = progress.take_back()
-        rows = lost.unsqueeze(1)
-        start = torch.where(rows, best, self.state.z)
-        z = torch.where(rows, torch.lerp(start, self._map(start), length), self.state.z)
-        self.state = self._solver.restarted(self.state, lost, z, self._map(z))
+    def _take_back(self, lost: Tensor, before: State) -> None:
+        """Let the samples ``lost`` (B,) go on from a plain step from the iterate ``before``, or a shorter one."""
+        z, fz = self.state.z, self.state.fz
+        length, still = 1.0, lost
+        for _ in range(MOST_SHORTER):
+            step = torch.lerp(before.z, before.fz, length)
+            z = torch.where(still.unsqueeze(1), step, z)
+            fz = torch.where(still.unsqueeze(1), self._map(z), fz)
+            still = still & ~fz.isfinite().all(dim=1)
+            if not bool(still.any()):
+                break
+            length *= SHORTER
+        self.state = self._solver.restarted(self.state, lost, z, fz)
 
     def solution(self) -> Solution[S]:
         """The solution as it stands; a sample that is still active counts as MAX_STEPS."""
@@ -257,7 +275,7 @@ class Iteration(Generic[S]):
         other = copy.copy(self)
         other.state = with_tensors(self.state, apart)
         other._progress = copy_with_tensors(self._progress, apart)
-        other._map = copy_with_tensors(self._map, change)
+        other._map = copy_with_tensors(self._map, apart)
         return other
 
     def _set_finished_apart(self, progress: ToleranceTest) -> None:

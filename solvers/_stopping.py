@@ -59,8 +59,8 @@ class Stopping(Hyperparameters):
             waits for the device. A sample may take up to ``check_every - 1`` steps more than it needs.
         patience: A sample is STAGNATED when ``norm(f(z) - z)`` has reached no new minimum for so many steps.
         max_growth: A sample is DIVERGED when ``norm(f(z) - z)`` is this many times the sum of ``norm(f(z) - z)`` and
-            ``norm(f(z))`` at the start. None is ``eps**-1.5``, 2e10 in float32: far above the transients of convergent
-            iterations, and above the growth from a start close to an unstable fixed point.
+            ``norm(f(z))`` at the start. The default is far above the transients of convergent iterations, and above the
+            growth on the way from a start close to an unstable fixed point.
 
     Example:
         >>> import torch
@@ -79,7 +79,7 @@ class Stopping(Hyperparameters):
     max_steps: int = 50
     check_every: int = 1
     patience: int = 50
-    max_growth: float | None = None
+    max_growth: float = 2e9
 
     def __post_init__(self) -> None:
         if self.norm not in ("rms", "max", "l2"):
@@ -91,8 +91,8 @@ class Stopping(Hyperparameters):
         _require_max_steps(self.max_steps)
         require_positive_int(self, "check_every", self.check_every)
         require_positive_int(self, "patience", self.patience)
-        if self.max_growth is not None and not self.max_growth > 1:
-            raise ValueError(f"Stopping(max_growth=...) must be a number > 1 or None, got {self.max_growth!r}.")
+        if not self.max_growth > 1:
+            raise ValueError(f"Stopping(max_growth=...) must be a number > 1, got {self.max_growth!r}.")
 
     def __repr__(self) -> str:
         shown = [
@@ -186,7 +186,10 @@ def stop_rule(
     given = {name: value for name, value in given.items() if value is not NOT_GIVEN}
     if stopping is not None:
         if not isinstance(stopping, (Stopping, Steps)):
-            raise TypeError(f"stopping must be a solvers.Stopping, a solvers.Steps or None, got {stopping!r}.")
+            raise TypeError(
+                f"stopping must be a solvers.Stopping or None, got {stopping!r}. For a fixed number of steps it is "
+                "solvers.Steps(n)."
+            )
         tolerances = [name for name in ("rtol", "atol") if name in given]
         if tolerances:
             raise ValueError(
@@ -271,11 +274,11 @@ class Measure:
 
 
 def _is_tolerance(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(value >= 0)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) >= 0
 
 
 def _require_max_steps(value: object) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
         raise ValueError(f"max_steps must be a positive integer, got {value!r}.")
 
 

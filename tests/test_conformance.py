@@ -72,6 +72,54 @@ class RestOfTheBatch(Iteration):
         return State(z, f(z))
 
 
+@breaks("test_restarted_samples_are_at_the_given_points", "another z or fz from restarted")
+class RestartsNothing(Iteration):
+    def restarted(self, state, rows, z, fz):
+        return state
+
+
+@breaks("test_restarted_samples_are_at_the_given_points", "writes into z or fz of the given state.*in restarted")
+class RestartsInPlace(Iteration):
+    def restarted(self, state, rows, z, fz):
+        state.z[rows], state.fz[rows] = z[rows], fz[rows]
+        return state
+
+
+@dataclasses.dataclass
+class Mean(State):
+    """The mean of the last images, with decaying weights."""
+
+    mean: torch.Tensor
+
+
+class Averages(Iteration):
+    def init(self, f, z0):
+        fz = f(z0)
+        return Mean(z0, fz, fz)
+
+    def step(self, f, state):
+        z = 0.9 * state.fz + 0.1 * state.mean
+        fz = f(z)
+        return Mean(z, fz, 0.5 * (fz + state.mean))
+
+
+@breaks("test_samples_recover_from_values_that_are_not_finite", "whose image was nan.*Override Solver.restarted")
+class RemembersNan(Averages):
+    pass
+
+
+@breaks("test_restarts_leave_the_other_samples_alone", "changes state.mean in restarted for samples that do not")
+class RestartsAll(Averages):
+    def restarted(self, state, rows, z, fz):
+        return dataclasses.replace(super().restarted(state, rows, z, fz), mean=fz)
+
+
+@breaks("test_gradients_flow_to_where_samples_restart", "has no finite gradient to the points where samples restart")
+class RestartsWithoutGradients(Iteration):
+    def restarted(self, state, rows, z, fz):
+        return super().restarted(state, rows, z.detach(), fz.detach())
+
+
 @breaks("test_order_of_the_samples_does_not_matter", "when the batch is permuted")
 class FirstSampleIsSpecial(Iteration):
     def step(self, f, state):
@@ -327,6 +375,8 @@ def test_attributes_of_the_suite():
     CallsTwiceSuite.test_fixed_steps_are_exact()
     CallsTwiceSuite.test_step_keeps_iterate_and_image_together()
     conformance(CallsTwice(), calls_per_step=None).test_fixed_steps_are_exact()
+    with pytest.raises(unittest.SkipTest, match="says movable = False"):
+        conformance(RemembersNan(), movable=False).test_samples_recover_from_values_that_are_not_finite()
     with pytest.raises(unittest.SkipTest, match="says differentiable = False"):
         conformance(SOLVERS["newton_krylov"]).test_gradients_through_fixed_steps()
     with pytest.raises(AssertionError, match="names 'cosine', which is not in the bank: linear 0.5"):

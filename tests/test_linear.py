@@ -250,9 +250,9 @@ def test_richardson_statuses():
     assert few.status.item() == Status.MAX_STEPS
     assert few.residual.item() == pytest.approx((0.4**4 / 2 + 0.1**4 / 2) ** 0.5)
     assert linear_solve(lambda x: 2 * x, torch.zeros(0, 3), Richardson()).num_evals == 0
-    # More than float32 can give is not claimed, though the terms of the series become as small as that.
-    tight = linear_solve(lambda x: d[3:] * x, b[3:], Richardson(rtol=1e-9), on_failure="ignore")
-    assert tight.status.item() == Status.STAGNATED
+    # A residual of a few rounding errors is no failure. The terms of the series become smaller, which is not claimed.
+    tight = linear_solve(lambda x: d[3:] * x, b[3:], Richardson(rtol=1e-9), on_failure="raise")
+    assert tight.status.item() == Status.CONVERGED
     assert 1e-8 < tight.residual.item() < 1e-6
     with pytest.raises(ValueError, match="tolerances must be >= 0"):
         Richardson(rtol=-1)

@@ -12,8 +12,7 @@ from torch import Tensor
 from imixer.hopfield.lagrangians import Lagrangian
 from imixer.hopfield.trajectory import States, Trajectory, integrate
 from implicit import Backward, fixed_point
-from solvers import Solution, Solver
-from solvers._failure import OnFailure
+from solvers import OnFailure, Solution, Solver
 
 # Time constants that differ by more make the dynamics stiff: an explicit method's steps are bound by the shortest.
 _STIFF_RATIO = 20.0

@@ -1,71 +1,72 @@
 """The user's map with every tensor that it depends on made explicit."""
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from implicit.autograd.constant_weights import modules_used_by, parametrized_slots, substituted
-from implicit.autograd.lent_parameters import in_place, parameters_of
+from implicit.autograd.constant_weights import ConstantWeights, Weights
+from implicit.autograd.torch_internals import Loan, cached_weights, current_loans, is_followed, lending, vmap_levels
 from solvers.problem.autocast import AutocastMode
 from solvers.problem.layout import check_structure
 
-
-def transform_active() -> bool:
-    """Whether a torch.func transform or forward-mode AD is tracing: tensors may be wrapped, modules swapped."""
-    # Not "is not None", which torch.compile takes to be true of the None that it finds there.
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    return isinstance(interpreter, torch._C._functorch.CInterpreter) or forward_ad._current_level >= 0
+# A result of a node of autograd's graph: the node, and which of its results.
+Edge = tuple[Any, int]
 
 
 class ExplicitMap:
-    """``f(z, *args)`` as a function of z and a flat list of tensors.
+    """``f(z, *args)`` as a function of the leaves of z and a flat list of tensors. It holds no tensor itself.
 
-    The list holds the tensors of ``args``, the parametrized weights of the modules that f uses (computed here, once),
-    and, while a transform is tracing and f is a module, its parameters and buffers. In plain autograd f is called as
-    it is, and the tensors that it brings along by itself, such as its parameters, are found by :meth:`first_call`.
+    The list, which :func:`make_explicit` returns beside the map, holds the tensors of ``args``, the parametrized
+    weights that f reads, the tensors that ``torch.func.functional_call`` lends to modules at the time, and, while a
+    transform is tracing and f is a module, its parameters and buffers.
 
     Args:
         f: The user's map.
-        z0: The start; only its structure and dtypes are used.
-        args: Further arguments of ``f``: any pytrees.
-        explicit_weights: Whether the parametrized weights are computed and listed; else they are left to ``f``.
+        state_spec: The structure of the state.
+        state_dtypes: The dtypes of the state.
+        arguments: ``args`` with None in the place of each tensor.
+        parametrizations: Those of the weights.
+        loans: The modules to which tensors are lent, and the names of these.
+        names: The parameters and buffers of f.
+        autocast: The mode in which f runs.
     """
 
-    def __init__(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], *, explicit_weights: bool = True) -> None:
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        state_spec: TreeSpec,
+        state_dtypes: set[torch.dtype],
+        arguments: tuple[list[Any], TreeSpec],
+        parametrizations: list[ParametrizationList],
+        loans: list[tuple[nn.Module, list[str]]],
+        names: list[str],
+        autocast: AutocastMode,
+    ) -> None:
         self._f = f
-        self._state_spec = tree_flatten(z0)[1]
-        self._arguments, self._argument_spec = tree_flatten(args)
-        self._tensor_positions = [i for i, leaf in enumerate(self._arguments) if isinstance(leaf, Tensor)]
-        modules = modules_used_by(f) if explicit_weights else []
-        self._slots = parametrized_slots(modules)
-        self._names: list[str] = []
-        tensors = [self._arguments[i] for i in self._tensor_positions]
-        tensors += [getattr(module, name) for module, name in self._slots]
-        self._lent = [] if transform_active() else parameters_of(modules)
-        if transform_active() and isinstance(f, nn.Module):
-            named = {**dict(f.named_parameters()), **dict(f.named_buffers())}
-            self._names = list(named)
-            tensors += list(named.values())
-        self.tensors: list[Tensor] = tensors
-        leaves = tree_leaves(z0)
-        self._state_dtypes = {leaf.dtype for leaf in leaves}
-        self._autocast = AutocastMode.current(leaves[0].device.type)
+        self._state_spec = state_spec
+        self._state_dtypes = state_dtypes
+        self._arguments, self._argument_spec = arguments
+        self._parametrizations = parametrizations
+        self._loans = loans
+        self._names = names
+        self._autocast = autocast
 
     def __call__(self, z: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """The leaves of ``f(z, *args)`` for the leaves of z; under autocast in the dtypes of z."""
-        arguments = list(self._arguments)
-        n, m = len(self._tensor_positions), len(self._slots)
-        for position, tensor in zip(self._tensor_positions, tensors[:n], strict=True):
-            arguments[position] = tensor
+        supply = iter(tensors)
+        arguments = [next(supply) if leaf is _TENSOR else leaf for leaf in self._arguments]
         inputs = (tree_unflatten(list(z), self._state_spec), *tree_unflatten(arguments, self._argument_spec))
-        with substituted(self._slots, tensors[n : n + m]), in_place(self._lent), self._autocast.in_force():
+        with self._substituted(supply), self._autocast.in_force():
             if self._names:
-                named = dict(zip(self._names, tensors[n + m :], strict=True))
+                named = {name: next(supply) for name in self._names}
                 output = functional_call(self._f, named, inputs)  # type: ignore[arg-type]
             else:
                 output = self._f(*inputs)
@@ -75,76 +76,217 @@ class ExplicitMap:
             leaves = [leaf.to(like.dtype) for leaf, like in zip(leaves, z, strict=True)]
         return leaves
 
+    def _substituted(self, supply: Iterator[Tensor]) -> contextlib.AbstractContextManager[object]:
+        """A context in which the weights and what is lent are the next tensors of ``supply``."""
+        if not (self._parametrizations or self._loans):  # as always while torch.compile traces
+            return contextlib.nullcontext()
+        context = contextlib.ExitStack()
+        if self._parametrizations:
+            weights = {parametrization: next(supply) for parametrization in self._parametrizations}
+            context.enter_context(ConstantWeights(weights).in_force())
+        if self._loans:
+            loans = [Loan(module, {name: next(supply) for name in names}) for module, names in self._loans]
+            context.enter_context(lending(loans))
+        return context
+
     @property
     def resolution(self) -> float:
         """Relative rounding of the map where it is coarser than the algebra's: half precision, stored or autocast."""
         dtypes = self._state_dtypes if self._autocast.dtype is None else {*self._state_dtypes, self._autocast.dtype}
         return max([0.0, *[torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize == 2]])
 
-    def first_call(self, z0: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The map at z0, and the leaf tensors requiring grad that f used beyond its arguments."""
+
+_TENSOR = object()
+
+
+def make_explicit(
+    f: Callable[..., Any],
+    z0: Any,
+    args: tuple[Any, ...],
+    weights: Weights | None = None,
+    loans: Sequence[Loan] = (),
+    named: dict[str, Tensor] | None = None,
+) -> tuple[ExplicitMap, list[Tensor]]:
+    """The map and the list of its tensors.
+
+    Args:
+        f: The user's map.
+        z0: The start; only its structure and dtypes are used.
+        args: Further arguments of ``f``: any pytrees.
+        weights: The parametrized weights that f reads.
+        loans: The tensors that are lent to modules while f runs.
+        named: Parameters and buffers of f, which is a module then.
+    """
+    weights, named = weights or {}, named or {}
+    leaves, state_spec = tree_flatten(z0)
+    arguments, argument_spec = tree_flatten(args)
+    tensors = [leaf for leaf in arguments if isinstance(leaf, Tensor)]
+    tensors += weights.values()
+    for loan in loans:
+        tensors += loan.tensors.values()
+    tensors += named.values()
+    explicit = ExplicitMap(
+        f,
+        state_spec,
+        {leaf.dtype for leaf in leaves},
+        ([_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in arguments], argument_spec),
+        list(weights),
+        [(loan.module, list(loan.tensors)) for loan in loans],
+        list(named),
+        AutocastMode.current(leaves[0].device.type),
+    )
+    return explicit, tensors
+
+
+def make_explicit_under_transform(
+    f: Callable[..., Any], z0: Any, args: tuple[Any, ...]
+) -> tuple[ExplicitMap, list[Tensor]]:
+    """The same while a transform is tracing, when every tensor that it follows must be explicit.
+
+    Costs one call of f, in which its parametrized weights are computed, at the level of the transform.
+
+    Raises:
+        RuntimeError: f uses a tensor that a transform, or autograd outside it, follows but that is not explicit, so
+            that the derivative would be lost.
+    """
+    weights = ConstantWeights(cached_weights())
+    loans, named = [], {}
+    if isinstance(f, nn.Module):
+        every = {**dict(f.named_parameters()), **dict(f.named_buffers())}
+        named = {name: tensor for name, tensor in every.items() if not _is_original(name)}
+    else:
+        loans = [
+            Loan(loan.module, {name: tensor for name, tensor in loan.tensors.items() if not _is_original(name)})
+            for loan in current_loans()
+        ]
+    explicit, tensors = make_explicit(f, z0, args, None, loans, named)
+    start = [leaf.detach() for leaf in tree_leaves(z0)]
+    inputs = [tensor.detach() for tensor in tensors]
+    output = weights.calling_as_constants(lambda: explicit(start, inputs))
+    mapped = set().union(*(vmap_levels(tensor) for tensor in (*start, *inputs, *weights.values.values())))
+    for leaf in output:
+        if is_followed(leaf) or not vmap_levels(leaf) <= mapped:
+            raise RuntimeError(
+                "The map uses a tensor that requires grad, or that a torch.func transform is following, but that "
+                "is not among its arguments, so its derivative would be lost. Pass the tensor as an argument, "
+                "fixed_point(f, z0, x, weight); or make the map an nn.Module with the tensor as a parameter, "
+                "swapped by torch.func.functional_call; or detach the tensor if it is a constant."
+            )
+    return make_explicit(f, z0, args, weights.values, loans, named) if weights.values else (explicit, tensors)
+
+
+def _is_original(name: str) -> bool:
+    """Whether a parameter belongs to a parametrization: only the weight that is computed from it is explicit."""
+    return "parametrizations" in name.split(".")
+
+
+class FirstCall:
+    """``f`` for the solver. Its first call is made with gradients, to find the tensors that f brings along by itself.
+
+    Args:
+        f: The user's map.
+        weights: The parametrized weights of the solve.
+        loans: What is lent to modules.
+
+    Attributes:
+        captured: The tensors that require grad and that f uses beyond its arguments, its parametrized weights and what
+            is lent; None before the first call.
+    """
+
+    def __init__(self, f: Callable[..., Any], weights: ConstantWeights, loans: Sequence[Loan]) -> None:
+        self._f = f
+        self._weights = weights
+        self._loans = loans
+        self.captured: list[Tensor] | None = None
+
+    def __call__(self, z: Any, *args: Any) -> Any:
+        if self.captured is not None:
+            return self._f(z, *args)
+        arguments = tree_map_only(Tensor, torch.Tensor.detach, args)
         with torch.enable_grad():
-            output = self([leaf.detach() for leaf in z0], [tensor.detach() for tensor in self.tensors])
-        return [leaf.detach() for leaf in output], _leaves_of_graph(output)
-
-    def refuse_captured(self, z0: Sequence[Tensor]) -> None:
-        """Raise if f uses a tensor that a transform, or autograd outside it, follows but that is no argument.
-
-        Costs one call of f. Without it the dependence would be lost and the derivative silently zero.
-        """
-        inputs = [tensor.detach() for tensor in (*z0, *self.tensors)]
-        output = self(inputs[: len(z0)], inputs[len(z0) :])
-        mapped = set().union(*(_vmap_levels(tensor) for tensor in inputs))
-        for leaf in output:
-            if _is_followed(leaf) or not _vmap_levels(leaf) <= mapped:
-                raise RuntimeError(
-                    "The map uses a tensor that requires grad, or that a torch.func transform is following, but that "
-                    "is not among its arguments, so its derivative would be lost. Pass the tensor as an argument, "
-                    "fixed_point(f, z0, x, weight); or make the map an nn.Module with the tensor as a parameter, "
-                    "swapped by torch.func.functional_call; or detach the tensor if it is a constant."
-                )
+            output = self._weights.calling_as_constants(lambda: self._f(z, *arguments))
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        lent = [tensor for loan in self._loans for tensor in loan.tensors.values()]
+        self.captured = _captured(leaves, lent, list(_tensors_in_closure(self._f)))
+        return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
 
 
-def _layers(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor and what the transforms have wrapped in it."""
-    yield tensor
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-        yield tensor
+def _captured(outputs: Sequence[Tensor], explicit: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that gradients of ``outputs`` would flow to, except the ``explicit`` ones.
 
-
-def _is_followed(tensor: Tensor) -> bool:
-    """Whether reverse or forward mode, at any level, is following the tensor."""
-    return any(layer.requires_grad or _has_tangent(layer) for layer in _layers(tensor))
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    if torch._C._functorch.is_batchedtensor(tensor):  # its inner layers have the tangent, if there is one
-        return False
-    return forward_ad.unpack_dual(tensor, level=0).tangent is not None
-
-
-def _vmap_levels(tensor: Tensor) -> set[int]:
-    return {
-        torch._C._functorch.maybe_get_level(layer)
-        for layer in _layers(tensor)
-        if torch._C._functorch.is_batchedtensor(layer)
-    }
-
-
-def _leaves_of_graph(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The leaf tensors that gradients of ``outputs`` would accumulate into."""
-    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(stack)
-    leaves = {}
-    while stack:
-        node = stack.pop()
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
+    These are leaves, and those of the ``known`` intermediate results that the graph passes through. Their history is
+    then not differentiated again, unless other tensors among those that were found belong to it.
+    """
+    roots = [_edge(output) for output in outputs if output.requires_grad and output.grad_fn is not None]
+    results = {_edge(tensor): tensor for tensor in known if tensor.grad_fn is not None}
+    ends = {_edge(tensor) for tensor in explicit if tensor.grad_fn is not None} - results.keys()
+    leaves, passed = _reached(roots, ends | results.keys())
+    intermediate = [results[edge] for edge in passed & results.keys()]
+    if intermediate:
+        before = [
+            edge for tensor in intermediate if tensor.grad_fn is not None for edge in tensor.grad_fn.next_functions
+        ]
+        their_leaves, passed_before = _reached(before, set(), {_edge(tensor) for tensor in intermediate})
+        if passed_before or their_leaves.keys() & leaves.keys():
+            leaves, intermediate = _reached(roots, ends)[0], []
     # An output that is itself a captured leaf has no grad_fn.
     leaves |= {id(output): output for output in outputs if output.requires_grad and output.is_leaf}
-    return list(leaves.values())
+    return [*leaves.values(), *intermediate]
+
+
+def _edge(tensor: Tensor) -> Edge:
+    return tensor.grad_fn, tensor.output_nr
+
+
+def _reached(
+    edges: Iterable[Edge], ends: set[Edge], noted: set[Edge] | frozenset[Edge] = frozenset()
+) -> tuple[dict[int, Tensor], set[Edge]]:
+    """The leaf tensors, by their id, that are reached from ``edges`` without passing one of ``ends``.
+
+    Returns:
+        The leaves; those of ``ends`` and ``noted`` that were met.
+    """
+    met: set[Edge] = set()
+    leaves: dict[int, Tensor] = {}
+    stack = list(edges)
+    seen: set[Any] = set()
+    while stack:
+        edge = stack.pop()
+        if edge in noted or edge in ends:
+            met.add(edge)
+            if edge in ends:
+                continue
+        node = edge[0]
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves[id(node.variable)] = node.variable
+        stack.extend(node.next_functions)
+    return leaves, met
+
+
+def _tensors_in_closure(f: object) -> Iterator[Tensor]:
+    """The tensors that a function closes over, also within lists, dicts and the functions that it closes over."""
+    stack, seen = [f], set()
+    while stack:
+        thing = stack.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            yield thing
+        elif isinstance(thing, types.MethodType):
+            stack.append(thing.__func__)
+        elif isinstance(thing, types.FunctionType):
+            for cell in thing.__closure__ or ():
+                try:
+                    stack.append(cell.cell_contents)
+                except ValueError:  # not assigned yet
+                    continue
+        elif isinstance(thing, (list, tuple)):
+            stack.extend(thing)
+        elif isinstance(thing, dict):
+            stack.extend(thing.values())
+        elif isinstance(thing, functools.partial):
+            stack.extend((thing.func, *thing.args, *thing.keywords.values()))

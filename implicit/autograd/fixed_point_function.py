@@ -15,12 +15,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from implicit.autograd.grads_batched import one_by_one
-from solvers import Solution
-from solvers._failure import OnFailure, report_failure
+from implicit.autograd.torch_internals import (
+    backward_pass_keeps_graph,
+    forward_mode_enabled,
+    one_vector_at_a_time,
+    transform_active,
+    without_tangent,
+)
+from solvers import OnFailure, Solution, report_failure
 from solvers.linear import LinearSolver, linear_solve
+from solvers.linear.linear_solver import FLOOR
+from solvers.problem.layout import Layout
+from solvers.problem.norms import relative, rms_norm
+from solvers.problem.replaced_tensors import with_tensors
 
 Leaves = Sequence[Tensor]
 Map = Callable[[Leaves, Leaves], list[Tensor]]
@@ -35,7 +43,10 @@ class Problem:
         map: The map, on the leaves of the state and the list of tensors it depends on.
         solve: ``(map, z0, tensors, batch_dims) -> leaves of the fixed point``. Called without gradients.
         batch_dims: As in :func:`solvers.solve`.
-        adjoint_solver: Solves the linear problems.
+        adjoint_solver: Solves the linear problems. If it holds tensors, they are the last of the list that the map
+            depends on, see :func:`without_tensors`.
+        num_solver_tensors: How many tensors these are.
+        rtol: The relative tolerance of linear problems, for a solver whose own is None.
         on_failure: What to do when a linear problem fails.
         resolution: Relative rounding of products with the map's Jacobian where it is coarser than that of the linear
             algebra. A linear solve that stops at a residual below it has not failed.
@@ -48,18 +59,19 @@ class Problem:
     solve: Callable[[Map, Leaves, Leaves, int], list[Tensor]]
     batch_dims: int
     adjoint_solver: LinearSolver
+    rtol: float | None
     on_failure: OnFailure
     resolution: float
     transformed: bool
     report: Report = None
+    num_solver_tensors: int = 0
 
     def adjoint(self, num_leaves: int) -> "Problem":
         """``u = (df/dz)' u + w`` with the tensors (w, z, tensors of this problem)."""
 
         def adjoint_map(u: Leaves, tensors: Leaves) -> list[Tensor]:
             w, z, rest = _split(tensors, num_leaves, num_leaves)
-            _, pullback = torch.func.vjp(lambda *leaves: tuple(self.map(leaves, rest)), *z)[:2]
-            return [a + b for a, b in zip(pullback(tuple(u)), w, strict=True)]
+            return [a + b for a, b in zip(self._pulled_back(z, rest, u), w, strict=True)]
 
         def solve(map_: Map, zero: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
             if map_ is not adjoint_map:  # under vmap
@@ -68,18 +80,28 @@ class Problem:
             z = [leaf.detach().requires_grad_() for leaf in z]
             with torch.enable_grad():
                 fz = self.map(z, rest)
-            return self.solve_adjoint(fz, z, w)
+            return self.solve_adjoint(fz, z, w, rest)
 
         return dataclasses.replace(self, map=adjoint_map, solve=solve, report=None)
 
-    def solve_adjoint(self, fz: Leaves, z: Leaves, w: Leaves) -> list[Tensor]:
+    def _pulled_back(self, z: Leaves, tensors: Leaves, u: Leaves) -> Sequence[Tensor]:
+        """``(df/dz)' u``, differentiable."""
+        if self.transformed:
+            _, pullback = torch.func.vjp(lambda *leaves: tuple(self.map(leaves, tensors)), *z)[:2]
+            return cast(Sequence[Tensor], pullback(tuple(u)))
+        # Not by torch.func, which refuses hooks on saved tensors.
+        with torch.enable_grad():
+            z = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in z]
+            return _vjp(self.map(z, tensors), z, u, differentiable=True)
+
+    def solve_adjoint(self, fz: Leaves, z: Leaves, w: Leaves, tensors: Leaves) -> list[Tensor]:
         """``u = (df/dz)' u + w``, with the graph of ``fz``, the map at z."""
-        return self._solve_linear(lambda u: _vjp(fz, z, u), w, self.batch_dims, self.report)
+        return self._solve_linear(lambda u: _vjp(fz, z, u), w, tensors, self.batch_dims, self.report)
 
     def solve_adjoint_by_transform(self, z: Leaves, tensors: Leaves, w: Leaves) -> list[Tensor]:
         """The same by ``torch.func``, which torch.compile traces; not differentiable."""
         _, pullback = torch.func.vjp(lambda *leaves: tuple(self.map(leaves, tensors)), *z)[:2]
-        return self._solve_linear(lambda u: list(pullback(tuple(u))), w, self.batch_dims, self.report)
+        return self._solve_linear(lambda u: list(pullback(tuple(u))), w, tensors, self.batch_dims, self.report)
 
     def tangent(self, num_leaves: int) -> "Problem":
         """``v = (df/dz) v + t`` with the tensors (t, z, tensors of this problem)."""
@@ -107,29 +129,61 @@ class Problem:
     ) -> list[Tensor]:
         """The fixed point of an affine map, evaluated as it stands."""
         offset = map_(zero, tensors)
-        return self._solve_linear(
-            lambda u: [a - b for a, b in zip(map_(u, tensors), offset, strict=True)], offset, batch_dims, report
-        )
+
+        def product(u: Leaves) -> list[Tensor]:
+            return [a - b for a, b in zip(map_(u, tensors), offset, strict=True)]
+
+        return self._solve_linear(product, offset, tensors, batch_dims, report)
 
     def _solve_linear(
-        self, product: Callable[[Leaves], list[Tensor]], rhs: Leaves, batch_dims: int, report: Report
+        self, product: Callable[[Leaves], list[Tensor]], rhs: Leaves, tensors: Leaves, batch_dims: int, report: Report
     ) -> list[Tensor]:
         """Solve ``u - product(u) = rhs``."""
+        solver = self.adjoint_solver
+        if self.num_solver_tensors:
+            supply = iter(tensors[-self.num_solver_tensors :])
+            solver = with_tensors(solver, lambda _: next(supply))
         solution = linear_solve(
             lambda u: [a - b for a, b in zip(u, product(u), strict=True)],
             list(rhs),
-            self.adjoint_solver,
+            solver,
+            rtol=self.rtol,
             batch_dims=batch_dims,
             on_failure="ignore",
         )
         if report is not None:
             report(solution)
-        if not self.adjoint_solver.tested:
-            return cast(list[Tensor], solution.value)
-        # A nan residual compares false, and stays a failure.
-        if solution.residual is None or bool((solution.failed & ~(solution.residual <= self.resolution)).any()):
+        if solver.tested and bool(solution.failed.any()) and self._failed(solution, rhs, batch_dims):
             report_failure(solution, self.on_failure, "The linear solve of the derivative")
         return cast(list[Tensor], solution.value)
+
+    def _failed(self, solution: Solution, rhs: Leaves, batch_dims: int) -> bool:
+        """Whether a residual is above what rounding leaves: that of the products, and of ``u - product(u)``."""
+        if solution.residual is None:
+            return True
+        layout = Layout(list(rhs), batch_dims)
+        size = relative(rms_norm(layout.pack(solution.value)), rms_norm(layout.pack(list(rhs))))
+        eps = torch.finfo(layout.dtype).eps
+        floor = (FLOOR * eps * (1 + layout.unpack_batch(size))).clamp_max(eps**0.5)
+        # A nan residual compares false, and stays a failure.
+        excused = (solution.residual <= self.resolution) | (solution.residual <= floor)
+        return bool((solution.failed & ~excused).any())
+
+
+def without_tensors(solver: LinearSolver) -> tuple[LinearSolver, list[Tensor]]:
+    """A linear solver with placeholders for the tensors that it holds, and these.
+
+    A :class:`Problem` must hold no tensors: autograd saves them, and lets go of them after the backward pass.
+    """
+    tensors: list[Tensor] = []
+    placeholder = torch.empty(0)
+
+    def take_out(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return placeholder
+
+    without = with_tensors(solver, take_out)
+    return (without, tensors) if tensors else (solver, [])
 
 
 def fixed_point_of(problem: Problem, start: Leaves, tensors: Leaves, captured: Leaves) -> list[Tensor]:
@@ -159,23 +213,23 @@ class _FixedPoint(torch.autograd.Function):
         saved = (*output, *flat[sizes[0] :])
         ctx.problem, ctx.sizes = problem, sizes
         ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        if transform_active():
+            ctx.save_for_forward(*saved)
 
     @staticmethod
-    @one_by_one
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        problem, num_leaves = ctx.problem, ctx.sizes[0]
-        z, tensors, captured = _split(ctx.saved_tensors, *ctx.sizes)
-        wanted = ctx.needs_input_grad[2 + num_leaves :]
-        return (None, None, *[None] * num_leaves, *_pull_back(problem, z, tensors, captured, cotangents, wanted))
+        gradients = _backward(ctx, *cotangents)
+        if not (ctx.problem.transformed or backward_pass_keeps_graph()):
+            ctx.problem = None  # f may close over tensors, of which autograd does not know
+        return gradients
 
     @staticmethod
-    @one_by_one
+    @one_vector_at_a_time
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         problem, num_leaves = ctx.problem, ctx.sizes[0]
         z, tensors, captured = _split(ctx.saved_tensors, *ctx.sizes)
         # The tensors come with this mode's tangents on, which belong to the result and not to its derivation.
-        z, tensors = ([forward_ad.unpack_dual(t, level=0).primal for t in group] for group in (z, tensors))
+        z, tensors = ([without_tangent(t) for t in group] for group in (z, tensors))
         given = tangents[2 + num_leaves :]
         moving = [i for i, tangent in enumerate(given[: len(tensors)]) if tangent is not None]
 
@@ -183,7 +237,7 @@ class _FixedPoint(torch.autograd.Function):
             return tuple(problem.map(z, _replaced(tensors, moving, some)))
 
         # PyTorch switches forward mode off in here, which would lose the tangents of an outer forward-mode transform.
-        with forward_ad._set_fwd_grad_enabled(True):
+        with forward_mode_enabled():
             t = jvp(of_moving, [tensors[i] for i in moving], [cast(Tensor, given[i]) for i in moving])
             zero = [torch.zeros_like(leaf) for leaf in z]
             return tuple(fixed_point_of(problem.tangent(num_leaves), zero, (*t, *z, *tensors), captured))
@@ -200,6 +254,14 @@ class _FixedPoint(torch.autograd.Function):
         ]
         value = fixed_point_of(problem.batched(tensor_dims, info.randomness), start, tensors, captured)
         return tuple(value), (0,) * len(value)
+
+
+@one_vector_at_a_time
+def _backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    num_leaves = ctx.sizes[0]
+    z, tensors, captured = _split(ctx.saved_tensors, *ctx.sizes)
+    wanted = ctx.needs_input_grad[2 + num_leaves :]
+    return (None, None, *[None] * num_leaves, *_pull_back(ctx.problem, z, tensors, captured, cotangents, wanted))
 
 
 def _split(flat: Sequence[Any], first: int, second: int) -> tuple[list[Any], list[Any], list[Any]]:
@@ -221,15 +283,14 @@ def jvp(f: Callable[..., tuple[Tensor, ...]], x: Leaves, v: Leaves) -> Sequence[
     return cast(Sequence[Tensor], push(tuple(v)))
 
 
-def _vjp(outputs: Leaves, inputs: Leaves, cotangents: Leaves) -> list[Tensor]:
+def _vjp(outputs: Leaves, inputs: Leaves, cotangents: Leaves, *, differentiable: bool = False) -> list[Tensor]:
     """Vector-Jacobian products with a graph that is kept for the next one; zeros where there is no dependence."""
     dependent = [(out, u) for out, u in zip(outputs, cotangents, strict=True) if out.requires_grad]
     if not dependent:
         return [torch.zeros_like(leaf) for leaf in inputs]
     outs, us = zip(*dependent, strict=True)
-    return list(
-        torch.autograd.grad(outs, list(inputs), us, retain_graph=True, allow_unused=True, materialize_grads=True)
-    )
+    options: dict[str, bool] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    return list(torch.autograd.grad(outs, list(inputs), us, create_graph=differentiable, **options))
 
 
 def _pull_back(
@@ -257,11 +318,15 @@ def _pull_back(
         found: Sequence[Tensor | None] = pullback(tuple(adjoint_solution()))
     else:
         # Copies cut the dependence of z on the tensors, so that what is left is the partial derivative.
-        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (*z, *tensors)]
+        leaves = [t.detach().requires_grad_(i < len(z) or t.requires_grad) for i, t in enumerate((*z, *tensors))]
         with torch.enable_grad():
             outputs = problem.map(leaves[: len(z)], leaves[len(z) :])
         sources = [leaves[len(z) + i] for i in some] + [captured[i - len(tensors)] for i in others]
-        u = adjoint_solution() if torch.is_grad_enabled() else problem.solve_adjoint(outputs, leaves[: len(z)], w)
+        u = (
+            adjoint_solution()
+            if torch.is_grad_enabled()
+            else problem.solve_adjoint(outputs, leaves[: len(z)], w, tensors)
+        )
         found = _gradients(outputs, sources, u, leaves, (*z, *tensors), captured)
     for i, gradient in zip((*some, *others), found, strict=True):
         gradients[i] = gradient
@@ -308,19 +373,21 @@ class _Attach(torch.autograd.Function):
     def forward(
         ctx: Any, outputs: list[Tensor], copies: list[Tensor], num_captured: int, *sources: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.outputs, ctx.copies, ctx.num_captured = outputs, copies, num_captured
-        ctx.save_for_backward(*sources)
+        ctx.sizes = (len(copies), num_captured)
+        ctx.save_for_backward(*sources, *copies, *outputs)
         ctx.set_materialize_grads(True)
         return tuple(out.detach() for out in outputs)
 
     @staticmethod
-    @one_by_one
+    @one_vector_at_a_time
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        originals, captured, _ = _split(ctx.saved_tensors, len(ctx.copies), ctx.num_captured)
+        num_copies, num_captured = ctx.sizes
+        originals, captured, rest = _split(ctx.saved_tensors, num_copies, num_captured)
+        copies, outputs, _ = _split(rest, num_copies, len(cotangents))
         wanted = ctx.needs_input_grad[3:]
-        sources = [*ctx.copies, *captured]
+        sources = [*copies, *captured]
         some = [i for i in range(len(sources)) if wanted[i] and sources[i].requires_grad]
-        found = _gradients(ctx.outputs, [sources[i] for i in some], cotangents, ctx.copies, originals, captured)
+        found = _gradients(outputs, [sources[i] for i in some], cotangents, copies, originals, captured)
         gradients: list[Tensor | None] = [None] * len(sources)
         for i, gradient in zip(some, found, strict=True):
             gradients[i] = gradient

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from implicit.autograd.explicit_map import transform_active
+from implicit.autograd.torch_internals import transform_active
 from implicit.backward.backward import Backward, SolveOptions
 from implicit.backward.checkpointed import Checkpointed
 from implicit.backward.implicit import Implicit
@@ -47,3 +47,6 @@ class AutoBackward(Backward):
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
         return self.chosen(options).solve(f, z0, args, options)
+
+    def evaluate(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        return self.chosen(options).evaluate(f, z0, args, options)

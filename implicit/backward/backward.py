@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.utils._pytree import TreeSpec
 
+from implicit.autograd.constant_weights import constant_weights
 from solvers import Iteration, OnFailure, Solution, Solver, Stopping, StopRule
-from solvers.problem import Hyperparameters, InDims
+from solvers.problem import Hyperparameters, InDims, check_on_failure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,9 @@ class SolveOptions:
     on_failure: OnFailure = "warn"
     what: str = "The fixed-point solve"
 
+    def __post_init__(self) -> None:
+        check_on_failure(self.on_failure)
+
     @property
     def tested(self) -> bool:
         """Whether convergence is tested: False for a fixed number of steps."""
@@ -33,6 +37,12 @@ class SolveOptions:
     def max_steps(self) -> int:
         """The largest number of steps."""
         return self.stopping.max_steps
+
+    @property
+    def linear_rtol(self) -> float | None:
+        """The relative tolerance of the linear solves of derivatives: a tenth of that of the solve, if it has one."""
+        rtol = self.stopping.relative if isinstance(self.stopping, Stopping) else None
+        return None if rtol is None else 0.1 * rtol
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Solution[Any]:
         """``solvers.solve`` with these options."""
@@ -74,6 +84,14 @@ class Backward(Hyperparameters, abc.ABC):
     @abc.abstractmethod
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
         """Solve ``z = f(z, *args)``; ``solution.value`` carries the gradient."""
+
+    def evaluate(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        """The same value and status for a call of which no derivative is taken.
+
+        This one is the solver's solution. A mode whose value is another one overrides it.
+        """
+        with constant_weights():
+            return options.solve(f, z0, args)
 
 
 def require_differentiable(mode: Backward, solver: Solver) -> None:

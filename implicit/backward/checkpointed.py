@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from implicit.autograd.constant_weights import modules_used_by, parametrized_slots, substituted
-from implicit.autograd.explicit_map import transform_active
-from implicit.autograd.lent_parameters import in_place, parameters_of
+from implicit.autograd.constant_weights import ConstantWeights, Weights
+from implicit.autograd.torch_internals import Loan, cached_weights, current_loans, lending, transform_active
 from implicit.backward.backward import Backward, SolveOptions, require_differentiable
 from implicit.backward.unrolled import Unrolled
-from solvers import Iteration, Solution, Solver
-from solvers._failure import report_failure
+from solvers import Iteration, Solution, Solver, report_failure
 from solvers.problem.hyperparameters import require_positive_int
 
 
@@ -58,15 +56,14 @@ class Checkpointed(Backward):
                 f"{self!r} works by torch.utils.checkpoint, which torch.func transforms and forward mode do not "
                 f"support. Use {Unrolled()!r}, which has the same gradients, or the implicit backward mode."
             )
-        modules = modules_used_by(f)
-        slots, parameters = parametrized_slots(modules), parameters_of(modules)
-        weights = [getattr(module, name) for module, name in slots]
+        if torch.compiler.is_compiling():
+            from implicit.autograd import compiled  # which loads PyTorch's compiler
 
-        def constant_map(z: Any) -> Any:
-            with substituted(slots, weights), in_place(parameters):  # also when a segment is repeated
-                return f(z, *args)
-
-        iteration = options.iteration(constant_map, z0)
+            solution: Solution = compiled.run_outside_graph(self.solve, f, z0, args, options)
+            return solution
+        constant_map = _ConstantMap(_Opaque(f), ConstantWeights(), {}, current_loans())
+        iteration = options.iteration(constant_map, z0, args)
+        constant_map.take_weights()
         segments = self.segments or math.isqrt(options.max_steps)
         while not iteration.done:
             iteration = _advanced(iteration, math.ceil(options.max_steps / segments))
@@ -74,6 +71,38 @@ class Checkpointed(Backward):
         if iteration.tested:
             report_failure(solution, options.on_failure)
         return solution
+
+
+class _Opaque:
+    """A callable in which nobody looks for tensors."""
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        self.f = f
+
+
+@dataclasses.dataclass
+class _ConstantMap:
+    """``f`` as it was in the forward pass, also when a segment is repeated.
+
+    Attributes:
+        f: The user's map.
+        late_weights: Where parametrized weights are computed.
+        weights: Those that the first call computed. Like what is lent, they are among the tensors of an iteration.
+        loans: What ``torch.func.functional_call`` lent to modules.
+    """
+
+    f: _Opaque
+    late_weights: ConstantWeights
+    weights: Weights
+    loans: list[Loan]
+
+    def take_weights(self) -> None:
+        """Move the weights that have been computed to where an iteration finds their tensors."""
+        self.weights.update(cached_weights() | self.late_weights.take())
+
+    def __call__(self, z: Any, *args: Any) -> Any:
+        with self.late_weights.in_force(), ConstantWeights(self.weights).in_force(), lending(self.loans):
+            return self.f.f(z, *args)
 
 
 def _advanced(iteration: Iteration, steps: int) -> Iteration:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from implicit.autograd.compiled import with_adjoint
-from implicit.autograd.explicit_map import ExplicitMap, transform_active
-from implicit.autograd.fixed_point_function import Leaves, Map, Problem, fixed_point_of
+from implicit.autograd.constant_weights import ConstantWeights, constant_weights
+from implicit.autograd.explicit_map import FirstCall, make_explicit, make_explicit_under_transform
+from implicit.autograd.fixed_point_function import Leaves, Map, Problem, fixed_point_of, without_tensors
+from implicit.autograd.torch_internals import cached_weights, copy_of_cache, current_loans, transform_active
 from implicit.backward.backward import Backward, SolveOptions
 from solvers import Solution
 from solvers.linear import LinearSolver, Richardson
@@ -38,7 +38,8 @@ class Implicit(Backward):
     J'^i w: cheaper and biased, by J'^k u, which is small where the map contracts fast. It needs k - 1 products.
 
     Args:
-        linear_solver: The solver of the linear system, with its own tolerances.
+        linear_solver: The solver of the linear system. If its ``rtol`` is None, it is a tenth of that of the forward
+            solve, so that derivatives are as accurate as the solution.
 
     References:
         Bai, Kolter and Koltun, "Deep equilibrium models", NeurIPS (2019), theorem 1.
@@ -53,85 +54,140 @@ class Implicit(Backward):
                 f"{self.linear_solver!r}."
             )
 
-    def solve(
-        self,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        options: SolveOptions,
-        problem_type: type[Problem] = Problem,
-    ) -> Solution:
-        if torch.compiler.is_compiling() and not transform_active():
-            return self._solve_while_compiling(f, z0, args, options)
-        start, spec = tree_flatten(z0)
-        explicit = ExplicitMap(f, z0, args)
-        found: list[Solution] = []
+    def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        if transform_active():
+            return solve_under_transform(f, z0, args, options, self.linear_solver)
+        if torch.compiler.is_compiling():
+            return solve_while_compiling(f, z0, args, options, self.linear_solver)
+        return solve_implicitly(f, z0, args, options, lambda _: self.linear_solver)
 
-        def forward(map_: Map, z0: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
-            def tree_map(z: list[Tensor]) -> list[Tensor]:
-                return map_(z, tensors)
 
-            solution = options.for_leaves(spec, batch_dims).solve(first.before(tree_map), list(z0))
-            found.append(solution)
-            return list(solution.value)
+def solve_implicitly(
+    f: Callable[..., Any],
+    z0: Any,
+    args: tuple[Any, ...],
+    options: SolveOptions,
+    linear_solver_after: Callable[[Solution], LinearSolver],
+    problem_type: type[Problem] = Problem,
+) -> Solution:
+    """The solution, whose value gets its gradient from an adjoint problem.
 
-        first = _FirstCall()
-        captured: list[Tensor] = []
-        transformed = transform_active()
-        if transformed:
-            explicit.refuse_captured(start)
-        else:
-            first.output, captured = explicit.first_call(start)
-        report = _Report()
-        problem = self._problem(problem_type, explicit, forward, options, report, transformed=transformed)
-        value = fixed_point_of(problem, start, explicit.tensors, captured)
-        return report.to(dataclasses.replace(found.pop(), value=tree_unflatten(value, spec)))
+    Args:
+        f: The map, and so on.
+        z0: The start.
+        args: Further arguments of ``f``.
+        options: Those of the solve.
+        linear_solver_after: The solver of the adjoint problem, which may depend on the solution.
+        problem_type: What the derivatives are solved by.
+    """
+    loans, weights = current_loans(), ConstantWeights(cached_weights())
+    first_call = FirstCall(f, weights, loans)
+    with torch.no_grad(), weights.in_force():
+        solution = options.solve(first_call, tree_map_only(Tensor, torch.Tensor.detach, z0), args)
+    explicit, tensors = make_explicit(f, z0, args, weights.values, loans)
+    linear_solver, solver_tensors = without_tensors(linear_solver_after(solution))
+    report = Report()
+    problem = problem_type(
+        map=explicit,
+        solve=lambda map_, z, tensors, batch_dims: [leaf.detach() for leaf in z],  # the solution, which is known
+        batch_dims=options.batch_dims,
+        adjoint_solver=linear_solver,
+        num_solver_tensors=len(solver_tensors),
+        rtol=options.linear_rtol,
+        on_failure=options.on_failure,
+        resolution=explicit.resolution,
+        transformed=False,
+        report=report,
+    )
+    z, spec = tree_flatten(solution.value)
+    value = fixed_point_of(problem, z, [*tensors, *solver_tensors], first_call.captured or [])
+    return report.to(dataclasses.replace(solution, value=tree_unflatten(value, spec)))
 
-    def _solve_while_compiling(
-        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions
-    ) -> Solution:
-        """See :mod:`implicit.autograd.compiled`. A backward pass that is in the graph reports nothing."""
-        explicit = ExplicitMap(f, z0, args, explicit_weights=False)
-        with parametrize.cached():
-            f(z0, *args)  # computes the parametrized weights, with gradients; the compiler removes what is not used
-            with torch.no_grad():
-                solution = options.solve(f, z0, args)
-            z, spec = tree_flatten(solution.value)
-            image = explicit(z, explicit.tensors)
-            report = _Report() if self.linear_solver.tested else None
-            problem = self._problem(Problem, explicit, lambda *_: z, options, report, transformed=False)
-            if report is None:
-                value = with_adjoint(problem, image, z, explicit.tensors)
-                return dataclasses.replace(solution, value=tree_unflatten(value, spec))
-            weights = dict(parametrize._cache)
-        from implicit.autograd import outside_graphs
 
-        value = outside_graphs.with_eager_adjoint(problem, image, z, explicit.tensors, weights)
-        return report.to(dataclasses.replace(solution, value=tree_unflatten(value, spec)))
+def solve_under_transform(
+    f: Callable[..., Any],
+    z0: Any,
+    args: tuple[Any, ...],
+    options: SolveOptions,
+    linear_solver: LinearSolver,
+    problem_type: type[Problem] = Problem,
+    *,
+    constant: bool = False,
+) -> Solution:
+    """The same under a ``torch.func`` transform or forward mode: the solve belongs to the Function, which unwraps it.
 
-    def _problem(
-        self,
-        problem_type: type[Problem],
-        explicit: ExplicitMap,
-        solve: Callable[[Map, Leaves, Leaves, int], list[Tensor]],
-        options: SolveOptions,
-        report: "_Report | None",
-        *,
-        transformed: bool,
-    ) -> Problem:
-        return problem_type(
+    Args:
+        f: The map, and so on.
+        z0: The start.
+        args: Further arguments of ``f``.
+        options: Those of the solve.
+        linear_solver: The solver of linear problems.
+        problem_type: What the derivatives are solved by.
+        constant: Take no derivative.
+    """
+    start, spec = tree_flatten(z0)
+    explicit, tensors = make_explicit_under_transform(f, z0, args)
+    if constant:
+        start, tensors = [leaf.detach() for leaf in start], [tensor.detach() for tensor in tensors]
+    found: list[Solution] = []
+
+    def forward(map_: Map, z0: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
+        def map_of_leaves(z: list[Tensor]) -> list[Tensor]:
+            return map_(z, tensors)
+
+        found.append(options.for_leaves(spec, batch_dims).solve(map_of_leaves, list(z0)))
+        return list(found[0].value)
+
+    report = Report()
+    problem = problem_type(
+        map=explicit,
+        solve=forward,
+        batch_dims=options.batch_dims,
+        adjoint_solver=linear_solver,
+        rtol=options.linear_rtol,
+        on_failure=options.on_failure,
+        resolution=explicit.resolution,
+        transformed=True,
+        report=report,
+    )
+    value = fixed_point_of(problem, start, tensors, [])
+    return report.to(dataclasses.replace(found.pop(), value=tree_unflatten(value, spec)))
+
+
+def solve_while_compiling(
+    f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions, linear_solver: LinearSolver
+) -> Solution:
+    """The same as ``torch.compile`` traces it. A backward pass that is in the graph reports nothing."""
+    from implicit.autograd import compiled  # which loads PyTorch's compiler
+
+    explicit, tensors = make_explicit(f, z0, args)
+    with constant_weights():
+        f(z0, *args)  # computes the parametrized weights, with gradients; the compiler removes what is not used
+        with torch.no_grad():
+            solution = options.solve(f, z0, args)
+        z, spec = tree_flatten(solution.value)
+        image = explicit(z, tensors)
+        report = Report() if linear_solver.tested else None
+        problem = Problem(
             map=explicit,
-            solve=solve,
+            solve=lambda *_: z,
             batch_dims=options.batch_dims,
-            adjoint_solver=self.linear_solver,
+            adjoint_solver=linear_solver,
+            rtol=options.linear_rtol,
             on_failure=options.on_failure,
             resolution=explicit.resolution,
-            transformed=transformed,
+            transformed=False,
             report=report,
         )
+        if report is None:
+            value = compiled.with_adjoint(problem, image, z, tensors)
+            return dataclasses.replace(solution, value=tree_unflatten(value, spec))
+        weights = copy_of_cache()
+    value = compiled.with_eager_adjoint(problem, image, z, tensors, weights)
+    return report.to(dataclasses.replace(solution, value=tree_unflatten(value, spec)))
 
 
-class _Report:
+class Report:
     """Puts the solution of the adjoint problem on the solution that it belongs to, if that is still there."""
 
     _solution: "weakref.ref[Solution] | None" = None
@@ -146,16 +202,3 @@ class _Report:
         solution = None if self._solution is None else self._solution()
         if solution is not None:
             solution.adjoint = adjoint
-
-
-class _FirstCall:
-    """The map at the start, computed already when its tensors were searched for, handed to the solver once."""
-
-    output: list[Tensor] | None = None
-
-    def before(self, f: Callable[[list[Tensor]], list[Tensor]]) -> Callable[[list[Tensor]], list[Tensor]]:
-        def once(z: list[Tensor]) -> list[Tensor]:
-            output, self.output = self.output, None
-            return f(z) if output is None else output
-
-        return once

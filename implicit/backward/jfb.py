@@ -32,3 +32,6 @@ class JFB(Backward):
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
         return Phantom(steps=1).solve(f, z0, args, options)
+
+    def evaluate(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        return Phantom(steps=1).evaluate(f, z0, args, options)

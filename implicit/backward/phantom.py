@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from implicit.autograd.constant_weights import constant_weights
-from implicit.autograd.explicit_map import ExplicitMap, transform_active
+from implicit.autograd.torch_internals import transform_active
 from implicit.backward.backward import Backward, SolveOptions
-from implicit.backward.implicit import Implicit
+from implicit.backward.implicit import solve_under_transform
 from solvers import Solution
+from solvers.linear import Richardson
 from solvers.problem.hyperparameters import require_damping, require_positive_int
 
 
@@ -57,26 +58,26 @@ class Phantom(Backward):
         require_damping(self, self.damping)
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        with constant_weights():
+            if transform_active():  # the solver must not see what the transform has wrapped
+                solution = solve_under_transform(f, z0, args, options, Richardson(), constant=True)
+            else:
+                with torch.no_grad():
+                    solution = options.solve(f, z0, args)
+            return self._stepped(f, args, solution)
+
+    def evaluate(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        with constant_weights():
+            return self._stepped(f, args, options.solve(f, z0, args))
+
+    def _stepped(self, f: Callable[..., Any], args: tuple[Any, ...], solution: Solution) -> Solution:
+        """The solution after the steps that are differentiated."""
+
         def step(z: Tensor, fz: Tensor) -> Tensor:
             fz = fz.to(z.dtype)  # under autocast
             return fz if self.damping == 1.0 else z.lerp(fz, self.damping)
 
-        with constant_weights(f):
-            solution = _solution(f, z0, args, options)
-            z = tree_map(torch.Tensor.detach, solution.value)
-            for _ in range(self.steps):
-                z = tree_map(step, z, f(z, *args))
+        z = tree_map(torch.Tensor.detach, solution.value)
+        for _ in range(self.steps):
+            z = tree_map(step, z, f(z, *args))
         return dataclasses.replace(solution, value=z)
-
-
-def _solution(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
-    """The solution, of which no derivative is taken."""
-    if not transform_active():
-        with torch.no_grad():
-            return options.solve(f, z0, args)
-    # The solver must not see what the transform has wrapped.
-    explicit = ExplicitMap(f, z0, args)
-    start, spec = tree_flatten(z0)
-    start, tensors = [leaf.detach() for leaf in start], [tensor.detach() for tensor in explicit.tensors]
-    solution = Implicit().solve(explicit, start, (tensors,), options.for_leaves(spec, options.batch_dims))
-    return dataclasses.replace(solution, value=tree_unflatten(solution.value, spec))

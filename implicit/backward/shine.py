@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from implicit.autograd.fixed_point_function import Problem
+from implicit.autograd.torch_internals import transform_active
 from implicit.backward.backward import Backward, SolveOptions
-from implicit.backward.implicit import Implicit
+from implicit.backward.implicit import solve_implicitly, solve_under_transform
 from solvers import Solution, Solver, Status
 from solvers.linear import LinearResult, LinearSolver, Richardson
 from solvers.linear.linear_solver import FlatMatvec
@@ -73,18 +74,29 @@ class SHINE(Backward):
             )
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        if not transform_active():
+            return solve_implicitly(f, z0, args, options, self._estimate_after, _FirstOrderProblem)
         estimate = _Estimate(shine=self, inverses=[])
-        solution = Implicit(linear_solver=estimate).solve(f, z0, args, options, _FirstOrderProblem)
+        solution = solve_under_transform(f, z0, args, options, estimate, _FirstOrderProblem)
         estimate.inverses.append(solution.state.inverse)
         return solution
+
+    def _estimate_after(self, solution: Solution) -> "_Estimate":
+        return _Estimate(shine=self, inverses=[solution.state.inverse])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Estimate(LinearSolver):
-    """``x = -H' b``, corrected where it is poor. ``inverses`` receives H once the forward solve is done."""
+    """``x = -H' b``, corrected where it is poor. ``inverses`` holds H once the forward solve is done."""
 
     shine: SHINE
     inverses: list[Any]
+
+    def with_default_rtol(self, rtol: float) -> "_Estimate":
+        if self.shine.fallback is None:
+            return self
+        shine = dataclasses.replace(self.shine, fallback=self.shine.fallback.with_default_rtol(rtol))
+        return dataclasses.replace(self, shine=shine)
 
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
         (inverse,) = self.inverses
@@ -110,7 +122,7 @@ class _Estimate(LinearSolver):
         start = torch.where((residual < 1).unsqueeze(1), x, 0.0)
         r = torch.where((residual < 1).unsqueeze(1), r, b)
         found = self.shine.fallback.run(matvec, torch.where(poor.unsqueeze(1), r, 0.0))
-        return result.continued(poor, found, start, relative(rms_norm(r), norm_b))
+        return result.continued(poor, found, start, relative(rms_norm(r), norm_b)).settled()
 
 
 class _FirstOrderProblem(Problem):

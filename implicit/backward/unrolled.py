@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from torch.nn.utils import parametrize
-
-from implicit.autograd.explicit_map import transform_active
+from implicit.autograd.constant_weights import constant_weights
+from implicit.autograd.torch_internals import transform_active
 from implicit.backward.backward import Backward, SolveOptions, require_differentiable
 from solvers import Solution, Solver
 
@@ -28,8 +27,7 @@ class Unrolled(Backward):
         require_differentiable(self, solver)
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
-        # A parametrized weight is computed in the first call, and the same in all others.
-        with parametrize.cached():
+        with constant_weights():
             try:
                 return options.solve(f, z0, args)
             except RuntimeError as error:

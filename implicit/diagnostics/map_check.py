@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from implicit.autograd.constant_weights import constant_weights, modules_used_by
+from implicit.autograd.constant_weights import constant_weights
+from implicit.diagnostics.modules_used import modules_used_by
 from implicit.diagnostics.observed_map import Call, ObservedMap, nearby, restored, same
 from implicit.layer import FixedPointLayer
 from solvers.problem.layout import Layout
@@ -102,7 +103,7 @@ def checked_maps(model: nn.Module) -> Iterator[None]:
 def _findings(f: Callable[..., Any], z0: Any, inputs: tuple[Any, ...], batch_dims: int) -> list[str]:
     layout = Layout(z0, batch_dims)
     unchanged = restored(modules_used_by(f), layout.device)
-    with torch.inference_mode(False), torch.no_grad(), unchanged, constant_weights(f):
+    with torch.inference_mode(False), torch.no_grad(), unchanged, constant_weights():
         observed = ObservedMap(f, inputs, layout)
         z = nearby(layout.pack(z0))
         return [*_changes(observed, z), *_mixing(observed, z)]

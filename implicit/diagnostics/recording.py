@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from implicit.layer import FixedPointLayer
+from implicit.implicit_layer import ImplicitLayer
 from solvers import Solution
 
 
 @contextlib.contextmanager
 def record_solutions(model: nn.Module) -> Iterator[dict[str, list[Solution]]]:
-    """Within the context, record the solution of every forward pass of every FixedPointLayer in the model.
+    """Within the context, record the solution of every forward pass of every implicit layer in the model.
 
     Use it for a few forward passes, not around a whole training run: the record keeps all values and solver states
     alive. Each solution has its history; residuals are computed even if a layer takes a fixed number of steps.
@@ -31,7 +31,7 @@ def record_solutions(model: nn.Module) -> Iterator[dict[str, list[Solution]]]:
         >>> record[""][0].history.flatten()  # |z_{k+1} - z_k| / |z_{k+1}|
         tensor([1.0000, 0.3333, 0.1429])
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FixedPointLayer)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ImplicitLayer)}
     record: dict[str, list[Solution]] = {name: [] for name in layers}
     before = {name: layer._observer for name, layer in layers.items()}
     for name, layer in layers.items():

@@ -81,7 +81,7 @@ def spectral_radius(
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
     layout = Layout(z, batch_dims)
     flat = layout.pack(z)  # (B, D)
-    with constant_weights(f):
+    with constant_weights():
         _, pullback = torch.func.vjp(FlatMap(f, inputs, layout), flat)[:2]
     start = torch.randn(flat.shape, generator=generator, dtype=flat.dtype, device=flat.device)
     hessenberg, below = _arnoldi(lambda u: pullback(u)[0], start, min(steps, flat.shape[1]))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 
+from implicit.autograd.torch_internals import in_backward_pass
 from implicit.spectral.linear_operator import LinearOperator
 from implicit.spectral.parametrization import SpectralNorm, check_positive
 from solvers.problem.autocast import without_autocast
@@ -106,7 +107,7 @@ class PowerIteration(SpectralNorm):
     def _singular_vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         if self._advanced is not None:
             return self._advanced
-        if self.training and not _in_backward_pass():
+        if self.training and not in_backward_pass():
             return self._advance(weight.detach(), self.n_power_iterations)
         # The buffers may change before the backward pass of this computation, so it gets copies.
         return self.u.clone(), self.v.clone()
@@ -190,11 +191,6 @@ def _advance_together(group: list[tuple[PowerIteration, Tensor]]) -> None:
     torch._foreach_copy_([norm.v for norm in norms], v.unbind())
     for norm, u_of_norm, v_of_norm in zip(norms, u.unbind(), v.unbind(), strict=True):
         norm._advanced = u_of_norm, v_of_norm
-
-
-def _in_backward_pass() -> bool:
-    # torch.compile cannot trace the call, and it traces no backward pass here.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _unit(x: Tensor) -> Tensor:

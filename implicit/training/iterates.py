@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from implicit.autograd.constant_weights import constant_weights
-from solvers import Iteration, Solver, Stopping
-from solvers._stopping import ATOL, RTOL
+from solvers import NOT_GIVEN, Iteration, Solver, StopRule, Tolerance
 from solvers.problem.flat_map import FlatMap
 from solvers.problem.layout import Layout
 
@@ -18,9 +17,9 @@ def iterates(
     *args: Any,
     steps: Sequence[int],
     solver: Solver | str = "anderson",
-    rtol: Any = RTOL,
-    atol: Any = ATOL,
-    stopping: Stopping | None = None,
+    stopping: StopRule | None = None,
+    rtol: Tolerance = NOT_GIVEN,
+    atol: Tolerance = NOT_GIVEN,
     batch_dims: int = 1,
 ) -> list[Any]:
     """Return intermediate iterates of the solver, each with the gradient of one application of the map.
@@ -74,7 +73,7 @@ def iterates(
     found: list[Any] = []
     layout = Layout(z0, batch_dims)
     one_step = FlatMap(f, args, layout)
-    with constant_weights(f):
+    with constant_weights():
         with torch.no_grad():
             iteration = Iteration(
                 f,

@@ -69,7 +69,7 @@ def jacobian_regularization(
         raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}.")
     layout = Layout(z, batch_dims)
     flat = layout.pack(z)  # (B, D)
-    with constant_weights(f):
+    with constant_weights():
         _, pullback = torch.func.vjp(FlatMap(f, inputs, layout), flat)[:2]
     total = flat.new_zeros(len(flat))
     for _ in range(num_samples):

@@ -1,4 +1,4 @@
-"""Solvers of other packages, which call the map themselves, turned inside out: a call of theirs is a step of ours."""
+"""Solvers of other packages that call the map themselves, run so that each of these calls is a step of ours."""
 
 import abc
 import dataclasses
@@ -17,16 +17,17 @@ T = TypeVar("T")
 
 
 class ForeignSolve(Generic[T]):
-    """A solver that calls the map itself, in a thread of its own that is held at every call.
+    """A solver that calls the map itself, in a thread of its own that is paused at every call.
 
-    The thread runs only while the constructor or :meth:`resume` waits for it, so that the two take turns. It ends with
-    the solver, by :meth:`close`, and when nobody holds this object any more.
+    The thread runs only while the constructor or :meth:`resume` waits for it, so that the two take turns. It ends when
+    the solver returns, by :meth:`close`, or when this object is collected.
 
     Args:
-        run: The solver: takes the map, and returns its answer. What it raises is raised where it is waited for.
+        run: The solver: takes the map and returns the answer. An exception in it is raised by the constructor or by
+            :meth:`resume`.
 
     Attributes:
-        point: Where the map is asked for; the answer once the solver has ended.
+        point: The point at which the solver needs the map; its answer once the solver has ended.
     """
 
     point: T
@@ -35,7 +36,7 @@ class ForeignSolve(Generic[T]):
         self._points: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._images: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._ended = False
-        # The thread holds the queues and not this object, so that this can be collected while the thread is held.
+        # The thread refers to the queues and not to this object, so that this can be collected while the thread waits.
         self._thread = threading.Thread(
             target=_work, args=(run, self._points, self._images), name="foreign solve", daemon=True
         )
@@ -44,13 +45,13 @@ class ForeignSolve(Generic[T]):
         self._wait()
 
     def resume(self, image: T) -> None:
-        """Go on with the map at the point, up to the next one; does nothing once the solver has ended."""
+        """Continue with the map at ``point`` until the next call; does nothing once the solver has ended."""
         if not self._ended:
             self._images.put(image)
             self._wait()
 
     def close(self) -> None:
-        """End the thread, where it is held."""
+        """End the thread at the call where it is paused."""
         self._let_go()
         self._thread.join()
 
@@ -66,7 +67,7 @@ class ForeignSolve(Generic[T]):
 
 
 class _Closed(BaseException):
-    """Raised in a thread where it is held, to end it; no Exception, so that no solver takes it for one of its own."""
+    """Raised in a paused thread to end it. Not an Exception, so that no solver handles it as an error of its own."""
 
 
 _CLOSE = object()
@@ -96,19 +97,19 @@ def _work(run: Callable[..., Any], points: "queue.SimpleQueue[Any]", images: "qu
 
 
 class Progress(Resource):
-    """The foreign solvers of a batch on their way. Once closed, they begin anew where they are asked to go on."""
+    """The running foreign solvers of a batch. After ``close``, the next ``advance`` starts new ones."""
 
     @abc.abstractmethod
     def advance(self, z: Tensor, fz: Tensor) -> Tensor:
-        """Take in the map at z (B, D), at first the start, and return where it is asked for next (B, D)."""
+        """Continue with the map at z (B, D), which is the start at first; returns the next points (B, D)."""
 
 
 @dataclasses.dataclass
 class ForeignState(State):
-    """A point that a foreign solver asks for, the map there, and the solver itself, which waits for it.
+    """A point at which a foreign solver needs the map, the map there, and the solver, which waits for it.
 
     Attributes:
-        progress: The solver on its way; None once a step was taken from this state, because it cannot go back.
+        progress: The running solver; None once a step was taken from this state, because the solver cannot go back.
     """
 
     progress: Progress | None
@@ -117,16 +118,20 @@ class ForeignState(State):
 class ForeignSolver(Solver):
     """A solver of another package behind the contract of ours.
 
-    The package's own loop runs in a thread that is held at every call of the map, and each call is a step, also one
-    that tries a step length or measures a derivative. Its own stopping tests are switched off. A row for which it gives
-    up, or asks for a point that is not finite, stays at the last point and is judged there as any other.
+    The package's own loop runs in a thread that is paused at every call of the map, and each call is a step, even if it
+    only tries a step length or measures a derivative. The package's stopping tests are switched off. If it gives up on
+    a row, or asks for a point that is not finite, the row stays at its last point and is tested there as any other.
+
+    A foreign solver cannot be moved to another point. ``restarted`` therefore is the default, which replaces only ``z``
+    and ``fz`` in the state. The next step gives the solver this image, or this residual, in answer to the point that it
+    had asked for, and what it remembers stays. Some solvers find the solution from there, and others do not.
     """
 
     differentiable: ClassVar[bool] = False
 
     @abc.abstractmethod
     def _begin(self) -> Progress:
-        """The foreign solvers of a batch before their start."""
+        """The foreign solvers of a batch, not started yet."""
 
     def init(self, f: FlatMapping, z0: Tensor) -> ForeignState:
         return ForeignState(z=z0, fz=f(z0), progress=self._begin())
@@ -136,7 +141,8 @@ class ForeignSolver(Solver):
         progress, state.progress = state.progress, None
         if progress is None:
             raise RuntimeError(
-                f"{type(self).__name__} has stepped from this state already, and cannot go back. Step from the newest."
+                f"{type(self).__name__} has already stepped from this state and cannot go back. Step from the newest "
+                "state."
             )
         try:
             z = progress.advance(state.z, state.fz)

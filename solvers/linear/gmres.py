@@ -27,7 +27,9 @@ class GMRES(KrylovSolver):
     Args:
         max_steps: Most steps in all.
         restart: Steps after which the basis is dropped and rebuilt from the residual.
-        rtol: A sample is done when ``norm(b - A x) <= atol + rtol * norm(b)`` in the root mean square norm.
+        rtol: A sample is done when ``norm(b - A x) <= atol + rtol * norm(b)`` in the root mean square norm. None means
+            a tenth of the relative tolerance of the solve whose derivative is computed, and ``eps ** 0.75`` of the
+            dtype in a linear solve by itself or after a solve without a relative tolerance.
         atol: Absolute tolerance.
 
     References:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solvers._progress import ACTIVE
 from solvers._solution import Status
-from solvers.linear.linear_solver import FlatMatvec, LinearResult, LinearSolver
+from solvers.linear.linear_solver import FlatMatvec, LinearResult, LinearSolver, require_tolerances, tolerance_of
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative, rms_norm
 
@@ -22,20 +22,19 @@ class KrylovSolver(LinearSolver):
 
     Args:
         max_steps: Most steps in all.
-        rtol: A sample is done when ``norm(b - A x) <= atol + rtol * norm(b)`` in the root mean square norm.
+        rtol: A sample is done when ``norm(b - A x) <= atol + rtol * norm(b)`` in the root mean square norm. None means
+            a tenth of the relative tolerance of the solve whose derivative is computed, and ``eps ** 0.75`` of the
+            dtype in a linear solve by itself or after a solve without a relative tolerance.
         atol: Absolute tolerance.
     """
 
     max_steps: int = 100
-    rtol: float = 1e-5
+    rtol: float | None = None
     atol: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive_int(self, "max_steps", self.max_steps)
-        if not (self.rtol >= 0 and self.atol >= 0):
-            raise ValueError(
-                f"{type(self).__name__} tolerances must be >= 0, got rtol={self.rtol!r}, atol={self.atol!r}."
-            )
+        require_tolerances(self, self.rtol, self.atol)
 
     @abc.abstractmethod
     def cycle(
@@ -53,7 +52,7 @@ class KrylovSolver(LinearSolver):
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
         norm_b = rms_norm(b)  # (B,)
         if tolerance is None:
-            tolerance = self.atol + self.rtol * norm_b
+            tolerance = tolerance_of(self.rtol, self.atol, norm_b)
         x, r = torch.zeros_like(b), b
         error = norm_b
         status = torch.full_like(norm_b, ACTIVE, dtype=torch.int8)
@@ -88,4 +87,4 @@ class KrylovSolver(LinearSolver):
             residual=relative(error, norm_b),
             num_steps=num_steps,
             history=torch.stack(history) if history else norm_b.new_zeros(0, norm_b.shape[0]),
-        )
+        ).settled()

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers._failure import OnFailure, report_failure
+from solvers._failure import report_failure
 from solvers._solution import Solution
 from solvers.linear.gmres import GMRES
-from solvers.linear.linear_solver import LinearSolver
+from solvers.linear.linear_solver import FLOOR, LinearSolver, default_rtol
+from solvers.problem import OnFailure
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.layout import Layout
 
@@ -19,6 +20,7 @@ def linear_solve(
     b: Any,
     solver: LinearSolver | None = None,
     *,
+    rtol: float | None = None,
     batch_dims: int = 1,
     history: bool = False,
     on_failure: OnFailure = "warn",
@@ -29,6 +31,8 @@ def linear_solve(
         matvec: A linear map of something like ``b`` to something like ``b``, which does not mix samples.
         b: The right-hand sides: a tensor or a pytree of tensors.
         solver: A linear solver; ``GMRES()`` by default. It holds the tolerances.
+        rtol: The relative tolerance of a solver whose own is None, at least what rounding allows. None means
+            ``eps ** 0.75``.
         batch_dims: How many leading dimensions of ``b`` index independent systems; 0 is one system.
         history: Keep the residuals of every step.
         on_failure: "warn", "raise" a ConvergenceError that carries the solution, or "ignore".
@@ -60,7 +64,9 @@ def linear_solve(
         return layout.pack(output)
 
     with torch.no_grad(), without_autocast(layout.device.type):
-        result = (solver or GMRES()).run(flat_matvec, layout.pack(b))
+        least = FLOOR * torch.finfo(layout.dtype).eps
+        default = default_rtol(layout.dtype) if rtol is None else max(rtol, least)
+        result = (solver or GMRES()).with_default_rtol(default).run(flat_matvec, layout.pack(b))
     solution = Solution(
         value=layout.unpack(result.x),
         status=layout.unpack_batch(result.status),

@@ -3,14 +3,19 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from solvers._solution import Status
 from solvers.problem.hyperparameters import Hyperparameters
 
 FlatMatvec = Callable[[Tensor], Tensor]
+
+# A residual of at most so many rounding errors of the dtype, relative to the right-hand side, counts as solved even
+# where the tolerance asks for less: evaluating the residual loses as much.
+FLOOR = 32
 
 
 @dataclasses.dataclass
@@ -19,7 +24,8 @@ class LinearResult:
 
     Attributes:
         x: (B, D); nan for a sample that ended NONFINITE before any progress.
-        status: (B,) int8.
+        status: (B,) int8. CONVERGED also where the residual is a few rounding errors of the dtype, at most 32 eps,
+            and the tolerance asks for less.
         residual: (B,) ``norm(b - A x) / norm(b)``.
         num_steps: (B,) int64.
         history: (steps, B) residuals as the method estimates them while it runs.
@@ -30,6 +36,11 @@ class LinearResult:
     residual: Tensor
     num_steps: Tensor
     history: Tensor
+
+    def settled(self) -> "LinearResult":
+        """This result, with CONVERGED where the residual is at the floor that rounding sets."""
+        at_floor = (self.residual <= FLOOR * torch.finfo(self.x.dtype).eps) & (self.status != Status.UNTESTED)
+        return dataclasses.replace(self, status=self.status.masked_fill(at_floor, Status.CONVERGED))
 
     def continued(self, rows: Tensor, found: "LinearResult", start: Tensor, size: Tensor) -> "LinearResult":
         """This result, but for the systems ``rows`` (B,), which another solver took further.
@@ -58,6 +69,14 @@ class LinearSolver(Hyperparameters, abc.ABC):
 
     tested: ClassVar[bool] = True
 
+    def with_default_rtol(self, rtol: float) -> Self:
+        """This solver, with ``rtol`` for its relative tolerance if its own is None."""
+        if getattr(self, "rtol", 0.0) is not None:
+            return self
+        this: Any = self
+        with_it: Self = dataclasses.replace(this, rtol=rtol)
+        return with_it
+
     @abc.abstractmethod
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
         """Solve ``matvec(x) = b`` for x; both (B, D), each row a system of its own.
@@ -68,3 +87,19 @@ class LinearSolver(Hyperparameters, abc.ABC):
             tolerance: (B,) the root mean square of ``b - A x`` that is small enough, in the place of the solver's own
                 tolerances.
         """
+
+
+def default_rtol(dtype: torch.dtype) -> float:
+    """The relative tolerance of a linear solve for which nobody chose one: ``eps ** 0.75``."""
+    return float(torch.finfo(dtype).eps ** 0.75)
+
+
+def tolerance_of(rtol: float | None, atol: float, norm_b: Tensor) -> Tensor:
+    """(B,) the norm of ``b - A x`` that these tolerances allow, from (B,) norms of ``b``."""
+    return atol + (default_rtol(norm_b.dtype) if rtol is None else rtol) * norm_b
+
+
+def require_tolerances(owner: object, rtol: float | None, atol: float) -> None:
+    """Raise a ValueError naming ``owner`` unless both are numbers >= 0; ``rtol`` may be None."""
+    if not ((rtol is None or rtol >= 0) and atol >= 0):
+        raise ValueError(f"{type(owner).__name__} tolerances must be >= 0, got rtol={rtol!r}, atol={atol!r}.")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from solvers._solution import Status
 from solvers.linear.gmres import GMRES
-from solvers.linear.linear_solver import FlatMatvec, LinearResult, LinearSolver
+from solvers.linear.linear_solver import FlatMatvec, LinearResult, LinearSolver, require_tolerances, tolerance_of
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative, rms_norm
 
@@ -24,8 +24,10 @@ class Richardson(LinearSolver):
 
     Args:
         max_steps: Most steps in all, before ``otherwise``.
-        rtol: A sample is done when ``norm(b - A x) <= atol + rtol * norm(b)`` in the root mean square norm; also under
-            ``otherwise``, whatever its own tolerances.
+        rtol: A sample is done when ``norm(b - A x) <= atol + rtol * norm(b)`` in the root mean square norm. None means
+            a tenth of the relative tolerance of the solve whose derivative is computed, and ``eps ** 0.75`` of the
+            dtype in a linear solve by itself or after a solve without a relative tolerance. It also holds
+            for ``otherwise``, whatever its own tolerances.
         atol: Absolute tolerance.
         max_rate: A step is fast when the residual's norm after it is at most this many times that before. Near 0.5 a
             Krylov method begins to save enough products to pay for its own work.
@@ -36,15 +38,14 @@ class Richardson(LinearSolver):
     """
 
     max_steps: int = 100
-    rtol: float = 1e-5
+    rtol: float | None = None
     atol: float = 0.0
     max_rate: float = 0.5
     otherwise: LinearSolver = GMRES()  # noqa: RUF009
 
     def __post_init__(self) -> None:
         require_positive_int(self, "max_steps", self.max_steps)
-        if not (self.rtol >= 0 and self.atol >= 0):
-            raise ValueError(f"Richardson tolerances must be >= 0, got rtol={self.rtol!r}, atol={self.atol!r}.")
+        require_tolerances(self, self.rtol, self.atol)
         if not 0 <= self.max_rate < 1:
             raise ValueError(f"Richardson(max_rate=...) must be in [0, 1), got {self.max_rate!r}.")
         if not isinstance(self.otherwise, LinearSolver):
@@ -53,7 +54,7 @@ class Richardson(LinearSolver):
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
         norm_b = rms_norm(b)  # (B,), as everything here but x and r
         if tolerance is None:
-            tolerance = self.atol + self.rtol * norm_b
+            tolerance = tolerance_of(self.rtol, self.atol, norm_b)
         x, r, error = torch.zeros_like(b), b, norm_b
         slow = ~error.isfinite()
         running = (error > tolerance) & ~slow
@@ -91,6 +92,6 @@ class Richardson(LinearSolver):
             history=torch.stack(history) if history else norm_b.new_zeros(0, norm_b.shape[0]),
         )
         if not bool(slow.any()):
-            return result
+            return result.settled()
         found = self.otherwise.run(matvec, torch.where(slow.unsqueeze(1), r, 0.0), tolerance)
-        return result.continued(slow, found, result.x, result.residual)
+        return result.continued(slow, found, result.x, result.residual).settled()

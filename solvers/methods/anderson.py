@@ -7,26 +7,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from solvers.methods.solver import FlatMapping, Solver, State
+from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.problem.hyperparameters import require_damping, require_positive_int
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
-from solvers.problem.window import add_combination, dot, recorded, store_difference
+from solvers.problem.window import add_combination, cleared, dot, recorded, store_difference, zero_where_not_finite
 
-# What rounding makes of a column of unit length among n, in units of n * eps.
+# Bound on the rounding error in a column of unit length among n columns, in units of n * eps.
 RIDGE = 8
 
 
 @dataclasses.dataclass
 class AndersonState(State):
-    """What Anderson remembers of its last n <= memory steps; slot i of each block belongs to the same step.
+    """The last n <= memory steps; slot i of each block belongs to the same step.
 
     Attributes:
-        g: (B, D) the residual ``f(z) - z``.
-        steps: Steps taken after the first, on the host.
+        g: (B, D) ``f(z) - z``.
+        steps: Number of steps after the first, a Python int.
         df: (B, m, D) differences of ``f(z)``.
         dg: (B, m, D) differences of ``g``.
-        gram: (B, n, n) inner products of the residual differences, their squares raised by the ridge.
-        norms: (B, m + 1) norms of the last residuals, infinite where there is none yet; None without safeguard.
+        gram: (B, n, n) inner products of the differences of ``g``, with the ridge added to the diagonal.
+        norms: (B, m + 1) norms of the last ``g``, infinite where there is none yet; None without the safeguard.
     """
 
     g: Tensor
@@ -36,36 +36,41 @@ class AndersonState(State):
     gram: Tensor | None = None
     norms: Tensor | None = None
 
+    @property
+    def residual(self) -> Tensor:
+        return self.g
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Anderson(Solver):
-    """Anderson acceleration: extrapolates from the last steps what a linear map would do next.
+    """Anderson acceleration: extrapolates from the last steps as if the map were linear.
 
     With g = f(z) - z and the differences of the last n <= memory steps as columns of dF and dG,
 
         gamma = argmin |g - dG gamma|,    z <- z + damping * g - (dF - (1 - damping) * dG) gamma.
 
-    The default choice: on a linear map it is as fast as GMRES with the same memory, and near a fixed point every
-    smooth map is linear. Costs one call of ``f`` a step and 2 * memory + 6 vectors of the state's size.
+    This is the default choice: on a linear map it is as fast as GMRES with the same memory, and near a fixed point
+    every smooth map is nearly linear. It costs one call of ``f`` per step and 2 * memory + 6 vectors of the state's
+    size.
 
     The textbook drops the oldest columns until a condition number is small enough. Here nothing is dropped: "gram" adds
-    a ridge of a few roundings to each column's own square, so that columns that depend on each other to working
-    precision share a coefficient, whatever their lengths; "qr" leaves the older of them out. Both go sample by sample,
-    no sample is singular, and nothing raises.
+    a ridge of a few rounding errors to each column's own square, so that columns that are linearly dependent to working
+    precision share a coefficient, whatever their lengths; "qr" leaves the older of them out. Both work sample by
+    sample, so no sample is singular and nothing raises.
 
-    The safeguard is a watchdog: where none of a sample's last ``memory`` residuals is smaller than the one before them,
-    its next step is the plain one from that iterate. So where the map contracts in the Euclidean norm, the smallest
-    residual falls at least every memory + 1 steps, also where extrapolation leads astray because the map has kinks or
-    saturates. In between residuals may rise, as they do on the way to many solutions.
+    The safeguard is a watchdog: if none of a sample's last ``memory`` residuals is smaller than the one before them,
+    its next step is the plain step from that earlier iterate. So if the map contracts in the Euclidean norm, the
+    smallest residual falls at least every memory + 1 steps, even if extrapolation leads astray because the map has
+    kinks or saturates. In between residuals may rise, as they do on the way to many solutions.
 
     Args:
         memory: How many differences to keep. 5 is a good start, 10 pays on slowly converging maps.
         damping: Mixing factor in (0, 1]; 1 is undamped.
-        least_squares: "gram" solves the least-squares problem through its Gram matrix, of which a step computes one
-            new row; directions closer than about sqrt(eps) count as dependent. "qr" orthogonalizes the columns in
-            every step, about memory / 2 times the vector work, and tells directions apart down to eps.
-        safeguard: Take back steps that have not helped. False is the textbook's method, whose algebra is a sixth
-            cheaper where a step is small.
+        least_squares: "gram" solves the least-squares problem through its Gram matrix, one row of which is computed
+            in each step; directions closer than about sqrt(eps) count as dependent. "qr" orthogonalizes the columns in
+            every step, which takes about memory / 2 times the vector work and resolves directions down to eps.
+        safeguard: Whether to take back steps that have not helped. False is the textbook's method; its algebra is a
+            sixth cheaper for small states.
 
     References:
         Anderson, "Iterative procedures for nonlinear integral equations", J. ACM 12 (1965).
@@ -107,11 +112,11 @@ class Anderson(Solver):
         if self.least_squares == "gram":
             gamma = _least_squares_gram(state.gram, dot(dg, state.g))
         else:
-            # The newest first, so that of two dependent columns the older is left out.
+            # The newest comes first, so that of two dependent columns the older is left out.
             slot = state.steps % self.memory
             gamma = _least_squares_qr(dg.roll(-slot, dims=1).flip(1), state.g).flip(1).roll(slot, dims=1)
         if state.norms is not None:
-            # With all coefficients 1 the differences take every remembered step back.
+            # Coefficients that are all 1 take every remembered step back.
             oldest = (state.steps + 1) % (self.memory + 1)
             in_vain = state.norms.argmin(dim=1, keepdim=True) == oldest  # (B, 1)
             gamma = gamma.masked_fill(in_vain, 1.0)
@@ -120,29 +125,42 @@ class Anderson(Solver):
         return add_combination(z, df, gamma, -1.0)
 
     def absorb(self, state: AndersonState, z: Tensor, fz: Tensor) -> AndersonState:
-        """The state at any z (B, D) with its image ``fz``, which remembers the differences from ``state``."""
+        """The state at any z (B, D), with its image ``fz``, that stores the differences from ``state``."""
         steps = state.steps + 1
         slot, n = state.steps % self.memory, min(steps, self.memory)
         g = fz - z
-        df = store_difference(state.df, slot, fz, state.fz, self.memory)
-        dg = store_difference(state.dg, slot, g, state.g, self.memory)
+        df = store_difference(state.df, slot, zero_where_not_finite(fz, g), state.fz, self.memory)
+        dg = store_difference(state.dg, slot, zero_where_not_finite(g, g), state.g, self.memory)
         gram = _with_row(state.gram, slot, dot(dg[:, :n], dg[:, slot]), RIDGE * self.memory)
         norms = None if state.norms is None else _put_norm(state.norms, steps % (self.memory + 1), g)
         return AndersonState(z=z, fz=fz, g=g, steps=steps, df=df, dg=dg, gram=gram, norms=norms)
 
+    def restarted(self, state: AndersonState, rows: Tensor, z: Tensor, fz: Tensor) -> AndersonState:
+        state = super().restarted(state, rows, z, fz)
+        g = state.fz - state.z
+        df, dg, gram, norms = state.df, state.dg, state.gram, state.norms
+        if df is not None and dg is not None and gram is not None:
+            # Columns of length zero, whose squares _with_row takes for 1.
+            df, dg = cleared(df, rows), cleared(dg, rows)
+            gram = replaced(gram, rows, torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device))
+        if norms is not None:
+            alone = _put_norm(torch.full_like(norms, math.inf), state.steps % (self.memory + 1), g)
+            norms = replaced(norms, rows, alone)
+        return dataclasses.replace(state, g=g, df=df, dg=dg, gram=gram, norms=norms)
+
 
 def _put_norm(norms: Tensor, slot: int, g: Tensor) -> Tensor:
-    """``norms`` with the norm of g in a slot; no gradient flows through what is only compared."""
+    """``norms`` with the norm of g in a slot. No gradient is recorded, because norms are only compared."""
     norms = norms.clone()
     norms[:, slot] = torch.linalg.vector_norm(g.detach(), dim=1)
     return norms
 
 
 def _with_row(gram: Tensor | None, slot: int, row: Tensor, ridge: float) -> Tensor:
-    """The Gram matrix (B, n, n) with ``row`` (B, n) for row and column ``slot``; it may grow by one.
+    """The Gram matrix (B, n, n) with ``row`` (B, n) as row and column ``slot``; it may grow by one.
 
-    The diagonal gets a ridge, in roundings of the column's own square. A column whose square has underflowed is taken
-    for one of length 1, so that its coefficient is next to nothing.
+    The diagonal gets a ridge, in units of rounding errors of the column's own square. A square that has underflowed is
+    replaced by 1, which makes the coefficient of that column negligible.
     """
     info = torch.finfo(row.dtype)
     square = row[:, slot]
@@ -161,8 +179,8 @@ def _with_row(gram: Tensor | None, slot: int, row: Tensor, ridge: float) -> Tens
 
 def _least_squares_gram(gram: Tensor, products: Tensor) -> Tensor:
     """Minimize ``|b - A x|``, given ``A' A`` (B, n, n) with its ridge and ``A' b`` (B, n); returns (B, n)."""
-    # Cholesky's rounding errors do not depend on how the columns are scaled. The variant that does not check, which
-    # would wait for the device: with the ridge the matrices are positive definite, or not finite.
+    # The rounding errors of Cholesky's method do not depend on how the columns are scaled. cholesky_ex does not check
+    # its result, which would wait for the device: with the ridge the matrices are positive definite or not finite.
     factor = torch.linalg.cholesky_ex(gram)[0]
     return torch.cholesky_solve(products.unsqueeze(2), factor).squeeze(2)
 
@@ -171,7 +189,7 @@ def _least_squares_qr(columns: Tensor, rhs: Tensor) -> Tensor:
     """The same from the columns (B, n, D), by modified Gram-Schmidt in their order."""
     n = columns.shape[1]
     info = torch.finfo(rhs.dtype)
-    # Lengths whose squares underflow are no lengths.
+    # A length whose square underflows counts as zero.
     scale = inverse_or_zero(torch.linalg.vector_norm(columns, dim=2), (info.tiny / info.eps) ** 0.5)  # (B, n)
     columns = columns * scale.unsqueeze(2)
     threshold = RIDGE * n * info.eps

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from solvers.methods.low_rank_inverse import LowRankInverse
-from solvers.methods.solver import FlatMapping, Solver, State
+from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.problem.hyperparameters import require_damping, require_positive_int
-from solvers.problem.window import add_combination, dot, recorded, store, store_quotient
+from solvers.problem.window import add_combination, dot, recorded, store, store_quotient, zero_where_not_finite
 
-# The line search takes a step unless |g| grows beyond this times its largest value at the last so many iterates, and
-# else a shorter one, so many times at most. Good directions need not descend: stricter tests cost more than they save.
+# The line search accepts a step if |g| is at most _GROWTH times its largest value at the last _RECENT iterates.
+# Otherwise it multiplies the step by _SHORTER, at most _MOST_TRIALS times. Stricter tests cost more calls than they
+# save, because good directions need not descend.
 _GROWTH, _RECENT = 2.0, 10
 _SHORTER, _MOST_TRIALS = 0.1, 6
 
 
 @dataclasses.dataclass
 class BroydenState(State):
-    """The iterate, the step that is to lead away from it, and the inverse Jacobian.
+    """The iterate, the next step, and the estimate of the inverse Jacobian.
 
     Attributes:
         direction: (B, D) ``-H g`` at ``z``, the next step before damping.
@@ -35,26 +36,26 @@ class BroydenState(State):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Broyden(Solver):
-    """Broyden's first ("good") and second ("bad") method: a secant update of the inverse Jacobian in every step.
+    """Broyden's first ("good") or second ("bad") method: a secant update of the inverse Jacobian in every step.
 
     With g = f(z) - z, s = dz, y = dg and H the estimate of the inverse Jacobian of g, started at -I,
 
         z <- z - damping * H g,    H <- H + (s - H y) v' / (v'y)    with v = H's (good) or v = y (bad).
 
-    The first step is a Picard step. Converges superlinearly near a regular solution, also where ``f`` does not
-    contract. Costs one call of ``f`` a step and two vectors of the state's size a remembered update. Its inverse
-    Jacobian estimate is kept in ``solution.state.inverse``.
+    The first step is a Picard step. The method converges superlinearly near a regular solution, even if ``f`` does not
+    contract. It costs one call of ``f`` per step and two vectors of the state's size per remembered update. The final
+    estimate of the inverse Jacobian is ``solution.state.inverse``.
 
     Args:
-        method: "good" is the sturdier one where ``f`` expands or is far from linear. "bad" needs fewer calls where
-            ``f`` contracts slowly, and half the vector work of a step.
-        memory: How many updates to keep. When they are used up, the third of them that does least is dropped: H + I
-            becomes its part with the largest singular values, about. None keeps all: fewest calls of ``f``, most
-            memory. 10 need few calls more, below 5 they become many.
+        method: "good" is more robust where ``f`` expands or is far from linear. "bad" needs fewer calls where ``f``
+            contracts slowly, and half the vector work per step.
+        memory: How many updates to keep. When memory is full, H + I is truncated approximately to its largest singular
+            values, which frees a third of the slots. None keeps all updates, which needs the fewest calls of ``f`` and
+            the most memory. With 10 the number of calls rises a little, below 5 it rises a lot.
         damping: Step length in (0, 1]; 1 is the full step.
-        line_search: Shorten a step tenfold, sample by sample, as long as the residual would grow beyond twice the
-            largest of the last ten. For starts from which full steps run away; each trial is a call of ``f``, and one
-            look at the host. Not a descent method: quasi-Newton steps need to go uphill.
+        line_search: Shorten a step tenfold, sample by sample, as long as the residual would exceed twice the largest of
+            the last ten. Use it for starts from which full steps run away. Each trial costs a call of ``f`` and waits
+            for the device once. This is not a descent method, because quasi-Newton steps sometimes have to go uphill.
 
     References:
         Broyden, "A class of methods for solving nonlinear simultaneous equations", Math. Comp. 19 (1965), eq. (4.5),
@@ -86,62 +87,81 @@ class Broyden(Solver):
         return BroydenState(z=z0, fz=fz, direction=g, inverse=LowRankInverse(), recent=recent)
 
     def step(self, f: FlatMapping, state: BroydenState) -> BroydenState:
-        inverse, newton = state.inverse, state.direction  # newton: -H g at the old point
-        if self.memory is not None and inverse.rank == self.memory:
-            inverse = inverse.truncated(self.memory - max(self.memory // 3, 1))
-            newton = -inverse.mv(state.fz - state.z)
-
+        inverse, newton = self._with_free_slot(state)  # newton (B, D) is -H g at the old point
         n = inverse.rank
-        # v may have any length. That of a unit vector s or y keeps the products from underflow.
         if self.method == "good":
-            unit = state.direction / _size_or_inf(state.direction)
-            v_block = store(inverse.v, n, inverse.rmv(unit), self._capacity, self._first)
-            # v'g is unit'H g, and here minus that at the old point.
-            overlap = (unit * newton).sum(dim=1, keepdim=True)
-            del unit
+            v_block, overlap = self._append_good(inverse, state.direction, newton)
 
         s = state.direction if self.damping == 1.0 else self.damping * state.direction
+        fz = None
         if self.line_search:
-            z, fz, length = _search(f, state.z, s, _GROWTH * state.recent.amax(dim=1, keepdim=True))
-            s = length * s
+            z, fz, s = _search(f, state.z, s, _GROWTH * state.recent.amax(dim=1, keepdim=True))
         else:
             z = state.z + s
-        # s - H y is -H g plus this difference. It is none but with damping, a shorter step, or after a truncation.
+        # s + H g at the old point, which is zero except with damping, after a shortened step or after a truncation.
         rest = None if s is newton else _sum(s, newton, -1.0)
-        del s, newton
-        if not self.line_search:
+        del s, newton  # to make room for the call of f
+        if fz is None:
             fz = f(z)
         g = fz - z
+        g = zero_where_not_finite(g, g)
 
         if self.method == "bad":
-            y = _sum(state.fz - state.z, g, -1.0)  # with its sign turned, which cancels as the length does
-            v_block = store_quotient(inverse.v, n, y, _size_or_inf(y), self._capacity, self._first)
-            vy = -dot(v_block[:, n : n + 1], y)
-            del y
-        products = dot(v_block[:, : n + 1], g)
-        vg = products[:, n:]
+            v_block, vy = self._append_bad(inverse, state, g)
+        vg_old, vg = dot(v_block[:, : n + 1], g).split((n, 1), dim=1)  # (B, n) with the old v, (B, 1) with the new one
         if self.method == "good":
             vy = vg + overlap
-        # A sample goes without an update that would make the estimate singular, v'y being near 0, and without one that
-        # is made of rounding errors of f: gradients through many of those grow without bound.
-        eps = torch.finfo(g.dtype).eps
-        old_size = state.recent[:, -1:]
-        usable = (vy.abs() > eps * old_size) & (old_size > 8 * eps * _norm(fz))
+        divisor = torch.where(_is_usable(vy, fz, state.recent[:, -1:]), vy, math.inf)  # infinite for no update
         recent = torch.cat((state.recent[:, 1:], _norm(g)), dim=1) if self.line_search else _norm(g)
 
-        direction = g  # -H g, with H as it was
+        direction = g  # becomes -H g at the new point
         if inverse.u is not None and n > 0:
-            direction = add_combination(g, inverse.u[:, :n], products[:, :n], -1.0, reuse=True)
-        u = direction if rest is None else _sum(rest, direction)
-        u_block = store_quotient(inverse.u, n, u, torch.where(usable, vy, math.inf), self._capacity, self._first)
-        del g, u, rest
+            direction = add_combination(g, inverse.u[:, :n], vg_old, -1.0, reuse=True)
+        # u = (s - H y) / (v'y), where s - H y = (s + H g_old) - H g.
+        numerator = direction if rest is None else _sum(rest, direction)
+        u_block = store_quotient(inverse.u, n, numerator, divisor, self._capacity, self._first)
+        del g, rest, numerator
+        # -(H + u v') g
+        direction = add_combination(direction, u_block[:, n : n + 1], vg, -1.0, reuse=True)
         return BroydenState(
-            z=z,
-            fz=fz,
-            direction=add_combination(direction, u_block[:, n : n + 1], vg, -1.0, reuse=True),
-            inverse=LowRankInverse(n + 1, u_block, v_block),
-            recent=recent,
+            z=z, fz=fz, direction=direction, inverse=LowRankInverse(n + 1, u_block, v_block), recent=recent
         )
+
+    def restarted(self, state: BroydenState, rows: Tensor, z: Tensor, fz: Tensor) -> BroydenState:
+        state = super().restarted(state, rows, z, fz)
+        g = state.fz - state.z
+        return dataclasses.replace(
+            state,
+            direction=replaced(state.direction, rows, g),
+            inverse=state.inverse.cleared(rows),
+            recent=replaced(state.recent, rows, _norm(g)),
+        )
+
+    def _with_free_slot(self, state: BroydenState) -> tuple[LowRankInverse, Tensor]:
+        """``H`` with room for one more pair, and ``-H g`` at the state's point, (B, D)."""
+        if self.memory is None or state.inverse.rank < self.memory:
+            return state.inverse, state.direction
+        inverse = state.inverse.truncated(self.memory - max(self.memory // 3, 1))
+        return inverse, -inverse.mv(state.fz - state.z)
+
+    # Both methods' v may have any length. The one that belongs to a unit vector s or y keeps the products from
+    # underflow.
+
+    def _append_good(self, inverse: LowRankInverse, direction: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
+        """The block of all v with ``v = H's`` for a unit vector s along ``direction``, and ``-v'g`` at the old point.
+
+        The latter is s'newton, (B, 1). With the new g, ``v'y = v'g_new - v'g_old``.
+        """
+        s = direction / _size_or_inf(direction)
+        block = store(inverse.v, inverse.rank, inverse.rmv(s), self._capacity, self._first)
+        return block, (s * newton).sum(dim=1, keepdim=True)
+
+    def _append_bad(self, inverse: LowRankInverse, state: BroydenState, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The block of all v with ``v = -y / |y|``, where ``y = g - g_old``, and ``v'y`` (B, 1)."""
+        n = inverse.rank
+        minus_y = _sum(state.fz - state.z, g, -1.0)  # (B, D); the sign cancels in H, as does the length
+        block = store_quotient(inverse.v, n, minus_y, _size_or_inf(minus_y), self._capacity, self._first)
+        return block, -dot(block[:, n : n + 1], minus_y)
 
     @property
     def _capacity(self) -> int:
@@ -149,29 +169,44 @@ class Broyden(Solver):
 
     @property
     def _first(self) -> int:
-        # All of it at once: growing takes the memory of the old block and the new.
+        # A limited memory is allocated at once, because growing needs room for the old block and the new one.
         return 8 if self.memory is None else self.memory
+
+
+def _is_usable(vy: Tensor, fz: Tensor, old_size: Tensor) -> Tensor:
+    """(B, 1) bool, whether a sample's secant pair may update its estimate.
+
+    It may not where it would make the estimate singular, because ``v'y`` is near 0, nor where it consists of rounding
+    errors of f: gradients through many such updates grow without bound.
+
+    Args:
+        vy: (B, 1)
+        fz: (B, D) at the new point.
+        old_size: (B, 1) the norm of ``g`` at the old point.
+    """
+    eps = torch.finfo(vy.dtype).eps
+    return (vy.abs() > eps * old_size) & (old_size > 8 * eps * _norm(fz))
 
 
 def _search(f: FlatMapping, start: Tensor, s: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The first of the points ``start + t s``, t = 1, 1/10, 1/100 ..., with a residual of at most ``largest`` (B, 1).
 
     Returns:
-        The point and its image, both (B, D), and t (B, 1).
+        The point, its image, and ``t s``, all (B, D).
     """
     length = torch.ones_like(largest)
     z = start + s
     fz = f(z)
     for _ in range(_MOST_TRIALS):
-        # Rejected also where the residual is nan, unless it always was.
+        # A NaN is rejected too, except for a sample that has had no finite residual.
         rejected = ~(_norm(fz - z) <= largest) & largest.isfinite()
         if not bool(rejected.any()):
             break
         length = torch.where(rejected, _SHORTER * length, length)
         z = torch.where(rejected, start + length * s, z)
-        # Accepted samples come with the same z, and out with the same image.
+        # f is called with the same z again for accepted samples, which keep their image.
         fz = torch.where(rejected, f(z), fz)
-    return z, fz, length
+    return z, fz, length * s
 
 
 def _sum(x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
@@ -180,12 +215,12 @@ def _sum(x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """(B, D) -> (B, 1), a constant for derivatives: those of a norm at zero are not finite."""
+    """(B, D) -> (B, 1), without a gradient, because that of a norm at zero is not finite."""
     norm: Tensor = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
     return norm
 
 
 def _size_or_inf(x: Tensor) -> Tensor:
-    """(B, D) -> (B, 1) the norm, to divide by: infinite where it has vanished."""
+    """(B, D) -> (B, 1) the norm as a divisor: infinite where it has vanished."""
     size = _norm(x)
     return torch.where(size > torch.finfo(size.dtype).tiny, size, math.inf)

@@ -1,14 +1,14 @@
-"""An inverse Jacobian of low rank, which is updated by secant pairs and truncated by size."""
+"""An estimate of the inverse Jacobian that is -I plus a matrix of low rank, which can be truncated."""
 
 import dataclasses
 
 import torch
 from torch import Tensor
 
-from solvers.problem.window import add_combination, dot
+from solvers.problem.window import add_combination, cleared, dot
 
-# Angles between vectors count down to the root of this in a truncation: small beside what it decides about, and large
-# enough that the new vectors carry no large rounding errors of the old.
+# A truncation resolves angles between vectors down to the square root of this. The value is small compared with the
+# angles that matter, and large enough to keep the rounding errors of the old vectors from growing in the new ones.
 _RIDGE = 1e-3
 
 
@@ -37,9 +37,9 @@ class LowRankInverse:
         return LowRankInverse(self.rank, self.v, self.u).mv(x)
 
     def truncated(self, rank: int) -> "LowRankInverse":
-        """The part of ``H + I`` with about its ``rank`` largest singular values, at this smaller rank.
+        """The estimate with ``H + I`` truncated approximately to its ``rank`` largest singular values.
 
-        Uses the memory of the pairs where no gradient is recorded.
+        Overwrites the pairs where no gradient is recorded.
         """
         if self.u is None or self.v is None:
             return self
@@ -47,14 +47,28 @@ class LowRankInverse:
         to_u, to_v = _order_by_size(_gram(u), _gram(v))
         return LowRankInverse(rank, _recombined(u, to_u[:, :rank]), _recombined(v, to_v[:, :rank]))
 
+    def cleared(self, rows: Tensor) -> "LowRankInverse":
+        """The estimate with ``H = -I`` for the samples ``rows`` (B,), even if their pairs are not finite.
+
+        Overwrites the pairs where no gradient is recorded.
+        """
+        if self.u is None or self.v is None:
+            return self
+        return LowRankInverse(self.rank, cleared(self.u, rows), cleared(self.v, rows))
+
 
 def _order_by_size(gram_u: Tensor, gram_v: Tensor) -> tuple[Tensor, Tensor]:
-    """Other pairs with the same sum, the largest first, from the Gram matrices (B, m, m) of these.
+    """A change to other pairs with the same sum, sorted by decreasing size.
 
-    A pivoted QLP decomposition (Stewart, SIAM J. Sci. Comput. 20, 1999), a singular value decomposition in outline: in
-    the order of size, first the v are orthogonalized, and then the u that belong to them. The sum is the same whatever
-    the triangular factors are; how exact they are decides only what counts as large. No singular vectors are computed:
-    their gradients are infinite where two sizes are equal, and on a GPU they would wait for the device.
+    This is a pivoted QLP decomposition (Stewart, SIAM J. Sci. Comput. 20, 1999), which approximates a singular value
+    decomposition: the v are orthogonalized in the order of size, and then the u that belong to them. The sum of the
+    pairs is the same for any triangular factors; their accuracy affects only which pairs count as large. Singular
+    vectors are avoided because their gradients are infinite where two singular values are equal, and because on a GPU
+    computing them would wait for the device.
+
+    Args:
+        gram_u: (B, m, m) the Gram matrix of the u.
+        gram_v: (B, m, m) the Gram matrix of the v.
 
     Returns:
         P and Q (B, m, m) with P'Q = I, such that the new pairs are P u and Q v.
@@ -71,7 +85,7 @@ def _order_by_size(gram_u: Tensor, gram_v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram(block: Tensor) -> Tensor:
-    """(B, m, D) -> (B, m, m) inner products, as multiples of the largest; new pairs do not depend on this factor."""
+    """(B, m, D) -> (B, m, m) inner products divided by the largest; the new pairs do not depend on this factor."""
     gram = torch.bmm(block, block.mT)
     largest = gram.detach().diagonal(dim1=1, dim2=2).amax(dim=1).view(-1, 1, 1)
     return gram / torch.where(largest > torch.finfo(gram.dtype).tiny, largest, 1.0)
@@ -83,20 +97,21 @@ def _squares(p: Tensor, gram: Tensor) -> Tensor:
 
 
 def _cholesky(gram: Tensor) -> Tensor:
-    """The lower factor of a Gram matrix (B, m, m), whose vectors may depend on each other or vanish."""
+    """The lower Cholesky factor of a Gram matrix (B, m, m) whose vectors may be linearly dependent or zero."""
     squares = gram.diagonal(dim1=1, dim2=2)
     scale = torch.where(squares > torch.finfo(gram.dtype).eps ** 2, squares, 1.0).rsqrt()
     ridge = _RIDGE * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    # The variant that does not check, which would wait for the device: the matrices are definite, or not finite.
+    # cholesky_ex does not check its result, which would wait for the device: with the ridge the matrices are positive
+    # definite or not finite.
     factor: Tensor = torch.linalg.cholesky_ex(gram * scale.unsqueeze(1) * scale.unsqueeze(2) + ridge)[0]
     return factor / scale.unsqueeze(2)
 
 
 def _recombined(block: Tensor, coefficients: Tensor) -> Tensor:
-    """(B, m, D), (B, k, m) -> (B, k, D), which may lie in the memory of ``block``."""
+    """(B, m, D), (B, k, m) -> (B, k, D) combinations, in the memory of ``block`` where no gradient is recorded."""
     if torch.is_grad_enabled() and (block.requires_grad or coefficients.requires_grad):
         return torch.bmm(coefficients, block)
-    # By parts, so that no second block is needed.
+    # Part by part, so that no second block is needed.
     for part in block.split(max(3 * block.shape[2] // block.shape[1], 1), dim=2):
         part[:, : coefficients.shape[1]] = torch.bmm(coefficients, part)
     return block

@@ -16,10 +16,10 @@ FlatMapping = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass
 class State:
-    """What every solver's state holds; a method adds what it remembers.
+    """What every solver's state holds; each method adds what it remembers.
 
-    Every tensor in a state has the samples as its first dimension, also in dataclasses within it. What has samples and
-    is no tensor, or has to be let go of, is a :class:`Resource`.
+    The first dimension of every tensor in a state indexes the samples, also in dataclasses within it. Per-sample data
+    that is not a tensor, or must be closed, goes into a :class:`Resource`.
 
     Attributes:
         z: (B, D) the iterate.
@@ -29,33 +29,40 @@ class State:
     z: Tensor
     fz: Tensor
 
+    @property
+    def residual(self) -> Tensor:
+        """(B, D) ``f(z) - z``. A state that stores it returns the stored one."""
+        return self.fz - self.z
+
 
 class Resource(abc.ABC):
-    """A field of a state that is more than data, such as a solver of another package on its way."""
+    """A field of a state that is more than data, such as a running solver of another package."""
 
     @abc.abstractmethod
     def select(self, keep: Tensor) -> Self:
-        """The same for the samples at the positions ``keep`` (n,) alone; this one is not used any more."""
+        """The same for only the samples at the positions ``keep`` (n,); this object is not used afterwards."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of it, for no further step is taken: :func:`solvers.solve` is over."""
+        """Release what this object holds. :func:`solvers.solve` calls it after the last step."""
 
 
 class Solver(Hyperparameters, abc.ABC):
     """A fixed-point method: a frozen, keyword-only dataclass of its hyperparameters.
 
-    A solver works on a flat problem: ``f`` maps (B, D) to (B, D), each row a problem of its own, and a row of the new
-    state must depend on that row alone. It does no stopping test and keeps nothing on ``self``. Of the state that it is
-    given it may reuse the memory, but for that of ``z`` and ``fz``, which the caller and ``f`` may hold. Tolerances,
-    per-sample stopping, failures, the best iterate and the history belong to :func:`solvers.solve`, which drives every
-    solver in the same way. :class:`solvers.testing.SolverConformance` tests all this on any solver.
+    A solver works on a flat problem: ``f`` maps (B, D) to (B, D), each row is a problem of its own, and a row of the
+    new state must depend only on that row. A solver does no stopping test and keeps nothing on ``self``. ``step`` and
+    ``restarted`` may overwrite any tensor of the given state except ``z`` and ``fz``, which the caller and ``f`` may
+    hold. Tolerances, per-sample stopping, failures, the best iterate and the history belong to :func:`solvers.solve`,
+    which drives every solver in the same way. :class:`solvers.testing.SolverConformance` tests all this on any solver.
 
     Attributes:
-        differentiable: Whether gradients flow through the steps; the unrolled backward modes refuse a solver whose
-            steps they do not flow through.
+        differentiable: Whether gradients flow through the steps. The unrolled backward modes refuse a solver for which
+            this is False. The gradients are those of the steps taken: where the start is solved already, in a sample
+            or in some of its entries, few steps suffice for the value but not for its gradient. Take more steps, or
+            use the implicit backward mode, whose gradient does not depend on the start.
         estimates_inverse: Whether its states have an attribute ``inverse``, an estimate of the inverse Jacobian of
-            ``f(z) - z`` with products ``mv`` and, with its transpose, ``rmv``.
+            ``f(z) - z``, with the product ``mv`` and the product with its transpose, ``rmv``.
     """
 
     differentiable: ClassVar[bool] = True
@@ -70,13 +77,29 @@ class Solver(Hyperparameters, abc.ABC):
         """The next state. A solver's states are of its own subclass of :class:`State`."""
 
     def restarted(self, state: Any, rows: Tensor, z: Tensor, fz: Tensor) -> Any:
-        """TEMP."""
-        r = rows.unsqueeze(1)
-        return dataclasses.replace(state, z=torch.where(r, z, state.z), fz=torch.where(r, fz, state.fz))
+        """The state with some samples at other points, as if they began there.
+
+        :func:`solvers.solve` calls this when a step led a sample astray, for example to values that are not finite. The
+        other samples keep their state bit for bit. This default replaces ``z`` and ``fz``. Override it if the state
+        holds anything else that those steps determined, such as differences of iterates or step lengths: forget all
+        of it for these samples, even if it is not finite.
+
+        Args:
+            state: The state after a step.
+            rows: (B,) bool, the samples to restart.
+            z: (B, D) where to restart them; the other rows are not used.
+            fz: (B, D) the map at ``z``, likewise.
+        """
+        return dataclasses.replace(state, z=replaced(state.z, rows, z), fz=replaced(state.fz, rows, fz))
+
+
+def replaced(tensor: Tensor, rows: Tensor, other: Tensor) -> Tensor:
+    """A new tensor (B, ...) with the samples ``rows`` (B,) of ``other`` and the rest of ``tensor``."""
+    return torch.where(rows.view(-1, *[1] * (tensor.dim() - 1)), other, tensor)
 
 
 def take_samples(state: Any, keep: Tensor) -> Any:
-    """A solver's state for the samples at the positions ``keep`` (n,) alone."""
+    """A solver's state for only the samples at the positions ``keep`` (n,)."""
 
     def take(part: Tensor | Resource) -> Tensor | Resource:
         return part.select(keep) if isinstance(part, Resource) else part.index_select(0, keep)
@@ -85,7 +108,7 @@ def take_samples(state: Any, keep: Tensor) -> Any:
 
 
 def close(state: State) -> None:
-    """Let go of what a solver's state holds beside data."""
+    """Release what a solver's state holds besides data."""
     for field in dataclasses.fields(state):
         value = getattr(state, field.name)
         if isinstance(value, Resource):

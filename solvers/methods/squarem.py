@@ -6,25 +6,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from solvers.methods.solver import FlatMapping, Solver, State
+from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.problem.norms import inner
 from solvers.problem.small_systems import inverse_or_zero
 
 # Longer steps would reach the driver's limit for divergence before they can be taken back.
 _LONGEST = 1e4
-# An extrapolation that makes the residual so many times larger is taken back. Far from monotone: after a good long step
-# the residual is often larger, and smaller than ever a cycle later.
+# An extrapolation is taken back if it multiplies the residual by more than this. The bound is loose on purpose: after a
+# good long step the residual is often larger, and smaller than ever one cycle later.
 _TOLERATED_GROWTH = 1e3
 
 
 @dataclasses.dataclass
 class SquaremState(State):
-    """Where the iteration is in its cycle of three calls.
+    """The position of the iteration in its cycle of three calls.
 
     Attributes:
         kept: (B, D) in phase 1 the iterate that the cycle began at; in phase 2 the image before the extrapolation.
         square: (B, 1) in phase 2 the sum of squares of ``f(z) - z`` before the extrapolation.
-        phase: On the host: 0 at the beginning of a cycle, 1 a plain step later, 2 at the extrapolated point.
+        phase: A Python int: 0 at the beginning of a cycle, 1 a plain step later, 2 at the extrapolated point.
     """
 
     kept: Tensor
@@ -34,18 +34,19 @@ class SquaremState(State):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Squarem(Solver):
-    """SQUAREM: extrapolates as far as the change from one plain step to the next suggests, every third step.
+    """SQUAREM: every third step extrapolates as far as the change between two plain steps suggests.
 
     With r = f(z) - z and v = (f(f(z)) - f(z)) - r, one cycle is
 
         y = z - 2 alpha r + alpha^2 v,    z <- f(y),
 
-    where alpha = -1 gives y = f(f(z)). A step is one call of ``f``, a cycle three steps, and the memory three vectors
-    of the state's size. For states so large that :class:`Anderson`'s window does not fit, and made for monotone, slowly
-    converging maps such as expectation-maximization; elsewhere :class:`Anderson` needs fewer calls.
+    where alpha = -1 gives y = f(f(z)). A step is one call of ``f``, a cycle is three steps, and the memory is three
+    vectors of the state's size. The method was made for monotone, slowly converging maps such as
+    expectation-maximization. Use it for these, and for states so large that :class:`Anderson`'s window does not fit;
+    elsewhere :class:`Anderson` needs fewer calls.
 
-    Each sample has its own alpha, and goes on from f(f(z)) where y is no good. (The paper has |alpha| >= 1, which suits
-    monotone maps; shorter steps, allowed here, settle those that oscillate.)
+    Each sample has its own alpha, and continues from f(f(z)) if y turns out much worse. (The paper requires
+    |alpha| >= 1, which suits monotone maps; the shorter steps allowed here damp oscillations.)
 
     Args:
         scheme: How alpha is fitted: "S1" is r'v / v'v, "S2" is r'r / r'v, "S3" is -|r| / |v|.
@@ -72,15 +73,23 @@ class Squarem(Solver):
             r = state.z - state.kept
             v = g - r
             alpha = self._step_length(r, v)
-            z = state.kept - 2 * alpha * r + alpha * alpha * v
+            # y as in the class's docstring, written so that alpha = -1 is exactly the plain step.
+            z = state.fz - (1 + alpha) * torch.add((1 - alpha) * v, r, alpha=2)
             return SquaremState(z=z, fz=f(z), kept=state.fz, square=inner(g, g), phase=2)
-        # Not accepted also where it is nan.
+        # A NaN is not accepted either.
         accepted = inner(g, g) <= _TOLERATED_GROWTH**2 * state.square
         z = torch.where(accepted, state.fz, state.kept)
         return SquaremState(z=z, fz=f(z), kept=z, square=state.square)
 
+    def restarted(self, state: SquaremState, rows: Tensor, z: Tensor, fz: Tensor) -> SquaremState:
+        """These samples take a plain step next, in whatever phase the others are, and then join their cycle."""
+        # In phase 1 a cycle that begins and stands at z has r = 0, hence alpha = -1. In phase 2 the extrapolation is
+        # either accepted at z or taken back to kept, and both lead to fz.
+        state = super().restarted(state, rows, z, fz)
+        return dataclasses.replace(state, kept=replaced(state.kept, rows, z if state.phase == 1 else fz))
+
     def _step_length(self, r: Tensor, v: Tensor) -> Tensor:
-        """alpha (B, 1), negative; -1 where the differences vanish or do not tell."""
+        """alpha (B, 1), negative; -1 where the differences vanish or determine no positive length."""
         tiny = torch.finfo(r.dtype).tiny
         if self.scheme == "S1":
             length = -inner(r, v) * inverse_or_zero(inner(v, v), tiny)

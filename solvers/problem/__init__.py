@@ -6,6 +6,7 @@ from solvers.problem.hyperparameters import Hyperparameters, require_damping, re
 from solvers.problem.layout import Layout, check_structure
 from solvers.problem.names import resolve
 from solvers.problem.norms import inner, relative, rms_norm
+from solvers.problem.on_failure import OnFailure, check_on_failure
 from solvers.problem.replaced_tensors import copy_with_tensors, with_tensors
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
 from solvers.problem.window import add_combination, combine, dot, recorded, store
@@ -16,8 +17,10 @@ __all__ = [
     "Hyperparameters",
     "InDims",
     "Layout",
+    "OnFailure",
     "add_combination",
     "back_substitute",
+    "check_on_failure",
     "check_structure",
     "combine",
     "copy_with_tensors",

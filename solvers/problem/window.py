@@ -7,13 +7,13 @@ from torch import Tensor
 def store(block: Tensor | None, slot: int, vector: Tensor, capacity: int, first: int = 8) -> Tensor:
     """Put ``vector`` (B, D) at ``slot`` of ``block`` (B, m, D), growing the block to at most ``capacity`` slots.
 
-    Writes in place where no gradient is recorded; builds a new block where one is, because autograd keeps the old one.
+    Writes in place where no gradient is recorded. Builds a new block where one is, because autograd keeps the old one.
 
     Args:
-        block: What an earlier call returned; None at first.
+        block: The block that an earlier call returned; None at first.
         slot: Where to write; at most one past the last slot written so far.
         vector: (B, D).
-        capacity: The most slots there will ever be.
+        capacity: The largest number of slots that the block may ever have.
         first: How many slots to begin with; their number then doubles as needed.
     """
     if recorded(vector, block):
@@ -26,15 +26,16 @@ def store(block: Tensor | None, slot: int, vector: Tensor, capacity: int, first:
 
 
 def store_difference(block: Tensor | None, slot: int, a: Tensor, b: Tensor, capacity: int) -> Tensor:
-    """As ``store(block, slot, a - b, capacity)``, but where no gradient is recorded without a vector in between.
+    """``store(block, slot, a - b, capacity)``, without an intermediate vector where no gradient is recorded.
 
-    The block then begins with up to 20 slots, so that one of usual size is never copied to a larger one beside it.
+    The block then begins with up to 20 slots, so that a block of the usual size is never copied to a larger one while
+    both are in memory.
     """
     if recorded(a, b, block):
         return store(block, slot, a - b, capacity)
     held = 0 if block is None else block.shape[1]
     block = _with_room(block, slot, a, min(capacity, max(2 * held, 20)))
-    # Not by an out= argument, which torch.func's transforms refuse.
+    # torch.func's transforms refuse the out= argument, which would do this in one call.
     block[:, slot].copy_(a).sub_(b)
     return block
 
@@ -42,7 +43,10 @@ def store_difference(block: Tensor | None, slot: int, a: Tensor, b: Tensor, capa
 def store_quotient(
     block: Tensor | None, slot: int, vector: Tensor, divisor: Tensor, capacity: int, first: int = 8
 ) -> Tensor:
-    """As ``store(block, slot, vector / divisor, ...)`` with a divisor (B, 1), without a vector in between likewise."""
+    """``store(block, slot, vector / divisor, capacity, first)`` with a divisor (B, 1).
+
+    Needs no intermediate vector where no gradient is recorded.
+    """
     if recorded(vector, divisor, block):
         return store(block, slot, vector / divisor, capacity, first)
     block = store(block, slot, vector, capacity, first)
@@ -51,24 +55,42 @@ def store_quotient(
 
 
 def _with_room(block: Tensor | None, slot: int, vector: Tensor, slots: int) -> Tensor:
-    """The block if it has this slot, else one of so many slots that begins with it."""
+    """The block if it has this slot; otherwise a new one of ``slots`` slots with the old contents in front."""
     if block is not None and slot < block.shape[1]:
         return block
-    # In memory the slots come first: to write one and to multiply by them is several times faster on the CPU.
+    # The slots are the outermost dimension in memory, which makes writes and products several times faster on the CPU.
     larger = vector.new_empty(slots, *vector.shape).transpose(0, 1)
     if block is not None:
         larger[:, : block.shape[1]] = block
     return larger
 
 
+def cleared(block: Tensor, rows: Tensor) -> Tensor:
+    """``block`` (B, m, D) with zeros in the samples ``rows`` (B,), even where it was not finite.
+
+    Writes in place where no gradient is recorded.
+    """
+    where = rows.view(-1, 1, 1)
+    return block.masked_fill(where, 0.0) if recorded(block) else block.masked_fill_(where, 0.0)
+
+
+def zero_where_not_finite(vector: Tensor, like: Tensor) -> Tensor:
+    """``vector`` (B, D) with zeros in the samples of which ``like`` (B, D) is not finite, where a gradient is recorded.
+
+    A sample that is restarted forgets a step whose image was not finite. But the products that were formed with that
+    image stay in the graph, and the backward pass would multiply their zero cotangents by it: 0 * NaN is NaN.
+    """
+    return vector.masked_fill(~like.isfinite().all(dim=1, keepdim=True), 0.0) if recorded(vector, like) else vector
+
+
 def recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows any of these, so that they must not be written to."""
+    """Whether autograd tracks any of these tensors, so that they must not be written to."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def dot(block: Tensor, vector: Tensor) -> Tensor:
     """(B, m, D), (B, D) -> (B, m) inner products."""
-    # A row times a matrix: several times faster on the CPU than the same matrix times a column.
+    # A row times a matrix is several times faster on the CPU than the same matrix times a column.
     return torch.bmm(vector.unsqueeze(1), block.transpose(1, 2)).squeeze(1)
 
 
@@ -86,12 +108,12 @@ def add_combination(
         vector: (B, D).
         block: (B, m, D).
         coefficients: (B, m).
-        factor: On the host.
-        scale: On the host.
-        reuse: Return it in the memory of ``vector``, where no gradient is recorded.
+        factor: A Python number.
+        scale: A Python number.
+        reuse: Whether to return the result in the memory of ``vector`` where no gradient is recorded.
     """
     row, coefficients = vector.unsqueeze(1), coefficients.unsqueeze(1)
-    # torch.vmap has the one that writes in place only with a warning.
+    # Under torch.vmap the in-place variant gives a warning.
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if reuse and not transformed and not recorded(vector, block, coefficients):
         return row.baddbmm_(coefficients, block, beta=scale, alpha=factor).squeeze(1)

@@ -4,12 +4,13 @@ from solvers.testing.conformance._answers import AnswerTests
 from solvers.testing.conformance._gradients import GradientTests
 from solvers.testing.conformance._independence import IndependenceTests
 from solvers.testing.conformance._reports import ReportTests
+from solvers.testing.conformance._restarts import RestartTests
 from solvers.testing.conformance._steps import StepTests
 
 __all__ = ["SolverConformance"]
 
 
-class SolverConformance(StepTests, AnswerTests, IndependenceTests, ReportTests, GradientTests):
+class SolverConformance(StepTests, AnswerTests, IndependenceTests, RestartTests, ReportTests, GradientTests):
     """Tests that a solver keeps the contract of :class:`solvers.Solver`; inherit from it in your own test class.
 
     Give your class a name that begins with ``Test`` and set ``solver``; pytest then runs every test on that solver. A
@@ -23,6 +24,8 @@ class SolverConformance(StepTests, AnswerTests, IndependenceTests, ReportTests, 
             1e-5 in float32 and 1e-10 in float64.
         max_steps: The number of steps that it may take for any problem. Problems outside the bank contract by a factor
             of at most 0.9.
+        movable: Whether a sample that ``restarted`` puts elsewhere must find its solution from there. False for solvers
+            that cannot be told, such as those of other packages.
 
     Example:
         >>> from solvers import Picard

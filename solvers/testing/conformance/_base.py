@@ -25,6 +25,7 @@ class ConformanceTests:
     calls_per_step: int | None = 1
     problems: tuple[str, ...] = ("linear 0.5", "linear 0.9", "cos", "tanh", "contractive 2x2")
     max_steps: int = 500
+    movable: bool = True
 
     @property
     def _yours(self) -> str:

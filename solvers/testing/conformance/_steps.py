@@ -147,7 +147,7 @@ class StepTests(ConformanceTests):
                 f"{self._yours} returns a state from {where} whose {name} is not like the start, which has the shape "
                 f"{tuple(f.shift.shape)} and dtype {f.shift.dtype}: {tensor!r}",
             )
-        for name, tensor in _tensors(state, "state"):
+        for name, tensor in tensors_of(state, "state"):
             require(
                 tensor.dim() > 0 and tensor.shape[0] == len(f.shift),
                 f"{self._yours} returns a state from {where} with {name} of shape {tuple(tensor.shape)}. The first "
@@ -163,14 +163,14 @@ class StepTests(ConformanceTests):
         )
 
 
-def _tensors(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors in a dataclass and in the dataclasses within it, with their names."""
     __tracebackhide__ = True
     if isinstance(state, Tensor):
         yield name, state
     elif dataclasses.is_dataclass(state):
         for field in dataclasses.fields(state):
-            yield from _tensors(getattr(state, field.name), f"{name}.{field.name}")
+            yield from tensors_of(getattr(state, field.name), f"{name}.{field.name}")
     else:
         require(
             not any(isinstance(leaf, Tensor) for leaf in tree_leaves(state)),
