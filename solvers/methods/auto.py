@@ -9,9 +9,8 @@ from torch import Tensor
 from solvers.linear import GMRES, LinearSolver
 from solvers.methods.anderson import Anderson, AndersonState
 from solvers.methods.broyden import Broyden, BroydenState
-from solvers.methods.low_rank_inverse import LowRankInverse
 from solvers.methods.newton_krylov import NewtonKrylov, NewtonKrylovState
-from solvers.methods.solver import FlatMapping, Solver, State
+from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative, rms_norm
 
@@ -38,8 +37,6 @@ _GROWTH = 1e5
 _COLLAPSE, _LONGEST_GROWTH = 1e-3, 34
 # A relative residual of this many units in the last place is not worth another method.
 _ROUNDING = 100.0
-# Relative tolerance of a sample's first linear solve by Newton's method.
-_FORCING = 0.5
 
 _BROYDEN = Broyden()
 
@@ -64,12 +61,13 @@ class AutoState(State):
         best_error: (B,) that error.
         mark: (B,) the error at the last progress.
         idle: (B,) int64, steps since then.
+        age: (B,) int64, steps since then or since the sample was fresh, whichever is less.
         target: (B,) the error at which plain iteration hands the sample back to Anderson acceleration.
         visits: (B,) int64, how often a sample has returned to plain iteration.
         grown: (B,) int64, how many plain steps it has taken away from a fixed point at zero.
         grew: (B,) bool, whether the error grew in the last step.
         fresh: (B,) bool, samples whose next step is the first one of a method that remembers nothing of them.
-        forcing: (B,) relative tolerance of the next linear solve, for samples on Newton's method.
+        newton: Newton's state, which is meaningful only for the samples on that method.
         trail: While there is no window, the iterates before this one.
         window: Anderson's state, of all samples since they were last fresh; None while all samples are fast.
         broyden: Broyden's state, which is meaningful only for the samples on that method.
@@ -82,12 +80,13 @@ class AutoState(State):
     best_error: Tensor
     mark: Tensor
     idle: Tensor
+    age: Tensor
     target: Tensor
     visits: Tensor
     grown: Tensor
     grew: Tensor
     fresh: Tensor
-    forcing: Tensor
+    newton: NewtonKrylovState
     trail: Trail | None = None
     window: AndersonState | None = None
     broyden: BroydenState | None = None
@@ -133,7 +132,31 @@ class Auto(Solver):
 
     def init(self, f: FlatMapping, z0: Tensor) -> AutoState:
         z0 = z0.contiguous()  # forward mode refuses expanded tensors
-        return _started(z0, f(z0))
+        return self._begin(z0, f(z0))
+
+    def _begin(self, z0: Tensor, fz: Tensor) -> AutoState:
+        """The state of samples that begin at ``z0`` (B, D)."""
+        error = rms_norm(fz - z0)
+        count = torch.zeros_like(error, dtype=torch.int64)
+        best_error = torch.where(error.isfinite(), error, torch.inf)
+        return AutoState(
+            z=z0,
+            fz=fz,
+            method=torch.full_like(error, FAST, dtype=torch.int8),
+            error=error,
+            limit=_GROWTH * (error + rms_norm(fz)),
+            best=State(z0, fz),
+            best_error=best_error,
+            mark=best_error,
+            idle=count,
+            age=count,
+            target=torch.zeros_like(error),
+            visits=count,
+            grown=count,
+            grew=torch.zeros_like(error, dtype=torch.bool),
+            fresh=torch.zeros_like(error, dtype=torch.bool),
+            newton=self._newton.begin(z0, fz),
+        )
 
     @torch.no_grad()
     def step(self, f: FlatMapping, state: AutoState) -> AutoState:
@@ -153,21 +176,18 @@ class Auto(Solver):
         return self._judge(state, self._window_of(trail), z, fz, error, torch.zeros_like(state.fresh))
 
     def restarted(self, state: AutoState, rows: Tensor, z: Tensor, fz: Tensor) -> AutoState:
+        begun = self._begin(z, fz)
         if state.window is None:
-            # There is no window yet that could forget these samples, so that it begins here for all of them.
-            everywhere = rows.unsqueeze(1)
-            z, fz = torch.where(everywhere, z, state.z), torch.where(everywhere, fz, state.fz)
-            return dataclasses.replace(_started(z, fz))
-        begun = _started(z, fz)
-        changes: dict[str, Tensor | State] = {}
-        for field in dataclasses.fields(begun):
-            new, old = getattr(begun, field.name), getattr(state, field.name)
-            if isinstance(new, Tensor):
-                changes[field.name] = torch.where(rows.view(-1, *[1] * (new.dim() - 1)), new, old)
-        best = State(*(torch.where(rows.unsqueeze(1), new, old) for new, old in ((z, state.best.z), (fz, state.best.fz))))
-        changes["method"] = torch.where(rows, ANDERSON, state.method)
-        changes["fresh"] = state.fresh | rows
-        return dataclasses.replace(state, best=best, **changes)
+            # From here on every sample has its own method. The trail would be of no use to those that restart.
+            state = dataclasses.replace(state, trail=None, window=self._anderson(z).init(lambda _: state.fz, state.z))
+        replacements = {
+            field.name: replaced(getattr(state, field.name), rows, new)
+            for field in dataclasses.fields(begun)
+            if isinstance(new := getattr(begun, field.name), Tensor)
+        }
+        state = dataclasses.replace(state, **replacements)
+        best = State(replaced(state.best.z, rows, z), replaced(state.best.fz, rows, fz))
+        return dataclasses.replace(state, best=best, fresh=state.fresh | rows)
 
     def _mixed_step(self, f: FlatMapping, state: AutoState, window: AndersonState) -> AutoState:
         """A step of every sample by its own method."""
@@ -175,39 +195,45 @@ class Auto(Solver):
         news = torch.stack([state.fresh.any(), *(rows.any() for rows in on.values())])
         fresh, *needed = news.tolist()
         needs = dict(zip(on, needed, strict=True))
+        z, fz, anderson, newton = state.z, state.fz, self._anderson(state.z), state.newton
         broyden = state.broyden if needs[BROYDEN] else None
         if fresh:
-            window = _forgotten(window, state.fresh)
-        if needs[BROYDEN] and (fresh or broyden is None):
-            broyden = _joined(broyden, state)
+            window = anderson.restarted(window, state.fresh, z, fz)
+            newton = self._newton.restarted(newton, state.fresh, z, fz)
+            if broyden is not None:
+                broyden = _BROYDEN.restarted(broyden, state.fresh, z, fz)
+        if broyden is None and needs[BROYDEN]:
+            broyden = _BROYDEN.init(lambda _: state.fz, z)
 
         z = state.fz
         growing = torch.zeros_like(state.fresh)
         if needs[ANDERSON]:
-            proposal = self._anderson(z).propose(window)
-            growing = (state.grown > 0) | (rms_norm(proposal) <= _COLLAPSE * rms_norm(z))
+            proposal = anderson.propose(window)
+            growing = (state.grown > 0) | (rms_norm(proposal) <= _COLLAPSE * rms_norm(state.best.z))
             growing = growing & on[ANDERSON] & state.grew & (state.grown < _LONGEST_GROWTH)
             z = torch.where((on[ANDERSON] & ~growing).unsqueeze(1), proposal, z)
         if broyden is not None:
             z = torch.where(on[BROYDEN].unsqueeze(1), broyden.z + broyden.direction, z)
         if needs[NEWTON]:
-            newton = NewtonKrylovState(state.z, state.fz, state.error, state.forcing)
-            newton = NewtonKrylov(linear_solver=self.linear_solver).step_some(f, newton, on[NEWTON], z)
+            newton = dataclasses.replace(newton, z=state.z, fz=state.fz, error=state.error)
+            newton = self._newton.step_some(f, newton, on[NEWTON], z)
             z, fz, error = newton.z, newton.fz, newton.error
-            state = dataclasses.replace(state, forcing=newton.forcing)
         else:
             fz = f(z)
             error = rms_norm(fz - z)
         if broyden is not None:
             # What it makes of the other samples is meaningless, and cleared before it is used.
             broyden = _BROYDEN.step(lambda _: fz, broyden)
-        return self._judge(dataclasses.replace(state, broyden=broyden), window, z, fz, error, growing)
+        state = dataclasses.replace(state, newton=newton, broyden=broyden)
+        return self._judge(state, window, z, fz, error, growing)
 
     def _judge(
         self, state: AutoState, window: AndersonState, z: Tensor, fz: Tensor, error: Tensor, growing: Tensor
     ) -> AutoState:
         """The state at ``z``, with steps that led astray taken back and the methods for the next step."""
         method, scale = state.method, rms_norm(fz)
+        # The same image twice: the map is constant there, as it is made for a sample that is finished.
+        constant = (fz == state.fz).all(dim=1)
         limit = torch.where(growing, torch.maximum(state.limit, _GROWTH * (error + scale)), state.limit)
         # Also where the error is NaN; a sample without any finite residual has no iterate to go back to.
         lost = ~(error <= limit) & state.best_error.isfinite()
@@ -232,7 +258,7 @@ class Auto(Solver):
         )
         best_error = torch.where(better, error, state.best_error)
         # An extrapolation from differences that no longer fit: they are forgotten.
-        wild = (method == ANDERSON) & (idle >= _WILD_STEPS) & (error > _WILD * state.best_error) & ~growing
+        wild = (method == ANDERSON) & (state.age >= _WILD_STEPS) & (error > _WILD * state.best_error) & ~growing
         # From the first plain steps to the window of the same steps a sample goes on where it is.
         back = lost | wild | (slow & (method != FAST))
         z, fz = torch.where(back.unsqueeze(1), best.z, z), torch.where(back.unsqueeze(1), best.fz, fz)
@@ -240,8 +266,7 @@ class Auto(Solver):
 
         next_method = torch.where(method == NEWTON, ANDERSON, method + 1)
         next_method = torch.where(moves, next_method, torch.where(recovered, ANDERSON, method))
-        # The same image twice: the map is constant there, as it is made for a sample that is finished.
-        next_method = torch.where((fz == state.fz).all(dim=1) & ~moves, FAST, next_method)
+        next_method = torch.where(constant & (method != NEWTON), FAST, next_method)
         returns = moves & (next_method == PICARD)
         visits = state.visits + returns
         start = torch.where(returns, relative(best_error, rms_norm(best.fz)), best_error)
@@ -255,15 +280,20 @@ class Auto(Solver):
             best_error=best_error,
             mark=torch.where(moves | recovered, start, mark),
             idle=torch.where(moves | recovered, 0, idle),
+            age=torch.where(progress | back, 0, state.age + 1),
             target=torch.where(returns, start * _PLAIN_REDUCTION ** visits.to(error.dtype), state.target),
             visits=visits,
             grown=torch.where(growing, state.grown + 1, torch.where(state.grown > 0, _LONGEST_GROWTH, 0)),
             grew=error > state.error,
             fresh=back,
-            forcing=torch.where(moves, _FORCING, state.forcing),
+            newton=state.newton,
             window=self._anderson(z).absorb(window, z, fz),
             broyden=state.broyden,
         )
+
+    @property
+    def _newton(self) -> NewtonKrylov:
+        return NewtonKrylov(linear_solver=self.linear_solver)
 
     def _anderson(self, z: Tensor) -> Anderson:
         # More differences than unknowns depend on each other, and old ones only blur the new.
@@ -280,63 +310,3 @@ class Auto(Solver):
         for iterate in reversed(iterates):
             window = anderson.absorb(window, iterate.z, iterate.fz)
         return window
-
-
-def _started(z0: Tensor, fz: Tensor) -> AutoState:
-    """The state of samples that begin at ``z0`` (B, D)."""
-    error = rms_norm(fz - z0)
-    count = torch.zeros_like(error, dtype=torch.int64)
-    best_error = torch.where(error.isfinite(), error, torch.inf)
-    return AutoState(
-        z=z0,
-        fz=fz,
-        method=torch.full_like(error, FAST, dtype=torch.int8),
-        error=error,
-        limit=_GROWTH * (error + rms_norm(fz)),
-        best=State(z0, fz),
-        best_error=best_error,
-        mark=best_error,
-        idle=count,
-        target=torch.zeros_like(error),
-        visits=count,
-        grown=count,
-        grew=torch.zeros_like(error, dtype=torch.bool),
-        fresh=torch.zeros_like(error, dtype=torch.bool),
-        forcing=torch.full_like(error, _FORCING),
-    )
-
-
-def _forgotten(window: AndersonState, rows: Tensor) -> AndersonState:
-    """Anderson's state without the differences of the samples ``rows`` (B,)."""
-    if window.df is None or window.dg is None or window.gram is None:
-        return window
-    cleared = rows.view(-1, 1, 1)
-    identity = torch.eye(window.gram.shape[1], dtype=window.gram.dtype, device=window.gram.device)
-    return dataclasses.replace(
-        window,
-        df=torch.where(cleared, 0.0, window.df),
-        dg=torch.where(cleared, 0.0, window.dg),
-        gram=torch.where(cleared, identity, window.gram),
-    )
-
-
-def _joined(broyden: BroydenState | None, state: AutoState) -> BroydenState:
-    """Broyden's state in which the samples that are fresh begin at their iterates.
-
-    Their estimate is -I, which it is where all u are zero.
-    """
-    if broyden is None:
-        return _BROYDEN.init(lambda _: state.fz, state.z)
-    fresh = state.fresh.unsqueeze(1)
-    g = state.fz - state.z
-    inverse = broyden.inverse
-    if inverse.u is not None and inverse.v is not None:
-        u, v = (torch.where(fresh.unsqueeze(2), 0.0, block) for block in (inverse.u, inverse.v))
-        inverse = LowRankInverse(inverse.rank, u, v)
-    return BroydenState(
-        z=torch.where(fresh, state.z, broyden.z),
-        fz=torch.where(fresh, state.fz, broyden.fz),
-        direction=torch.where(fresh, g, broyden.direction),
-        inverse=inverse,
-        recent=torch.where(fresh, torch.linalg.vector_norm(g, dim=1, keepdim=True), broyden.recent),
-    )

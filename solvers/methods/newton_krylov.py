@@ -1,48 +1,75 @@
 """Inexact Newton's method with a Krylov linear solver."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from solvers.linear import GMRES, LinearSolver
+from solvers.methods.descent import SUFFICIENT, Point, backtrack
+from solvers.methods.jacobian_product import JacobianProduct, Way
 from solvers.methods.solver import FlatMapping, Solver, State
+from solvers.methods.trust_region import DenseModel, descend
 from solvers.problem.norms import rms_norm
+from solvers.problem.small_systems import inverse_or_zero
 
 # Eisenstat and Walker's choice 2: gamma, alpha, and the largest forcing term.
 _GAMMA, _ALPHA, _LARGEST_FORCING = 0.9, 2.0, 0.9
+_FIRST_FORCING = 0.5
 
-# Armijo's constant: a step must reduce the residual by this part of its length at least.
-_SUFFICIENT = 1e-4
-_MOST_HALVINGS = 10
+# The most unknowns with which the Jacobian is formed: it costs a product for each.
+FEW_UNKNOWNS = 32
+
+# The leaps of an excursion, in units of the iterate's size along Newton's step there, and the steps of each leg: a leap
+# and the descent from where it leads. Together they end within the driver's patience, as few legs take all their steps.
+_LEAPS = (1.0, -1.0, 4.0, -4.0, 0.25, -0.25)
+_LEG = 8
+_GIVEN_UP = (len(_LEAPS) + 1) * _LEG
 
 
 @dataclasses.dataclass
 class NewtonKrylovState(State):
-    """The iterate and how exactly the next linear system is to be solved.
+    """The iterate, how exactly the next linear system is solved, and how far the next step may go.
 
     Attributes:
         error: (B,) root mean square of ``g = f(z) - z``.
         forcing: (B,) relative tolerance of the next linear solve.
+        radius: (B,) the trust region's radius; infinite for a sample that needs none.
+        excursion: (B,) int64, 0 for a sample that descends. For one that found no smaller residual nearby and searches
+            elsewhere, ``leg * _LEG + step`` with leg from 1 and step from 0; ``_GIVEN_UP`` when all legs are done.
+        probe: Where that search is; the iterate itself stays at the smallest residual.
+        way: How products with the Jacobian are formed.
     """
 
     error: Tensor
     forcing: Tensor
+    radius: Tensor
+    excursion: Tensor
+    probe: State
+    way: Way = "forward mode"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NewtonKrylov(Solver):
     """Newton's method on ``z - f(z) = 0``, its linear systems solved by a Krylov method to a forcing term.
 
-    With g = f(z) - z and J = df/dz, in each step
+    With g = f(z) - z and J = df/dz, each step solves
 
-        |(I - J) s - g| <= eta |g|,    z <- z + t s,
+        |(I - J) s - g| <= eta |g|,    z <- z + s,
 
-    where t = 1, 1/2, 1/4 ... is the first length, sample by sample, with |g(z + t s)| <= (1 - 1e-4 t) |g|. Converges
-    quadratically near a regular solution, also where ``f`` expands; each step costs a call of ``f``, one more a halving
-    of t, and a product J v, by forward mode, for every step of the linear solver, all of which count as calls of
-    ``f``. Worth it where the other solvers crawl or fail.
+    if that reduces the residual |g|. Otherwise a sample of more than 32 unknowns takes the first shorter step along s
+    that does. A sample of at most 32 unknowns forms I - J instead and minimizes |(I - J) s - g| within a trust region,
+    with corrections that follow curved valleys; this also works where I - J is singular. Where no such step is left, at
+    a minimum of |g| that is not a solution, it searches elsewhere: a few leaps along Newton's direction, each with a
+    descent from where it leads. The iterate moves there once the residual is smaller.
+
+    The residual never grows: a sample that finds no smaller one stays where it is, and the driver reports STAGNATED.
+    Converges quadratically near a regular solution, also where ``f`` expands. Use it where the other solvers crawl or
+    fail: a step costs a call of ``f``, one more for each step that is rejected, and a product J v for every step of the
+    linear solver. Products are formed by forward mode, which counts as a call of ``f``. Where ``f`` does not support it
+    they are formed by differentiating twice or by finite differences, whichever works.
 
     Gradients do not flow through its steps: use it with the implicit backward mode, not with the unrolled one.
 
@@ -56,6 +83,7 @@ class NewtonKrylov(Solver):
         Dembo, Eisenstat and Steihaug, "Inexact Newton methods", SIAM J. Numer. Anal. 19 (1982).
         Eisenstat and Walker, "Choosing the forcing terms in an inexact Newton method", SIAM J. Sci. Comput. 17 (1996),
         equation (2.6) with its safeguard.
+        Moré, "The Levenberg-Marquardt algorithm: implementation and theory", Lecture Notes in Math. 630 (1978).
     """
 
     differentiable: ClassVar[bool] = False
@@ -74,42 +102,112 @@ class NewtonKrylov(Solver):
 
     def init(self, f: FlatMapping, z0: Tensor) -> NewtonKrylovState:
         z0 = z0.contiguous()  # forward mode refuses expanded tensors
-        fz = f(z0)
-        error = rms_norm(fz - z0)
-        return NewtonKrylovState(z=z0, fz=fz, error=error, forcing=torch.full_like(error, self.forcing or 0.5))
+        return self.begin(z0, f(z0))
+
+    def begin(self, z: Tensor, fz: Tensor) -> NewtonKrylovState:
+        """The state at the start ``z`` (B, D), where the map is ``fz`` (B, D)."""
+        error = rms_norm(fz - z)
+        return NewtonKrylovState(
+            z=z,
+            fz=fz,
+            error=error,
+            forcing=torch.full_like(error, self.forcing or _FIRST_FORCING),
+            radius=torch.full_like(error, math.inf),
+            excursion=torch.zeros_like(error, dtype=torch.int64),
+            probe=State(z, fz),
+        )
+
+    def restarted(self, state: NewtonKrylovState, rows: Tensor, z: Tensor, fz: Tensor) -> NewtonKrylovState:
+        """The state with the samples ``rows`` (B,) at their rows of ``z`` and ``fz`` (B, D), as if they began there."""
+        new = self.begin(z, fz)
+        chosen = rows.unsqueeze(1)
+        return NewtonKrylovState(
+            z=torch.where(chosen, z, state.z),
+            fz=torch.where(chosen, fz, state.fz),
+            error=torch.where(rows, new.error, state.error),
+            forcing=torch.where(rows, new.forcing, state.forcing),
+            radius=torch.where(rows, new.radius, state.radius),
+            excursion=torch.where(rows, 0, state.excursion),
+            probe=State(torch.where(chosen, z, state.probe.z), torch.where(chosen, fz, state.probe.fz)),
+            way=state.way,
+        )
 
     def step(self, f: FlatMapping, state: NewtonKrylovState) -> NewtonKrylovState:
         return self.step_some(f, state, torch.ones_like(state.error, dtype=torch.bool), state.z)
 
     @torch.no_grad()
     def step_some(self, f: FlatMapping, state: NewtonKrylovState, rows: Tensor, others: Tensor) -> NewtonKrylovState:
-        """A step of the samples ``rows`` (B,) alone; the others go to their rows of ``others`` (B, D)."""
+        """A step of the samples ``rows`` (B,) only; the others go to their rows of ``others`` (B, D)."""
+        few = state.z.shape[1] <= FEW_UNKNOWNS
+        eps, scale = torch.finfo(state.error.dtype).eps, rms_norm(state.fz)
+        # A sample without a finite residual, or with one at the level of rounding errors, stays where it is.
+        unsolved = rows & state.error.isfinite() & (state.error > eps * scale)
+        away = unsolved & (state.excursion > 0) & (state.excursion < _GIVEN_UP)
+        leaps = away & (state.excursion % _LEG == 0)
+        explores = away & ~leaps
+        limited = unsolved & (state.excursion == 0) & state.radius.isfinite()
+        free = unsolved & (state.excursion == 0) & ~limited
 
-        def product(v: Tensor) -> Tensor:
-            return v - _jvp(f, state.z, v)
+        home = Point(state.z, state.fz, state.error)
+        probe = Point(state.probe.z, state.probe.fz, rms_norm(state.probe.fz - state.probe.z))
+        at = probe.where(explores, home)
+        g = at.fz - at.z
+        product = JacobianProduct(f, at.z, at.fz, state.way)
+        s = self._krylov_step(product, g, free, state.forcing * state.error)
+        model = None
+        if few and bool((away | limited).any()):
+            model = _model(product, g)
+            s = torch.where(leaps.unsqueeze(1), _leap(model, home, state.excursion), s)
 
-        g = torch.where(rows.unsqueeze(1), state.fz - state.z, 0.0)
-        tolerance = torch.where(rows, state.forcing * state.error, 0.0)
-        s = self.linear_solver.run(product, g, tolerance=tolerance).x
+        waiting = Point(torch.where(rows.unsqueeze(1), state.z, others), state.fz, state.error)
+        trial, accepted = waiting, ~rows
+        if bool((free | leaps | ~rows).any()):
+            trial = Point.at(f, torch.where((free | leaps).unsqueeze(1), home.z + s, waiting.z))
+            # A step that does far worse than promised is left to the trust region, if there is one.
+            enough = (1 + state.forcing) / 2 if few else torch.full_like(scale, 1 - SUFFICIENT)
+            accepted = accepted | (free & (trial.error <= enough * state.error))
+        end = trial.where(accepted, waiting)
+        probe = trial.where(leaps, at)
+        radius = torch.where(accepted | leaps, math.inf, state.radius)
+        # After a leap to where the map is not finite the next leg begins.
+        steps = torch.where(leaps & ~trial.error.isfinite(), _LEG, 1)
+
+        descends = limited | (free & ~accepted) | explores
+        found = descends
+        if bool(descends.any()):
+            if few:
+                model = model or _model(product, g)
+                lower, radius, found = descend(f, at, model, radius, descends)
+            else:
+                lower, found = backtrack(f, at, s, trial, descends)
+            end = lower.where(found & ~explores, end)
+            probe = lower.where(found & explores, probe)
+            steps = torch.where(explores & ~found, _LEG - state.excursion % _LEG, steps)
+        # Near a solution it is rounding that leaves no smaller residual nearby.
+        hopeful = few & (state.error > eps**0.5 * scale)
+        excursion = torch.where(away, state.excursion + steps, state.excursion)
+        excursion = torch.where(descends & ~explores & ~found, torch.where(hopeful, _LEG, _GIVEN_UP), excursion)
+        arrived = away & (probe.error <= (1 - SUFFICIENT) * state.error)
+        end = probe.where(arrived, end)
+        return NewtonKrylovState(
+            z=end.z,
+            fz=end.fz,
+            error=end.error,
+            forcing=self._next_forcing(state, end.error),
+            radius=radius,
+            excursion=torch.where(arrived, 0, excursion),
+            # Without excursions, no memory for them.
+            probe=State(probe.z, probe.fz) if few else State(end.z, end.fz),
+            way=product.way,
+        )
+
+    def _krylov_step(self, product: JacobianProduct, g: Tensor, rows: Tensor, tolerance: Tensor) -> Tensor:
+        """(B, D) the inexact Newton step of the samples ``rows`` (B,); zero for the others."""
+        b = torch.where(rows.unsqueeze(1), g, 0.0)
+        s = self.linear_solver.run(lambda v: v - product(v), b, tolerance=torch.where(rows, tolerance, 0.0)).x
         # A linear solve that found nothing leaves a Picard step.
         usable = s.isfinite().all(dim=1) & s.any(dim=1)
-        s = torch.where(usable.unsqueeze(1), s, g)
-
-        length = torch.ones_like(state.error)
-        z = torch.where(rows.unsqueeze(1), state.z + s, others)
-        fz = f(z)
-        error = rms_norm(fz - z)
-        for _ in range(_MOST_HALVINGS):
-            # Not accepted also where the error is nan.
-            rejected = rows & ~(error <= (1 - _SUFFICIENT * length) * state.error)
-            if not bool(rejected.any()):
-                break
-            length = torch.where(rejected, length / 2, length)
-            z = torch.where(rejected.unsqueeze(1), state.z + length.unsqueeze(1) * s, z)
-            # Accepted samples come with the same z, and out with the same image.
-            fz = torch.where(rejected.unsqueeze(1), f(z), fz)
-            error = torch.where(rejected, rms_norm(fz - z), error)
-        return NewtonKrylovState(z=z, fz=fz, error=error, forcing=self._next_forcing(state, error))
+        return torch.where(usable.unsqueeze(1), s, b)
 
     def _next_forcing(self, state: NewtonKrylovState, error: Tensor) -> Tensor:
         if self.forcing is not None:
@@ -121,11 +219,14 @@ class NewtonKrylov(Solver):
         return torch.where(wanted.isfinite(), wanted, _LARGEST_FORCING).clamp(1e-6, _LARGEST_FORCING)
 
 
-def _jvp(f: FlatMapping, z: Tensor, v: Tensor) -> Tensor:
-    """The product of the Jacobian of ``f`` at z with v."""
-    if not torch.is_inference_mode_enabled():
-        product: Tensor = torch.func.jvp(f, (z,), (v,))[1]
-        return product
-    # In PyTorch 2.11 forward mode gives zeros under inference mode, without a word.
-    with torch.inference_mode(False), torch.no_grad():
-        return _jvp(f, z.clone(), v.clone())
+def _model(product: JacobianProduct, g: Tensor) -> DenseModel:
+    """The linear model of the residual: ``g - (I - J) s``."""
+    return DenseModel.of(torch.eye(g.shape[1], dtype=g.dtype, device=g.device) - product.matrix(), g)
+
+
+def _leap(model: DenseModel, home: Point, excursion: Tensor) -> Tensor:
+    """(B, D) the leap at the beginning of an excursion's leg."""
+    s = model.step(torch.full_like(home.error, math.inf)).s
+    sizes = s.new_tensor(_LEAPS)[(excursion // _LEG - 1).clamp(0, len(_LEAPS) - 1)]
+    reach = sizes * torch.maximum(rms_norm(home.z), rms_norm(home.fz))
+    return s * (reach * inverse_or_zero(rms_norm(s), 0.0)).unsqueeze(1)
