@@ -9,7 +9,7 @@ from torch import Tensor
 from solvers.linear import GMRES, LinearSolver
 from solvers.methods.anderson import Anderson, AndersonState
 from solvers.methods.broyden import Broyden, BroydenState
-from solvers.methods.newton_krylov import NewtonKrylov, NewtonKrylovState
+from solvers.methods.newton_krylov import FEW_UNKNOWNS, NewtonKrylov, NewtonKrylovState
 from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative, rms_norm
@@ -22,8 +22,7 @@ FAST, ANDERSON, PICARD, BROYDEN, NEWTON = range(5)
 _FAST = 0.1
 # A method must reduce the smallest residual to this part of it within its patience. Together the patiences are less
 # than the driver's. That of PICARD doubles at every return.
-_PROGRESS = 0.9
-_PATIENCE = {ANDERSON: 15, PICARD: 6, BROYDEN: 15, NEWTON: 3}
+_PROGRESS, _PLAIN_PROGRESS = 0.9, 0.5
 # Anderson's window is forgotten where the residual is so many times the smallest one after this many steps or more
 # without progress.
 _WILD, _WILD_STEPS = 2.0, 3
@@ -61,7 +60,9 @@ class AutoState(State):
         best_error: (B,) that error.
         mark: (B,) the error at the last progress.
         idle: (B,) int64, steps since then.
-        age: (B,) int64, steps since then or since the sample was fresh, whichever is less.
+        half: (B,) the error when it was last halved, or when the sample was last fresh.
+        age: (B,) int64, steps since then.
+        wild: (B,) bool, whether Anderson's window has been forgotten since the best iterate.
         target: (B,) the error at which plain iteration hands the sample back to Anderson acceleration.
         visits: (B,) int64, how often a sample has returned to plain iteration.
         grown: (B,) int64, how many plain steps it has taken away from a fixed point at zero.
@@ -80,7 +81,9 @@ class AutoState(State):
     best_error: Tensor
     mark: Tensor
     idle: Tensor
+    half: Tensor
     age: Tensor
+    wild: Tensor
     target: Tensor
     visits: Tensor
     grown: Tensor
@@ -149,7 +152,9 @@ class Auto(Solver):
             best_error=best_error,
             mark=best_error,
             idle=count,
+            half=best_error,
             age=count,
+            wild=torch.zeros_like(error, dtype=torch.bool),
             target=torch.zeros_like(error),
             visits=count,
             grown=count,
@@ -239,26 +244,29 @@ class Auto(Solver):
         lost = ~(error <= limit) & state.best_error.isfinite()
         better = (error < state.best_error) | (growing & ~lost)
         # Iterates may grow on the way of plain iteration to a solution, and their residuals with them.
-        measure = torch.where(method == PICARD, relative(error, scale), error)
-        progress = (measure <= _PROGRESS * state.mark) | (growing & ~lost)
+        plain = method == PICARD
+        measure = torch.where(plain, relative(error, scale), error)
+        progress = measure <= torch.where(plain, _PLAIN_PROGRESS, _PROGRESS) * state.mark
+        progress = (progress & (~plain | (error < state.error))) | (growing & ~lost)
+        halved = (error <= 0.5 * state.half) | (growing & ~lost)
         mark, idle = torch.where(progress, measure, state.mark), torch.where(progress, 0, state.idle + 1)
 
         patience = torch.zeros_like(idle)
-        for each, steps in _PATIENCE.items():
+        for each, steps in _patience(z.shape[1]).items():
             patience = torch.where(method == each, steps, patience)
-        patience = torch.where(method == PICARD, patience << state.visits.clamp_max(20), patience)
+        patience = torch.where(plain, patience << (state.visits - 1).clamp(0, 20), patience)
         slow = torch.where(method == FAST, error > _FAST * state.error, idle >= patience)
         slow = slow & (error > _ROUNDING * torch.finfo(error.dtype).eps * scale)
-        recovered = (method == PICARD) & (measure <= state.target) & ~lost
+        recovered = plain & (measure <= state.target) & ~lost
         better = better | recovered
-        slow = slow & ~recovered
+        # An extrapolation from differences that no longer fit: they are forgotten, unless that has not helped before.
+        wild = (method == ANDERSON) & (state.age >= _WILD_STEPS) & (error > _WILD * state.best_error) & ~growing
+        slow = (slow & ~recovered) | (wild & state.wild)
         moves = lost | slow
         best = State(
             torch.where(better.unsqueeze(1), z, state.best.z), torch.where(better.unsqueeze(1), fz, state.best.fz)
         )
         best_error = torch.where(better, error, state.best_error)
-        # An extrapolation from differences that no longer fit: they are forgotten.
-        wild = (method == ANDERSON) & (state.age >= _WILD_STEPS) & (error > _WILD * state.best_error) & ~growing
         # From the first plain steps to the window of the same steps a sample goes on where it is.
         back = lost | wild | (slow & (method != FAST))
         z, fz = torch.where(back.unsqueeze(1), best.z, z), torch.where(back.unsqueeze(1), best.fz, fz)
@@ -280,7 +288,9 @@ class Auto(Solver):
             best_error=best_error,
             mark=torch.where(moves | recovered, start, mark),
             idle=torch.where(moves | recovered, 0, idle),
-            age=torch.where(progress | back, 0, state.age + 1),
+            half=torch.where(halved | back, error, state.half),
+            age=torch.where(halved | back, 0, state.age + 1),
+            wild=(state.wild | wild) & ~better & ~moves,
             target=torch.where(returns, start * _PLAIN_REDUCTION ** visits.to(error.dtype), state.target),
             visits=visits,
             grown=torch.where(growing, state.grown + 1, torch.where(state.grown > 0, _LONGEST_GROWTH, 0)),
@@ -310,3 +320,13 @@ class Auto(Solver):
         for iterate in reversed(iterates):
             window = anderson.absorb(window, iterate.z, iterate.fz)
         return window
+
+
+def _patience(size: int) -> dict[int, int]:
+    """How many steps each method may take without progress, for states of so many entries.
+
+    Quasi-Newton methods know all directions of a small state after few steps. With few unknowns a step of Newton's
+    method is cheap, and it may search for a way out where the residual has a minimum.
+    """
+    newton = 25 if size <= FEW_UNKNOWNS else 3
+    return {ANDERSON: min(15, 2 * size + 6), PICARD: 12, BROYDEN: min(15, size + 3), NEWTON: newton}
