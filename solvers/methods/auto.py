@@ -22,7 +22,7 @@ FAST, ANDERSON, PICARD, BROYDEN, NEWTON = range(5)
 _FAST = 0.1
 # A method must reduce the smallest residual to this part of it within its patience. Together the patiences are less
 # than the driver's. That of PICARD doubles at every return.
-_PROGRESS, _PLAIN_PROGRESS = 0.9, 0.5
+_PROGRESS, _PLAIN_PROGRESS, _FASTER, _FALLS = 0.9, 0.5, 0.999, 3
 # Anderson's window is forgotten where the residual is so many times the smallest one after this many steps or more
 # without progress.
 _WILD, _WILD_STEPS = 2.0, 3
@@ -60,6 +60,9 @@ class AutoState(State):
         best_error: (B,) that error.
         mark: (B,) the error at the last progress.
         idle: (B,) int64, steps since then.
+        measure: (B,) relative residual.
+        ratio: (B,) what part of the one before it that was.
+        falls: (B,) int64, for how many steps in a row error and relative residual have fallen.
         half: (B,) the error when it was last halved, or when the sample was last fresh.
         age: (B,) int64, steps since then.
         wild: (B,) bool, whether Anderson's window has been forgotten since the best iterate.
@@ -81,6 +84,9 @@ class AutoState(State):
     best_error: Tensor
     mark: Tensor
     idle: Tensor
+    measure: Tensor
+    ratio: Tensor
+    falls: Tensor
     half: Tensor
     age: Tensor
     wild: Tensor
@@ -152,6 +158,9 @@ class Auto(Solver):
             best_error=best_error,
             mark=best_error,
             idle=count,
+            measure=relative(error, rms_norm(fz)),
+            ratio=torch.full_like(error, torch.inf),
+            falls=count,
             half=best_error,
             age=count,
             wild=torch.zeros_like(error, dtype=torch.bool),
@@ -243,13 +252,18 @@ class Auto(Solver):
         # Also where the error is NaN; a sample without any finite residual has no iterate to go back to.
         lost = ~(error <= limit) & state.best_error.isfinite()
         better = (error < state.best_error) | (growing & ~lost)
-        # Iterates may grow on the way of plain iteration to a solution, and their residuals with them.
         plain = method == PICARD
-        measure = torch.where(plain, relative(error, scale), error)
-        progress = measure <= torch.where(plain, _PLAIN_PROGRESS, _PROGRESS) * state.mark
-        progress = (progress & (~plain | (error < state.error))) | (growing & ~lost)
+        measure = relative(error, scale)
+        ratio = relative(measure, state.measure)
+        falls = torch.where((error < state.error) & (ratio < 1), state.falls + 1, 0)
+        # On the way of plain iteration to a solution the iterates may grow, and their residuals with them. Then the
+        # relative ones fall faster and faster, unlike those of iterates that run away.
+        faster = (ratio < _FASTER * state.ratio) & (ratio < 1) & (measure < state.mark)
+        progress = ((measure <= _PLAIN_PROGRESS * state.mark) & (falls > 0)) | faster
+        progress = torch.where(plain, progress, error <= _PROGRESS * state.mark) | (growing & ~lost)
         halved = (error <= 0.5 * state.half) | (growing & ~lost)
-        mark, idle = torch.where(progress, measure, state.mark), torch.where(progress, 0, state.idle + 1)
+        mark = torch.where(progress, torch.where(plain, measure, error), state.mark)
+        idle = torch.where(progress, 0, state.idle + 1)
 
         patience = torch.zeros_like(idle)
         for each, steps in _patience(z.shape[1]).items():
@@ -257,7 +271,7 @@ class Auto(Solver):
         patience = torch.where(plain, patience << (state.visits - 1).clamp(0, 20), patience)
         slow = torch.where(method == FAST, error > _FAST * state.error, idle >= patience)
         slow = slow & (error > _ROUNDING * torch.finfo(error.dtype).eps * scale)
-        recovered = plain & (measure <= state.target) & ~lost
+        recovered = plain & (measure <= state.target) & (falls >= _FALLS) & ~lost
         better = better | recovered
         # An extrapolation from differences that no longer fit: they are forgotten, unless that has not helped before.
         wild = (method == ANDERSON) & (state.age >= _WILD_STEPS) & (error > _WILD * state.best_error) & ~growing
@@ -277,7 +291,8 @@ class Auto(Solver):
         next_method = torch.where(constant & (method != NEWTON), FAST, next_method)
         returns = moves & (next_method == PICARD)
         visits = state.visits + returns
-        start = torch.where(returns, relative(best_error, rms_norm(best.fz)), best_error)
+        start_measure = relative(best_error, rms_norm(best.fz))
+        start = torch.where(returns, start_measure, best_error)
         return AutoState(
             z=z,
             fz=fz,
@@ -288,6 +303,9 @@ class Auto(Solver):
             best_error=best_error,
             mark=torch.where(moves | recovered, start, mark),
             idle=torch.where(moves | recovered, 0, idle),
+            measure=torch.where(back, start_measure, measure),
+            ratio=torch.where(back, torch.inf, ratio),
+            falls=torch.where(back, 0, falls),
             half=torch.where(halved | back, error, state.half),
             age=torch.where(halved | back, 0, state.age + 1),
             wild=(state.wild | wild) & ~better & ~moves,
@@ -328,5 +346,5 @@ def _patience(size: int) -> dict[int, int]:
     Quasi-Newton methods know all directions of a small state after few steps. With few unknowns a step of Newton's
     method is cheap, and it may search for a way out where the residual has a minimum.
     """
-    newton = 25 if size <= FEW_UNKNOWNS else 3
+    newton = 40 if size <= FEW_UNKNOWNS else 3
     return {ANDERSON: min(15, 2 * size + 6), PICARD: 12, BROYDEN: min(15, size + 3), NEWTON: newton}
