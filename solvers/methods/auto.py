@@ -20,6 +20,8 @@ FAST, ANDERSON, PICARD, BROYDEN, NEWTON = range(5)
 # A sample whose residual falls more slowly than this in one of the first plain steps goes on to Anderson acceleration,
 # which from there on needs fewer steps.
 _FAST = 0.1
+# With few unknowns, growth of the residual by this in the first plain steps leads to Newton's method at once.
+_EXPLOSION = 100.0
 # A method must reduce the smallest residual to this part of it within its patience. Together the patiences are less
 # than the driver's. That of PICARD doubles at every return.
 _PROGRESS, _PLAIN_PROGRESS, _FASTER, _FALLS = 0.9, 0.5, 0.999, 3
@@ -255,11 +257,11 @@ class Auto(Solver):
         plain = method == PICARD
         measure = relative(error, scale)
         ratio = relative(measure, state.measure)
-        falls = torch.where((error < state.error) & (ratio < 1), state.falls + 1, 0)
+        falls = torch.where(ratio < 1, state.falls + 1, 0)
         # On the way of plain iteration to a solution the iterates may grow, and their residuals with them. Then the
         # relative ones fall faster and faster, unlike those of iterates that run away.
-        faster = (ratio < _FASTER * state.ratio) & (ratio < 1) & (measure < state.mark)
-        progress = ((measure <= _PLAIN_PROGRESS * state.mark) & (falls > 0)) | faster
+        faster = (ratio < _FASTER * state.ratio) & (falls >= _FALLS) & (measure < state.mark)
+        progress = ((measure <= _PLAIN_PROGRESS * state.mark) & (error < state.error)) | faster
         progress = torch.where(plain, progress, error <= _PROGRESS * state.mark) | (growing & ~lost)
         halved = (error <= 0.5 * state.half) | (growing & ~lost)
         mark = torch.where(progress, torch.where(plain, measure, error), state.mark)
@@ -281,12 +283,15 @@ class Auto(Solver):
             torch.where(better.unsqueeze(1), z, state.best.z), torch.where(better.unsqueeze(1), fz, state.best.fz)
         )
         best_error = torch.where(better, error, state.best_error)
+        # Nothing has been learned but that plain steps lead astray.
+        explodes = (method == FAST) & (lost | (error > _EXPLOSION * state.error) & (z.shape[1] <= FEW_UNKNOWNS))
         # From the first plain steps to the window of the same steps a sample goes on where it is.
-        back = lost | wild | (slow & (method != FAST))
+        back = lost | wild | (slow & (method != FAST)) | explodes
         z, fz = torch.where(back.unsqueeze(1), best.z, z), torch.where(back.unsqueeze(1), best.fz, fz)
         error = torch.where(back, best_error, error)
 
         next_method = torch.where(method == NEWTON, ANDERSON, method + 1)
+        next_method = torch.where(explodes, NEWTON, next_method)
         next_method = torch.where(moves, next_method, torch.where(recovered, ANDERSON, method))
         next_method = torch.where(constant & (method != NEWTON), FAST, next_method)
         returns = moves & (next_method == PICARD)
