@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from implicit import fixed_point
 from solvers import Anderson, Auto, Broyden, Iteration, Picard, Status, solve
-from solvers.methods.auto import ANDERSON, BROYDEN, NEWTON, PICARD
+from solvers.methods.auto import ANDERSON, BROYDEN, FAST, NEWTON
 from solvers.testing import BANK
 from solvers.testing.problems import imlp
 
@@ -104,7 +104,7 @@ def test_each_sample_has_its_own_method():
         return torch.where(slope < 1, slope * torch.sin(z) + 1, torch.exp(z) - 2)
 
     together, solution = methods(f, start, args=(slope, start))
-    assert together == [PICARD, ANDERSON, NEWTON, NEWTON]
+    assert together == [FAST, ANDERSON, NEWTON, NEWTON]
     assert solution.converged.all()
     for i in range(4):
         row = slice(i, i + 1)

@@ -277,7 +277,7 @@ class Auto(Solver):
         better = better | recovered
         # An extrapolation from differences that no longer fit: they are forgotten, unless that has not helped before.
         wild = (method == ANDERSON) & (state.age >= _WILD_STEPS) & (error > _WILD * state.best_error) & ~growing
-        slow = (slow & ~recovered) | (wild & state.wild)
+        slow = (slow & ~recovered) | (wild & state.wild) | (plain & (error > _EXPLOSION * state.best_error))
         moves = lost | slow
         best = State(
             torch.where(better.unsqueeze(1), z, state.best.z), torch.where(better.unsqueeze(1), fz, state.best.fz)
