@@ -67,6 +67,7 @@ class AutoState(State):
         falls: (B,) int64, for how many steps in a row error and relative residual have fallen.
         half: (B,) the error when it was last halved, or when the sample was last fresh.
         age: (B,) int64, steps since then.
+        expands: (B,) bool, whether the last of the first plain steps made the error larger.
         wild: (B,) bool, whether Anderson's window has been forgotten since the best iterate.
         target: (B,) the error at which plain iteration hands the sample back to Anderson acceleration.
         visits: (B,) int64, how often a sample has returned to plain iteration.
@@ -91,6 +92,7 @@ class AutoState(State):
     falls: Tensor
     half: Tensor
     age: Tensor
+    expands: Tensor
     wild: Tensor
     target: Tensor
     visits: Tensor
@@ -165,6 +167,7 @@ class Auto(Solver):
             falls=count,
             half=best_error,
             age=count,
+            expands=torch.zeros_like(error, dtype=torch.bool),
             wild=torch.zeros_like(error, dtype=torch.bool),
             target=torch.zeros_like(error),
             visits=count,
@@ -276,7 +279,9 @@ class Auto(Solver):
         recovered = plain & (measure <= state.target) & (falls >= _FALLS) & ~lost
         better = better | recovered
         # An extrapolation from differences that no longer fit: they are forgotten, unless that has not helped before.
-        wild = (method == ANDERSON) & (state.age >= _WILD_STEPS) & (error > _WILD * state.best_error) & ~growing
+        expands = torch.where(method == FAST, error > state.error, state.expands)
+        learning = state.age < torch.where(expands, min(z.shape[1], self.memory) + 2, _WILD_STEPS)
+        wild = (method == ANDERSON) & ~learning & (error > _WILD * state.best_error) & ~growing
         slow = (slow & ~recovered) | (wild & state.wild) | (plain & (error > _EXPLOSION * state.best_error))
         moves = lost | slow
         best = State(
@@ -313,6 +318,7 @@ class Auto(Solver):
             falls=torch.where(back, 0, falls),
             half=torch.where(halved | back, error, state.half),
             age=torch.where(halved | back, 0, state.age + 1),
+            expands=expands,
             wild=(state.wild | wild) & ~better & ~moves,
             target=torch.where(returns, start * _PLAIN_REDUCTION ** visits.to(error.dtype), state.target),
             visits=visits,
@@ -351,5 +357,6 @@ def _patience(size: int) -> dict[int, int]:
     Quasi-Newton methods know all directions of a small state after few steps. With few unknowns a step of Newton's
     method is cheap, and it may search for a way out where the residual has a minimum.
     """
-    newton = 40 if size <= FEW_UNKNOWNS else 3
-    return {ANDERSON: min(15, 2 * size + 6), PICARD: 12, BROYDEN: min(15, size + 3), NEWTON: newton}
+    if size > FEW_UNKNOWNS:
+        return {ANDERSON: 15, PICARD: 12, BROYDEN: 15, NEWTON: 3}
+    return {ANDERSON: min(size + 6, 30), PICARD: 12, BROYDEN: min(size + 3, 15), NEWTON: 40}
