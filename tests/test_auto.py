@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from implicit import fixed_point
 from solvers import Anderson, Auto, Broyden, Iteration, Picard, Status, solve
-from solvers.methods.auto import ANDERSON, BROYDEN, FAST, NEWTON
+from solvers.methods.method_choice import ANDERSON, BROYDEN, FAST, NEWTON
 from solvers.testing import BANK
 from solvers.testing.problems import imlp
 
@@ -87,11 +87,11 @@ def test_fast_samples_take_plain_steps_and_nothing_else():
 def methods(f, z0, **options):
     """The strongest method that each sample comes to before it is done, and the solution."""
     iteration = Iteration(f, z0, Auto(), rtol=1e-10, atol=0, max_steps=100, **options)
-    strongest = iteration.state.method
+    strongest = iteration.state.choice.method
     while not iteration.done:
         iteration.step()
         active = iteration.solution().status == Status.MAX_STEPS
-        strongest = torch.where(active, torch.maximum(strongest, iteration.state.method), strongest)
+        strongest = torch.where(active, torch.maximum(strongest, iteration.state.choice.method), strongest)
     return strongest.tolist(), iteration.solution()
 
 
