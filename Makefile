@@ -1,21 +1,28 @@
-# `make train` and `make test` need nothing but Python 3.11 or newer and make: they set up .venv on the first call.
+# `make train`, `make test` and `make test-all` need nothing but Python 3.11 or newer and make: they set up .venv on the first call.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
+# One process per core, each of which runs PyTorch on one thread; a process that runs out of tests takes some from
+# another. Options in ARGS come last and win: ARGS="-n 0 --pdb" runs the tests in one process and stops in the debugger.
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test lint clean
+.PHONY: help train test test-all lint clean
 
 help: ## Print this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 train: $(VENV)/.installed-train ## Train an iMixer on handwritten digits; ARGS="DATA_DIR --epochs 12" passes options on.
 	@$(RUN) examples/train_imixer.py $(ARGS)
 
-test: $(VENV)/.installed-dev ## Run the tests; ARGS="-k anderson" passes options on.
-	@$(RUN) -m pytest $(ARGS)
+test: $(VENV)/.installed-dev ## Run the tests except the long ones; ARGS="-k anderson" passes options on.
+	@$(PYTEST) -m "not long" $(ARGS)
+
+test-all: $(VENV)/.installed-dev ## Run all tests; ARGS="-k anderson" passes options on.
+	@$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types.
 	@$(RUN) -m ruff check

@@ -2,7 +2,7 @@
 
 python examples/custom_solver.py
     Prints the steps and residuals of three solvers. Aitken's relaxation, which remembers one step, needs a third of
-    Picard's steps, and hardly more than Anderson with a memory of five.
+    Picard's steps, about as many as Anderson with a memory of five.
 
 pytest examples/custom_solver.py
     Runs the library's conformance tests on the solver. All of them pass, in a few seconds.

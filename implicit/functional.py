@@ -1,7 +1,7 @@
 """The fixed point of a map as a differentiable function."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -10,7 +10,6 @@ from implicit.backward import Backward, SolveOptions, get_backward
 from solvers import (
     NOT_GIVEN,
     NotGiven,
-    OnFailure,
     Solution,
     Solver,
     StopRule,
@@ -18,9 +17,7 @@ from solvers import (
     get_solver,
     stop_rule,
 )
-from solvers.problem import InDims
-
-S = TypeVar("S")  # a state: a tensor or a pytree of tensors
+from solvers.problem import InDims, OnFailure, S
 
 
 @overload

@@ -13,7 +13,6 @@ from implicit.functional import solve_with_gradient
 from solvers import (
     NOT_GIVEN,
     NotGiven,
-    OnFailure,
     Solution,
     Solver,
     StopRule,
@@ -21,7 +20,7 @@ from solvers import (
     get_solver,
     stop_rule,
 )
-from solvers.problem import InDims
+from solvers.problem import InDims, OnFailure
 
 
 def _field_of_stopping(name: str) -> Any:
@@ -73,20 +72,21 @@ class ImplicitLayer(nn.Module):
         self.compact = compact
         self.in_dims = in_dims
         self.on_failure: OnFailure = on_failure
-        self._options()  # raises for what is not valid
         self._name_in_model = ""
         # Set by implicit.diagnostics.record_solutions while it is active.
         self._observer: Callable[[Solution[Any]], None] | None = None
+        self._options()  # raises for what is not valid
 
     def _options(self, stopping: StopRule | None = None) -> SolveOptions:
         return SolveOptions(
             solver=self.solver,
             stopping=stopping or self.stopping,
             batch_dims=self.batch_dims,
-            history=getattr(self, "_observer", None) is not None,
+            history=self._observer is not None,
             compact=self.compact,
             in_dims=self.in_dims,
             on_failure=self.on_failure,
+            layer="" if torch.compiler.is_compiling() else self._described(),
         )
 
     def _solve(
@@ -103,19 +103,16 @@ class ImplicitLayer(nn.Module):
         """The solution of ``z = f(z, *inputs)`` by the layer's options, with another stopping if it is given."""
         rule = stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, default=self.stopping)
         options = self._options(rule)
-        if not torch.compiler.is_compiling():
-            options = options.called(f"The solve of {self._described()}")
         solution = solve_with_gradient(f, z0, inputs, self.backward, options)
         if self._observer is not None:
             self._observer(solution)
         return solution
 
     def _described(self) -> str:
-        """What the layer is called in messages: by its name in the model that is running, if there is one."""
+        """What the layer is called in messages, by its name in the model that is running; empty without one."""
         if not self._name_in_model:
             self._name_in_model = _name_in_running_model(self)
-        kind = type(self).__name__
-        return f"the {kind} {self._name_in_model!r}" if self._name_in_model else f"a {kind}"
+        return f"the {type(self).__name__} {self._name_in_model!r}" if self._name_in_model else ""
 
     def extra_repr(self) -> str:
         shown: dict[str, Any] = {"solver": self.solver, "backward": self.backward, "stopping": self.stopping}

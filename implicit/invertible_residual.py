@@ -18,7 +18,6 @@ from solvers import (
     ConvergenceError,
     ConvergenceWarning,
     NotGiven,
-    OnFailure,
     Solution,
     Solver,
     Status,
@@ -27,7 +26,7 @@ from solvers import (
     Tolerance,
     stop_rule,
 )
-from solvers.problem import InDims, Layout
+from solvers.problem import InDims, Layout, OnFailure
 
 
 class InvertibleResidual(ImplicitLayer):

@@ -1,7 +1,7 @@
 """The fixed point of a map as a layer."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from implicit.backward import Backward
 from implicit.implicit_layer import ImplicitLayer
 from implicit.training.iterates import iterates
-from solvers import NOT_GIVEN, NotGiven, OnFailure, Solution, Solver, StopRule, Tolerance, stop_rule
-from solvers.problem import InDims
-
-S = TypeVar("S")  # a state: a tensor or a pytree of tensors
+from solvers import NOT_GIVEN, NotGiven, Solution, Solver, StopRule, Tolerance, stop_rule
+from solvers.problem import InDims, OnFailure, S
 
 
 class FixedPointLayer(ImplicitLayer, Generic[S]):

@@ -12,7 +12,6 @@ from solvers.methods.newton_krylov import NewtonKrylov
 from solvers.methods.picard import Picard
 from solvers.methods.solver import Solver, State
 from solvers.methods.squarem import Squarem
-from solvers.problem import OnFailure
 
 __all__ = [
     "Anderson",
@@ -24,7 +23,6 @@ __all__ = [
     "NOT_GIVEN",
     "NewtonKrylov",
     "NotGiven",
-    "OnFailure",
     "Picard",
     "Solution",
     "Solver",

@@ -18,6 +18,7 @@ def report_failure(
     on_failure: OnFailure,
     what: str = "The fixed-point solve",
     *,
+    goal: str = "",
     advice: Callable[[], str] | None = None,
 ) -> None:
     """Warn or raise, as asked, if a sample of ``solution`` failed.
@@ -29,6 +30,7 @@ def report_failure(
         solution: The solution.
         on_failure: "warn", "raise" or "ignore".
         what: What was solved, as the beginning of a sentence.
+        goal: The tolerance.
         advice: Gives a further sentence. It is called only if there is something to report.
 
     Raises:
@@ -37,7 +39,8 @@ def report_failure(
     if on_failure == "ignore" or not bool(solution.failed.any()):
         return
     failed, total = int(solution.failed.sum()), solution.failed.numel()
-    lines = [f"{what} did not converge for {failed} of {total} samples.", solution.summary()]
+    to = f" to {goal}" if goal else ""
+    lines = [f"{what} did not converge{to} for {failed} of {total} samples.", solution.summary()]
     if advice is not None and (extra := advice()):
         lines.append(extra)
     message = "\n".join(lines)

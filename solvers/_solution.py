@@ -3,12 +3,12 @@
 import dataclasses
 import enum
 from collections import Counter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
-S = TypeVar("S")  # a state: a tensor or a pytree of tensors
+from solvers.problem import S
 
 
 class Status(enum.IntEnum):

@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -19,13 +19,12 @@ from solvers.problem import (
     InDims,
     Layout,
     OnFailure,
+    S,
     check_on_failure,
     copy_with_tensors,
     with_tensors,
     without_autocast,
 )
-
-S = TypeVar("S")  # a state: a tensor or a pytree of tensors
 
 # A step that leads to infinity or NaN is replaced by the plain one, or by one so many times shorter, and so on.
 SHORTER, MOST_SHORTER = 0.25, 8
@@ -165,6 +164,7 @@ class Iteration(Generic[S]):
         self._in_dims = in_dims
         self._compact = compact
         self._max_steps = rule.max_steps
+        self._goal = rule.tolerances if isinstance(rule, Stopping) else ""
         self._check_every = 1
         self._progress: FixedSteps | ToleranceTest
         self.tested = isinstance(rule, Stopping)
@@ -192,7 +192,7 @@ class Iteration(Generic[S]):
         close(self.state)
         solution = self.solution()
         if self.tested:
-            report_failure(solution, on_failure, what, advice=self._advice)
+            report_failure(solution, on_failure, what, goal=self._goal, advice=self._advice)
         return solution
 
     def step(self) -> None:

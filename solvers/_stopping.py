@@ -112,6 +112,12 @@ class Stopping(Hyperparameters):
         """The smallest positive relative tolerance, or None if there is none."""
         return min((float(leaf) for leaf in tree_flatten(self.rtol)[0] if leaf), default=None)
 
+    @property
+    def tolerances(self) -> str:
+        """The tolerances that were given, for messages."""
+        given = {"rtol": self.rtol, "atol": self.atol}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not NOT_GIVEN)
+
     def flattened(self, spec: TreeSpec) -> "Stopping":
         """The same for the list of the leaves of a state of this structure.
 

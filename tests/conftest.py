@@ -4,9 +4,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# PyTorch's threads wait for each other in a busy loop, which makes tests many times slower on cores that do other work
-# too. It has to be set before PyTorch is imported.
+# One thread in each process of the tests and in those that they start: the problems are small, and `make test` runs one
+# process per core. Where a test asks for more threads, GOMP_SPINCOUNT keeps them from waiting for each other in a busy
+# loop, which is many times slower on cores that do other work too. PyTorch reads all of these when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import hypothesis
 import pytest
@@ -14,8 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The problems are small: more threads only cost time, and two are the same everywhere.
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 # Times depend on the machine, and a failure should come back in the next run.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)

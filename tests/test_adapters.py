@@ -35,6 +35,8 @@ ROWS = {
     "scipy:df-sane": ({}, {}),
     "scipy:hybr": ({}, {"problems": SMALL, "movable": False}),
 }
+# Slow rows, each beside a quicker one of the same package.
+LONG = {"torchdeq:simple_fixed_point_iter", "scipy:anderson", "scipy:broyden1"}
 
 
 def made(name, **options):
@@ -44,7 +46,9 @@ def made(name, **options):
 
 
 class TestAdapters(SolverConformance):
-    @pytest.fixture(autouse=True, params=ROWS)
+    @pytest.fixture(
+        autouse=True, params=[pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in ROWS]
+    )
     def _row(self, request):
         options, attributes = ROWS[request.param]
         self.solver = made(request.param, **options)

@@ -1,6 +1,7 @@
-"""The packages import in one direction, the core stays light, and the public names are in order."""
+"""Imports go in one direction, the core needs only torch, and public names are sorted and documented."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import pkgutil
@@ -36,6 +37,42 @@ ADAPTERS = ROOT / "solvers" / "adapters"
 # What only the optional parts need.
 OPTIONAL = {"accelerate", "matplotlib", "PIL", "psutil", "scipy", "sklearn", "tensorboard", "timm", "torchdeq"}
 OPTIONAL |= {"torchvision", "tqdm", "yaml"}
+# The parts of the core packages, which are files and folders, with the lowest level first. A part imports only from
+# itself and from parts of lower levels.
+LEVELS: dict[str, list[set[str]]] = {
+    "solvers": [
+        {"problem"},
+        {"_solution", "_stopping"},
+        {"_failure"},
+        {"linear"},
+        {"methods"},
+        {"_samples", "_secant"},
+        {"_progress"},
+        {"_untraced", "adapters"},
+        {"_registry"},
+        {"_solve"},
+        {"__init__"},
+        {"testing"},
+    ],
+    "implicit": [
+        {"autograd.torch_internals"},
+        {"autograd", "spectral"},
+        {"backward", "log_determinant", "training"},
+        {"functional"},
+        {"implicit_layer"},
+        {"invertible_residual", "layer"},
+        {"diagnostics"},
+        {"__init__"},
+    ],
+}
+LEVEL_OF = {
+    f"{package}.{part}": i for package, levels in LEVELS.items() for i, parts in enumerate(levels) for part in parts
+}
+# implicit may import the public names of these, and anything in solvers.problem.
+PUBLIC_MODULES = {"solvers", "solvers.adapters", "solvers.linear", "solvers.testing"}
+# The files that may use private names of PyTorch, and the private modules that PyTorch's own documentation recommends.
+TORCH_INTERNALS = {"implicit/autograd/torch_internals.py", "solvers/problem/window.py"}
+RECOMMENDED = {"torch.utils._pytree", "torch.utils._python_dispatch"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))
@@ -81,8 +118,107 @@ def test_solvers_know_tensors_and_callables_alone(path: Path) -> None:
     assert not {name for name in used if not name.startswith("torch.nn.functional")}
 
 
+def module_of(path: Path) -> str:
+    """The dotted name of the module in a file; a package is that of its ``__init__``."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of the project that a file imports, wherever in the file it does so."""
+    found = set()
+    for name in imports(ast.parse(path.read_text("utf-8"))):
+        # ``from a import b`` imports the module a.b if there is one, and otherwise a.
+        found.add(name if name in MODULES else name.rpartition(".")[0])
+    return found & MODULES.keys()
+
+
+def part_of(module: str) -> str:
+    """The part of its package that a module belongs to: the longest name in the table that is a prefix of its name."""
+    if module in LEVELS:
+        return f"{module}.__init__"
+    parts = [part for part in LEVEL_OF if f"{module}.".startswith(f"{part}.")]
+    assert parts, f"{module} belongs to no part: add it to LEVELS, above everything that it imports"
+    return max(parts, key=len)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.relative_to(ROOT).parts[0] in CORE], ids=label)
+def test_parts_of_the_core_import_only_lower_parts(path: Path) -> None:
+    module = module_of(path)
+    package, own = module.partition(".")[0], part_of(module)
+    others = {name for name in imported_modules(path) if name.partition(".")[0] == package and part_of(name) != own}
+    upward = {name for name in others if LEVEL_OF[part_of(name)] >= LEVEL_OF[own]}
+    assert not upward, f"{own} must not import from parts of its own level or above"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_imports_itself_through_others(package: str) -> None:
+    of_package = {name: path for name, path in MODULES.items() if name.partition(".")[0] == package}
+    graph = {name: imported_modules(path) - {name} for name, path in of_package.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.relative_to(ROOT).parts[0] == "implicit"], ids=label)
+def test_implicit_imports_public_names_of_solvers(path: Path) -> None:
+    private = []
+    for name in imports(ast.parse(path.read_text("utf-8"))):
+        module, _, attribute = name.rpartition(".")
+        if name.partition(".")[0] != "solvers" or name in PUBLIC_MODULES or f"{name}.".startswith("solvers.problem."):
+            continue
+        if module not in PUBLIC_MODULES or attribute not in importlib.import_module(module).__all__:
+            private.append(name)
+    assert not private, "import them from solvers, solvers.linear or solvers.problem"
+
+
+def private_names_of_torch(tree: ast.AST) -> set[str]:
+    """The dotted names that are imported from torch or reached through it and have a part with a leading underscore."""
+    origin = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module is not None and not node.level
+        for alias in node.names
+    }
+    chains = (chain.split(".") for chain in attributes(tree))
+    reached = {".".join([origin.get(chain[0], chain[0]), *chain[1:]]) for chain in chains}
+    found = {name for name in (*imports(tree), *reached) if name.partition(".")[0] == "torch"}
+    for prefix in RECOMMENDED:
+        found = {name.replace(prefix, "torch.recommended") for name in found}
+    return {name for name in found if re.search(r"\._(?!_)", name)}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.relative_to(ROOT).parts[0] in PACKAGES], ids=label)
+def test_private_names_of_torch_are_in_one_place(path: Path) -> None:
+    found = private_names_of_torch(ast.parse(path.read_text("utf-8")))
+    assert not found or label(path) in TORCH_INTERNALS, "use them through implicit/autograd/torch_internals.py"
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import torch\ntorch._C._functorch.peek()", {"torch._C._functorch.peek"}),
+        (
+            "from torch.nn.utils import parametrize\nparametrize._cache.clear()",
+            {"torch.nn.utils.parametrize._cache.clear"},
+        ),
+        (
+            "from torch.autograd import forward_ad as ad\nad._current_level",
+            {"torch.autograd.forward_ad._current_level"},
+        ),
+        ("from torch._C import _functorch", {"torch._C._functorch"}),
+        ("from torch.utils._pytree import tree_map\ntree_map(f, x)\nself._layout.pack(x)\ntorch.__version__", set()),
+    ],
+)
+def test_private_names_are_found(source: str, names: set[str]) -> None:
+    assert private_names_of_torch(ast.parse(source)) == names
+
+
 def test_core_loads_nothing_optional() -> None:
-    # torch itself loads some of them where they are installed.
+    # torch itself loads some of them if they are installed.
     program = (
         "import sys, torch; before = set(sys.modules); import solvers, implicit; print(*set(sys.modules) - before)"
     )

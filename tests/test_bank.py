@@ -72,7 +72,7 @@ def test_solves_the_bank(solver, problem):
         assert solution.value.dtype == dtype
 
 
-@pytest.mark.parametrize("problem", BANK)
+@pytest.mark.parametrize("problem", [p if p in EASY else pytest.param(p, marks=pytest.mark.long) for p in BANK])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_form_of_the_state_does_not_matter(solver, problem):
     """As a pytree, and with two batch dimensions: bit for bit. A sample alone, without any: the same answer."""

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,6 +30,7 @@ def test_imixer() -> None:
         assert saved[8, name] == saved[1, name]
 
 
+@pytest.mark.long
 def test_checkout_that_is_none(tmp_path: Path) -> None:
     done = run("benchmarks.imixer", "--quick", "--published", str(tmp_path))
     assert done.returncode == 2

@@ -65,7 +65,10 @@ def assert_same(function, other, inputs, parameters=()):
 
 
 @pytest.mark.parametrize("backward", ["unrolled", SERIES], ids=["unrolled", "implicit"])
-@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+@pytest.mark.parametrize(
+    "solver",
+    ["picard", pytest.param("anderson", marks=pytest.mark.long), pytest.param("broyden", marks=pytest.mark.long)],
+)
 def test_fixed_steps_are_one_graph_forward_and_backward(solver, backward):
     layer = FixedPointLayer(TanhMap(norm=True), solver=solver, backward=backward, **STEPS).eval()
     fast, graphs = compiled(layer, fullgraph=True)
@@ -76,7 +79,9 @@ def test_fixed_steps_are_one_graph_forward_and_backward(solver, backward):
         assert torch.allclose(fast(x), layer(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("backward", ["unrolled", SERIES], ids=["unrolled", "implicit"])
+@pytest.mark.parametrize(
+    "backward", [pytest.param("unrolled", marks=pytest.mark.long), SERIES], ids=["unrolled", "implicit"]
+)
 def test_weights_that_move_in_training_are_constant_during_a_compiled_solve(backward):
     layers = [FixedPointLayer(TanhMap(norm=True), backward=backward, **STEPS) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -117,10 +122,19 @@ def of_pytree(backward, x):
     return fixed_point(f, z0, {"w": w, "x": [x], "k": 2}, backward=backward, **STEPS)
 
 
-@pytest.mark.parametrize("backward", ["unrolled", SERIES, "implicit"], ids=["unrolled", "series", "gmres"])
+@pytest.mark.parametrize(
+    "backward",
+    ["unrolled", SERIES, pytest.param("implicit", marks=pytest.mark.long)],
+    ids=["unrolled", "series", "gmres"],
+)
 @pytest.mark.parametrize(
     ("function", "captured"),
-    [(of_module, list(linear.parameters())), (of_leaf, [w]), (of_result, [w]), (of_pytree, [w])],
+    [
+        (of_module, list(linear.parameters())),
+        pytest.param(of_leaf, [w], marks=pytest.mark.long),
+        pytest.param(of_result, [w], marks=pytest.mark.long),
+        (of_pytree, [w]),
+    ],
     ids=["module", "leaf", "result", "pytree"],
 )
 def test_captured_tensors_get_their_gradients(function, captured, backward):
@@ -145,6 +159,7 @@ def test_gmres_breaks_the_graph_once():
         torch.compile(layer, fullgraph=True, backend="eager")(x)
 
 
+@pytest.mark.long
 def test_adjoint_of_a_compiled_layer_is_reported():
     layer = FixedPointLayer(TanhMap())
     fast, _ = compiled(lambda x: layer(x, return_solution=True), fullgraph=False)
@@ -154,8 +169,8 @@ def test_adjoint_of_a_compiled_layer_is_reported():
     assert solution.adjoint.converged.all()
 
 
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "normalized"])
-@pytest.mark.parametrize("backward", ["unrolled", "implicit"])
+@pytest.mark.parametrize("norm", [pytest.param(False, marks=pytest.mark.long), True], ids=["plain", "normalized"])
+@pytest.mark.parametrize("backward", [pytest.param("unrolled", marks=pytest.mark.long), "implicit"])
 def test_tolerance_breaks_at_the_test_alone(backward, norm):
     layer = FixedPointLayer(TanhMap(norm), solver="picard", backward=backward, rtol=1e-5).eval()
     fast, graphs = compiled(layer, fullgraph=False)
@@ -202,6 +217,7 @@ def _second_derivative(function, x):
     return torch.autograd.grad(gradient.sum(), x)
 
 
+@pytest.mark.long
 def test_second_derivatives_are_refused_and_not_wrong():
     x = torch.randn(4, 3, requires_grad=True)
     for backward, message in (("implicit", "has no second derivative"), (SERIES, "double backward")):
@@ -210,7 +226,7 @@ def test_second_derivatives_are_refused_and_not_wrong():
             _second_derivative(fast, x)
 
 
-@pytest.mark.parametrize("backward", ["unrolled", "implicit"])
+@pytest.mark.parametrize("backward", ["unrolled", pytest.param("implicit", marks=pytest.mark.long)])
 def test_transforms_inside_what_is_compiled(backward):
     def solved(w):
         return fixed_point(lambda z, w: torch.tanh(z @ w + 1), torch.zeros(4, 3), w, backward=backward, **STEPS).sin()

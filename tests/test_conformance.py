@@ -65,7 +65,7 @@ class StepLengthOfTheBatch(Iteration):
         return State(z, f(z))
 
 
-@breaks("test_bad_samples_leave_the_others_alone", "for the others beside a sample that is nan")
+@breaks("test_bad_samples_leave_the_others_alone", "for the others beside a sample that is NaN")
 class RestOfTheBatch(Iteration):
     def step(self, f, state):
         z = state.fz + 0 * state.fz.sum()
@@ -366,7 +366,7 @@ def test_broken_solver_is_noticed(solver, test, message):
 
 
 def test_solver_without_a_decorator_is_refused():
-    with pytest.raises(TypeError, match=r"Iteration is no dataclass. Put @dataclasses.dataclass\(frozen=True, kw_only"):
+    with pytest.raises(TypeError, match=r"Iteration is not a dataclass. Put @dataclasses.dataclass\(frozen=True"):
         Iteration()
 
 

@@ -31,7 +31,10 @@ ONE = replace(ONE, clip_grad=0.5, grad_accum_steps=2)
 TWO = replace(ONE, batch_size=32, validation_batch_size=36)
 STOPPED_AT = (0, 11)
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
+    pytest.mark.long,
+]
 
 
 @pytest.fixture(scope="module")

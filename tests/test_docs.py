@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("solvers", "implicit", "imixer")
 MARKDOWN = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+LONG = {"scaling.md"}
 
 FENCED_BLOCK = re.compile(
     r"^(?P<comment><!-- not run: .+? -->\n+)?(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=fence)[ ]*$",
@@ -82,7 +83,11 @@ def test_docstring_examples(name: str) -> None:
     assert failures == 0
 
 
-@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.long) if path.name in LONG else path for path in MARKDOWN],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
 def test_markdown_code_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_blocks(path)

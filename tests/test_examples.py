@@ -16,6 +16,7 @@ def run(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_quickstart_is_that_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     _, program = (ROOT / "examples" / "quickstart.py").read_text("utf-8").split('"""\n\n', 1)
     # The tests of the documentation run the README's.
@@ -67,6 +68,7 @@ def test_invertible_resnet_fits_a_density_and_is_inverted(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_hopfield_networks_retrieve_what_they_store(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +87,7 @@ def test_hopfield_networks_retrieve_what_they_store(
     assert (tmp_path / "retrieval.png").stat().st_size > 50_000
 
 
+@pytest.mark.long
 def test_custom_solver_conforms() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/custom_solver.py"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

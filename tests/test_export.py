@@ -35,7 +35,7 @@ def images(size):
     return torch.randn(size, 3, 16, 16)
 
 
-@pytest.mark.parametrize("name", ["paper", "implicit"])
+@pytest.mark.parametrize("name", ["paper", pytest.param("implicit", marks=pytest.mark.long)])
 def test_training_compiles_to_one_graph(name):
     """Outputs, gradients and the power iteration are those of eager mode."""
     model = trained_somewhat(small(num_blocks=1, n_power=2, **MODELS[name])).train()
@@ -57,7 +57,9 @@ def test_training_compiles_to_one_graph(name):
         torch.testing.assert_close(compiled.eval()(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["paper", *(pytest.param(name, marks=pytest.mark.long) for name in MODELS if name != "paper")]
+)
 def test_exported_program(name):
     model = trained_somewhat(small(**MODELS[name])).eval()
     exported = torch.export.export(model, (images(2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -73,7 +75,10 @@ def test_a_test_for_convergence_is_not_exported():
 
 
 # Anderson's small systems are solved by a Cholesky factorization, for which ONNX has no operator.
-@pytest.mark.parametrize("name", ["paper", "eight steps", "broyden"])
+@pytest.mark.parametrize(
+    "name",
+    ["paper", pytest.param("eight steps", marks=pytest.mark.long), pytest.param("broyden", marks=pytest.mark.long)],
+)
 def test_onnx(name):
     pytest.importorskip("onnxscript", reason="the exporter needs onnxscript: pip install -e '.[dev]'")
     onnxruntime = pytest.importorskip("onnxruntime", reason="runs what is exported: pip install -e '.[dev]'")

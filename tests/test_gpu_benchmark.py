@@ -77,6 +77,7 @@ def rows(data, section, **labels):
     return chosen
 
 
+@pytest.mark.long
 def test_every_cell_measures_or_needs_cuda(toy_run):
     done, data, page = toy_run
     reasons = {row["reason"] for row in data["rows"] if row["outcome"] != "ok"}
@@ -90,6 +91,7 @@ def test_every_cell_measures_or_needs_cuda(toy_run):
     assert page.index("## Models against float64") < page.index("## Training") < page.index("## Goals")
 
 
+@pytest.mark.long
 def test_values_are_what_they_should_be(toy_run):
     _, data, _ = toy_run
     for row in rows(data, "correctness"):
@@ -115,6 +117,7 @@ def test_values_are_what_they_should_be(toy_run):
         assert row["values"]["residual"] < 1.5e-5
 
 
+@pytest.mark.long
 def test_goals_are_beside_what_was_measured(toy_run):
     _, data, page = toy_run
     assert len(data["goals"]) == 6

@@ -30,7 +30,9 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(
+    "name", [name if "_s" in name else pytest.param(name, marks=pytest.mark.long) for name in PARAMETERS]
+)
 def test_parameter_counts(name):
     for h_ratio, expected in zip((1.0, 2.0), PARAMETERS[name], strict=True):
         model = timm.create_model(name, num_classes=10, h_ratio=h_ratio, device="meta")

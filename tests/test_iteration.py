@@ -115,7 +115,7 @@ def test_check_every_tests_the_last_step():
     )
     assert solution.num_steps.unique().tolist() == [7]
     assert solution.converged.any()
-    with pytest.raises(ValueError, match=r"Iteration\(check_every=...\) must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match=r"Stopping\(check_every=...\) must be a positive integer, got 0"):
         solve(f, torch.zeros_like(args[1]), args=args, check_every=0)
 
 

@@ -30,12 +30,12 @@ def dense_jacobians(f, z, *inputs):
 
 def test_unbiased_against_the_dense_norm():
     f, z, x = TanhMap(), torch.randn(3, 4), torch.randn(3, 4)
-    samples = torch.stack([jacobian_regularization(f, z, x) for _ in range(4000)]).detach()
+    samples = torch.stack([jacobian_regularization(f, z, x) for _ in range(1000)]).detach()
     expected = dense_jacobians(f, z, x).detach().square().sum(dim=(1, 2)) / 4
-    assert ((samples.mean(0) - expected).abs() < 4 * samples.std(0) / 4000**0.5).all()
+    assert ((samples.mean(0) - expected).abs() < 4 * samples.std(0) / 1000**0.5).all()
     # One call with many vectors is their mean.
-    many = jacobian_regularization(f, z, x, num_samples=4000)
-    assert ((many - expected).abs() < 4 * samples.std(0) / 4000**0.5).all()
+    many = jacobian_regularization(f, z, x, num_samples=1000)
+    assert ((many - expected).abs() < 4 * samples.std(0) / 1000**0.5).all()
 
 
 def test_orthogonal_rows_need_one_vector():

@@ -172,6 +172,14 @@ def test_batches_that_cannot_mix():
     check_map(lambda z: z - z.mean(1, keepdim=True), torch.randn(3, 4))
 
 
+@pytest.mark.parametrize(("batch", "calls"), [(1, 6), (2, 8), (8, 12), (9, 14)])
+def test_the_number_of_calls(batch, calls):
+    """6 + 2 log2(B), rounded up."""
+    counter = Counter()
+    check_map(lambda z: (counter(torch.ones(1)), 0.5 * z)[1], torch.zeros(batch, 3))
+    assert counter.calls == calls
+
+
 def test_arguments_changed_in_place():
     relu = nn.ReLU(inplace=True)
     x = torch.randn(3, 6)

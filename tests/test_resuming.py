@@ -108,6 +108,7 @@ def test_the_state_that_is_compared_is_alive(undisturbed: Path) -> None:
         assert weights[f"{name}.0.u"].norm() == pytest.approx(1, rel=1e-5)  # also of the averaged weights
 
 
+@pytest.mark.long
 def test_killed_run_goes_on_bit_by_bit(undisturbed: Path, tmp_path: Path) -> None:
     config = replace(LIVELY, output=str(tmp_path), checkpoint_interval="2")
     moments = random.Random(0)

@@ -1,10 +1,15 @@
 """What is known of single solvers: how many calls of the map they take, textbook steps, hyperparameters."""
 
+import fractions
+
+import numpy as np
 import pytest
 import torch
 from solver_rows import CALLS_VARY, SOLVERS
 
-from solvers import Anderson, Broyden, Picard, Status, solve
+from solvers import Anderson, Auto, Broyden, Picard, Squarem, Status, get_solver, solve
+from solvers.linear import GMRES
+from solvers.problem.replaced_tensors import with_tensors
 from solvers.testing import BANK
 
 # Calls of f to 1e-5 relative in float32. None where the count depends on the last bits.
@@ -85,6 +90,100 @@ def test_bad_hyperparameters_are_named(bad):
         Anderson(**bad)
     with pytest.raises(ValueError, match=rf"Broyden\({name}=...\)"):
         Broyden(**bad)
+
+
+@pytest.mark.parametrize("memory", [np.int64(3), np.int8(3), np.uint16(3)], ids=repr)
+def test_integers_of_numpy_are_integers(memory):
+    for given, plain in (
+        (Anderson(memory=memory), Anderson(memory=3)),
+        (Broyden(memory=memory), Broyden(memory=3)),
+        (Auto(memory=memory), Auto(memory=3)),
+        (GMRES(restart=memory), GMRES(restart=3)),
+    ):
+        assert given == plain
+        assert hash(given) == hash(plain)
+        assert repr(given) == repr(plain)
+    bank = BANK["tanh"](torch.float32)
+    steps = {"rtol": None, "atol": None, "max_steps": 8}
+    value = solve(bank.f, bank.z0, Anderson(memory=memory), **steps).value
+    assert torch.equal(value, solve(bank.f, bank.z0, Anderson(memory=3), **steps).value)
+    assert solve(torch.cos, torch.ones(2, 3), batch_dims=np.int64(2), rtol=1e-4).status.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "damping", [*(kind(0.5) for kind in (np.float16, np.float32, np.float64)), fractions.Fraction(1, 2)]
+)
+@pytest.mark.parametrize("method", [Picard, Anderson, Broyden])
+def test_numbers_of_other_types_are_numbers(method, damping):
+    given, plain = method(damping=damping), method(damping=0.5)
+    assert given == plain
+    assert hash(given) == hash(plain)
+    assert repr(given) == repr(plain)
+    assert type(method(damping=1).damping) is float
+    bank = BANK["tanh"](torch.float32)
+    steps = {"rtol": None, "atol": None, "max_steps": 8}
+    assert torch.equal(solve(bank.f, bank.z0, given, **steps).value, solve(bank.f, bank.z0, plain, **steps).value)
+
+
+@pytest.mark.parametrize("bad", [True, np.True_, np.float64(3.0), "3", torch.tensor(3), 3 + 0j], ids=repr)
+def test_what_is_no_integer_is_refused(bad):
+    for solver in (Anderson, Broyden, Auto):
+        with pytest.raises(ValueError, match=r"memory=...\) must be a positive integer"):
+            solver(memory=bad)
+    with pytest.raises(ValueError, match="batch_dims must be an integer"):
+        solve(torch.cos, torch.ones(2, 3), batch_dims=bad)
+
+
+@pytest.mark.parametrize("bad", [True, np.False_, np.float32(1.5), np.nan, "0.5", torch.tensor(0.5), None], ids=repr)
+def test_what_is_no_damping_is_refused(bad):
+    for solver in (Picard, Anderson, Broyden):
+        with pytest.raises(ValueError, match=r"damping=...\) must be a number in \(0, 1\], got"):
+            solver(damping=bad)
+
+
+@pytest.mark.parametrize("name", ["torchdeq:anderson", "scipy:broyden1", "scipy:df-sane"])
+def test_adapters_take_numbers_of_numpy(name):
+    pytest.importorskip(name.partition(":")[0])
+    assert get_solver(name, memory=np.int64(4)) == get_solver(name, memory=4)
+    least = "positive integer" if name == "scipy:df-sane" else "integer >= 2"
+    with pytest.raises(ValueError, match=f"memory=...\\) must be an? {least}.*got True"):
+        get_solver(name, memory=True)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Picard(damping=0.7),
+        Anderson(memory=3, damping=0.7),
+        Anderson(memory=3, least_squares="qr"),
+        Broyden(memory=3, damping=0.7),
+        Broyden(method="bad", line_search=True),
+        *(Squarem(scheme=scheme) for scheme in ("S1", "S2", "S3")),
+    ],
+    ids=str,
+)
+def test_numbers_of_python_do_not_change_the_dtype(solver, dtype, default):
+    """A state without dimensions and one entry, where PyTorch's promotion is at its most surprising."""
+
+    def f(z):
+        assert z.dtype == dtype
+        return torch.cos(z)
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        start = torch.ones((), dtype=dtype)
+        solution = solve(f, start, solver, batch_dims=0, rtol=None, atol=None, max_steps=9)
+        state = solver.restarted(solution.state, torch.tensor([True]), start.view(1, 1), f(start).view(1, 1))
+        for reached in (state, solver.step(f, state)):
+            dtypes = set()
+            with_tensors(reached, lambda tensor, dtypes=dtypes: dtypes.add(tensor.dtype))
+            assert dtypes == {dtype}
+    finally:
+        torch.set_default_dtype(before)
+    assert solution.value.dtype == dtype
 
 
 def test_unknown_options_list_the_valid_ones():

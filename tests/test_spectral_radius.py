@@ -95,6 +95,32 @@ def test_pytrees_dtypes_and_modes():
     assert torch.allclose(found.value, expected.value, rtol=0.05)
 
 
+class CountedProducts(torch.autograd.Function):
+    """The identity, which counts its calls and the vector-Jacobian products through it."""
+
+    calls = products = 0
+
+    @staticmethod
+    def forward(z):
+        CountedProducts.calls += 1
+        return z.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        CountedProducts.products += 1
+        return cotangent
+
+
+def test_one_call_of_the_map_and_a_product_for_each_step():
+    CountedProducts.calls = CountedProducts.products = 0
+    spectral_radius(lambda z: torch.sin(CountedProducts.apply(z)), torch.ones(2, 30), steps=7)
+    assert (CountedProducts.calls, CountedProducts.products) == (1, 7)
+
+
 def test_edges():
     zero = spectral_radius(lambda z: 0 * z, torch.ones(2, 3))
     assert torch.equal(zero.value, torch.zeros(2))

@@ -170,7 +170,18 @@ def test_patience_and_growth_can_be_set():
         assert int(solution.num_steps) == math.floor(math.log2(2 * growth)) + 2
 
 
-@pytest.mark.parametrize("name", ["linear 0.5", "linear 0.9", "linear 0.99", "tanh", "imlp", "H-equation", "cos"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear 0.5",
+        "linear 0.9",
+        "linear 0.99",
+        "tanh",
+        pytest.param("imlp", marks=pytest.mark.long),
+        "H-equation",
+        "cos",
+    ],
+)
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=["picard", "anderson", "broyden"])
 def test_the_error_estimate_is_of_the_size_of_the_error(name, solver):
     problem = BANK[name](torch.float64)

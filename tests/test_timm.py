@@ -57,7 +57,9 @@ def test_listed():
     assert isinstance(timm.create_model(f"{NAMES[0]}.untrained", device="meta"), IMixer)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if "_l" in name else name for name in NAMES]
+)
 def test_default_cfg(name):
     """The architecture as it is registered, and that the names in the cfg are those of its modules."""
     model = timm.create_model(name, device="meta")

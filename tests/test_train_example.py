@@ -222,6 +222,7 @@ def test_folder_of_images_with_the_papers_flags(main: Main, tmp_path: Path, caps
     }
 
 
+@pytest.mark.long
 def test_other_models_of_timm_train_too(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_digit_tree(tmp_path / "shapes")
     assert (
@@ -332,6 +333,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.long
 def test_interrupt_saves_and_says_how_to_resume(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     process = start(*TINY, "--epochs", "100000", "--output", "run")
     for _ in range(1200):

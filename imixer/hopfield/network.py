@@ -12,7 +12,8 @@ from torch import Tensor
 from imixer.hopfield.lagrangians import Lagrangian
 from imixer.hopfield.trajectory import States, Trajectory, integrate
 from implicit import Backward, fixed_point
-from solvers import OnFailure, Solution, Solver
+from solvers import Solution, Solver
+from solvers.problem import OnFailure
 
 # Time constants that differ by more make the dynamics stiff: an explicit method's steps are bound by the shortest.
 _STIFF_RATIO = 20.0

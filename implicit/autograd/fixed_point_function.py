@@ -23,9 +23,10 @@ from implicit.autograd.torch_internals import (
     transform_active,
     without_tangent,
 )
-from solvers import OnFailure, Solution, report_failure
+from solvers import Solution, report_failure
 from solvers.linear import LinearSolver, linear_solve
 from solvers.linear.linear_solver import FLOOR
+from solvers.problem import OnFailure
 from solvers.problem.layout import Layout
 from solvers.problem.norms import relative, rms_norm
 from solvers.problem.replaced_tensors import with_tensors
@@ -53,6 +54,7 @@ class Problem:
         transformed: Whether the map was made explicit while a transform was tracing; then all its tensors are
             arguments, and it is differentiated by ``torch.func`` alone.
         report: Called with the Solution of the adjoint problem.
+        what: What a linear problem is called in messages.
     """
 
     map: Map
@@ -64,6 +66,7 @@ class Problem:
     resolution: float
     transformed: bool
     report: Report = None
+    what: str = "The linear solve of the derivative"
     num_solver_tensors: int = 0
 
     def adjoint(self, num_leaves: int) -> "Problem":
@@ -154,7 +157,7 @@ class Problem:
         if report is not None:
             report(solution)
         if solver.tested and bool(solution.failed.any()) and self._failed(solution, rhs, batch_dims):
-            report_failure(solution, self.on_failure, "The linear solve of the derivative")
+            report_failure(solution, self.on_failure, self.what)
         return cast(list[Tensor], solution.value)
 
     def _failed(self, solution: Solution, rhs: Leaves, batch_dims: int) -> bool:

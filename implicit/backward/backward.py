@@ -8,13 +8,13 @@ from typing import Any
 from torch.utils._pytree import TreeSpec
 
 from implicit.autograd.constant_weights import constant_weights
-from solvers import Iteration, OnFailure, Solution, Solver, Stopping, StopRule
-from solvers.problem import Hyperparameters, InDims, check_on_failure
+from solvers import Iteration, Solution, Solver, Stopping, StopRule
+from solvers.problem import Hyperparameters, InDims, OnFailure, check_on_failure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SolveOptions:
-    """The options of :func:`solvers.solve` for one solve, and what it is called in messages."""
+    """The options of :func:`solvers.solve` for one solve, and the layer that it belongs to, as messages call it."""
 
     solver: Solver
     stopping: StopRule = Stopping()  # noqa: RUF009
@@ -23,7 +23,7 @@ class SolveOptions:
     compact: bool = False
     in_dims: InDims = 0
     on_failure: OnFailure = "warn"
-    what: str = "The fixed-point solve"
+    layer: str = ""
 
     def __post_init__(self) -> None:
         check_on_failure(self.on_failure)
@@ -46,7 +46,7 @@ class SolveOptions:
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Solution[Any]:
         """``solvers.solve`` with these options."""
-        return self.iteration(f, z0, args).run(self.on_failure, what=self.what)
+        return self.iteration(f, z0, args).run(self.on_failure, what=self.named("The fixed-point solve"))
 
     def iteration(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Iteration[Any]:
         """The same solve, to be driven by hand."""
@@ -62,13 +62,17 @@ class SolveOptions:
             in_dims=self.in_dims,
         )
 
-    def called(self, what: str) -> "SolveOptions":
-        """The same for a solve with this name in messages."""
-        return dataclasses.replace(self, what=what)
+    def named(self, what: str) -> str:
+        """What a message says of something that belongs to the solve."""
+        return f"{what} of {self.layer}" if self.layer else what
 
     def for_leaves(self, spec: TreeSpec, batch_dims: int) -> "SolveOptions":
-        """The same for the list of the leaves of a state of this structure, with so many batch dimensions."""
-        return dataclasses.replace(self, stopping=self.stopping.flattened(spec), batch_dims=batch_dims)
+        """The same for the list of the leaves of a state of this structure, with so many batch dimensions.
+
+        The map's tensors are not its arguments then, so that finished samples cannot be taken out of them.
+        """
+        stopping = self.stopping.flattened(spec)
+        return dataclasses.replace(self, stopping=stopping, batch_dims=batch_dims, compact=False)
 
 
 class Backward(Hyperparameters, abc.ABC):

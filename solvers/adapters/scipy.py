@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from solvers.adapters._foreign import ForeignSolve, ForeignSolver, Progress
-from solvers.problem.hyperparameters import require_positive_int
+from solvers.problem.hyperparameters import require_positive, require_positive_int
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,14 +23,15 @@ MOST_ROWS = 1024
 
 
 class SciPySolver(ForeignSolver):
-    """Base of the adapters: ``scipy.optimize.root`` runs for each row, and all rows go forward together.
+    """Base of the adapters: ``scipy.optimize.root`` runs for each row, and all rows advance together.
 
-    It seeks a root of ``f(z) - z`` for one vector in float64 on the CPU. A step takes every row's solver to its next
-    call of the map, and calls ``f`` once for all of them, in the dtype and on the device of the state.
+    Each of these solvers seeks a root of ``f(z) - z`` for one vector in float64 on the CPU. A step takes every row's
+    solver to its next call of the map, and calls ``f`` once for all of them, in the dtype and on the device of the
+    state.
     """
 
     _method: ClassVar[str]
-    # Which of f(z) - z and z - f(z) the method is given.
+    # 1 if the method is given f(z) - z, -1 if it is given z - f(z).
     _sign: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -53,7 +54,7 @@ class SciPySolver(ForeignSolver):
         return _RowsProgress(self._run)
 
     def _run(self, z0: "Vector", eps: float, residual: "Callable[[Vector], Vector]") -> "Vector | None":
-        """The answer for one row; None if SciPy gives up on its numbers."""
+        """The answer for one row; None if SciPy gives up with a numerical error."""
         import numpy as np
 
         def signed(z: "Vector") -> "Vector":
@@ -73,9 +74,9 @@ class SciPyAnderson(SciPySolver):
 
     Args:
         memory: How many differences to keep, SciPy's ``M``.
-        damping: Step length without them, SciPy's ``alpha``: 1 is a Picard step. None leaves it to SciPy, which goes by
-            the sizes of the start and of its residual.
-        w0: Regularization: the diagonal of the Gram matrix is enlarged by this, squared.
+        damping: Step length while there are no differences, SciPy's ``alpha``: 1 is a Picard step. None leaves it to
+            SciPy, which derives it from the sizes of the start and of its residual.
+        w0: Regularization: each diagonal entry of the Gram matrix is multiplied by 1 + w0^2.
         line_search: How the length of a step is chosen; None takes every step whole.
     """
 
@@ -88,7 +89,7 @@ class SciPyAnderson(SciPySolver):
 
     def __post_init__(self) -> None:
         require_positive_int(self, "memory", self.memory)
-        _require_positive(self, "damping", self.damping)
+        require_positive(self, "damping", self.damping, optional=True)
         _require_one_of(self, "line_search", self.line_search, ("armijo", "wolfe", None))
         super().__post_init__()
 
@@ -103,9 +104,9 @@ class SciPyBroyden1(SciPySolver):
     Args:
         memory: How many updates to keep, SciPy's ``max_rank``, at least 2; None keeps all.
         damping: Step length before the first update, SciPy's ``alpha``: 1 is a Picard step. None leaves it to SciPy,
-            which goes by the sizes of the start and of its residual.
-        reduction_method: What becomes of the updates when there are ``memory``: "restart" drops all of them, "simple"
-            the oldest, "svd" the least important.
+            which derives it from the sizes of the start and of its residual.
+        reduction_method: Which updates to drop when there are ``memory``: "restart" drops all of them, "simple" the
+            oldest, "svd" the least important.
         line_search: How the length of a step is chosen; None takes every step whole.
     """
 
@@ -117,9 +118,8 @@ class SciPyBroyden1(SciPySolver):
     line_search: Literal["armijo", "wolfe"] | None = "armijo"
 
     def __post_init__(self) -> None:
-        if self.memory is not None and (not isinstance(self.memory, int) or self.memory < 2):
-            raise ValueError(f"SciPyBroyden1(memory=...) must be an integer >= 2 or None, got {self.memory!r}.")
-        _require_positive(self, "damping", self.damping)
+        require_positive_int(self, "memory", self.memory, optional=True, least=2)
+        require_positive(self, "damping", self.damping, optional=True)
         _require_one_of(self, "reduction_method", self.reduction_method, ("restart", "simple", "svd"))
         _require_one_of(self, "line_search", self.line_search, ("armijo", "wolfe", None))
         super().__post_init__()
@@ -134,13 +134,13 @@ class SciPyBroyden1(SciPySolver):
 class SciPyKrylov(SciPySolver):
     """SciPy's ``krylov``: inexact Newton's method, with Jacobian products by differences of the map.
 
-    Each product is a call of ``f``, and so a step; :class:`solvers.NewtonKrylov` has exact ones.
+    Each product is a call of ``f`` and hence a step; :class:`solvers.NewtonKrylov` computes exact products.
 
     Args:
         method: The solver of the linear systems.
-        inner_maxiter: The most iterations of a linear solve; "lgmres" makes 30 and ``outer_k`` more in any case.
+        inner_maxiter: Limit on the iterations of a linear solve; "lgmres" always makes 30 plus ``outer_k``.
         outer_k: How many vectors "lgmres" keeps from one linear solve to the next.
-        rdiff: Relative length of the differences; None is the root of the state's precision.
+        rdiff: Relative length of the differences; None is the square root of the state's machine epsilon.
         line_search: How the length of a step is chosen; None takes every step whole.
     """
 
@@ -156,7 +156,7 @@ class SciPyKrylov(SciPySolver):
         _require_one_of(self, "method", self.method, ("lgmres", "gmres", "bicgstab", "cgs", "minres", "tfqmr"))
         require_positive_int(self, "inner_maxiter", self.inner_maxiter)
         require_positive_int(self, "outer_k", self.outer_k)
-        _require_positive(self, "rdiff", self.rdiff)
+        require_positive(self, "rdiff", self.rdiff, optional=True)
         _require_one_of(self, "line_search", self.line_search, ("armijo", "wolfe", None))
         super().__post_init__()
 
@@ -172,14 +172,14 @@ class SciPyKrylov(SciPySolver):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SciPyDFSane(SciPySolver):
-    """SciPy's ``df-sane``: steps along the residual, their lengths from the last difference, with a line search.
+    """SciPy's ``df-sane``: steps along the residual with lengths from the last difference and a line search.
 
-    It is given ``z - f(z)``, along which its first step is Picard's.
+    It is given ``z - f(z)``, so that its first step is a Picard step.
 
     Args:
-        memory: How many residuals the line search looks back on, SciPy's ``M``.
+        memory: How many of the last residuals the line search compares with, SciPy's ``M``.
         sigma_0: The first step length.
-        sigma_eps: Step lengths are kept between this and its inverse.
+        sigma_eps: Step lengths are clipped to the range from this to its inverse.
         line_search: "cruz" or "cheng".
     """
 
@@ -193,8 +193,8 @@ class SciPyDFSane(SciPySolver):
 
     def __post_init__(self) -> None:
         require_positive_int(self, "memory", self.memory)
-        _require_positive(self, "sigma_0", self.sigma_0)
-        _require_positive(self, "sigma_eps", self.sigma_eps)
+        require_positive(self, "sigma_0", self.sigma_0)
+        require_positive(self, "sigma_eps", self.sigma_eps)
         _require_one_of(self, "line_search", self.line_search, ("cruz", "cheng"))
         super().__post_init__()
 
@@ -204,7 +204,7 @@ class SciPyDFSane(SciPySolver):
             "sigma_0": self.sigma_0,
             "sigma_eps": self.sigma_eps,
             "line_search": self.line_search,
-            # It stops at a residual of zero, after which it would divide by it.
+            # It stops at a residual of zero, by which it would divide next.
             "ftol": 0.0,
             "maxfev": sys.maxsize,
         }
@@ -214,12 +214,13 @@ class SciPyDFSane(SciPySolver):
 class SciPyHybr(SciPySolver):
     """SciPy's ``hybr``: Powell's hybrid method, MINPACK's ``hybrd``, with the whole Jacobian.
 
-    For small and hard problems, of up to 48 entries a sample: it measures the Jacobian by one call of ``f``, and so one
-    step, for each of its columns. Meanwhile the residual hardly falls, and :func:`solvers.solve` calls a sample
-    STAGNATED whose residual has not fallen for 50 steps.
+    Use it for small and hard problems, of up to 48 entries per sample: each column of the Jacobian takes one call of
+    ``f``, and hence one step. Meanwhile the residual hardly falls, and :func:`solvers.solve` reports a sample as
+    STAGNATED if its residual has not fallen for 50 steps.
 
     Args:
-        eps: The precision of the map, from which the length of the differences follows; None is that of the state.
+        eps: The relative precision of the map, which determines the length of the differences; None is the machine
+            epsilon of the state.
         factor: The first bound on the step, in units of the size of the start; between 0.1 and 100.
     """
 
@@ -229,13 +230,14 @@ class SciPyHybr(SciPySolver):
     factor: float = 100.0
 
     def __post_init__(self) -> None:
-        _require_positive(self, "eps", self.eps)
+        require_positive(self, "eps", self.eps, optional=True)
+        require_positive(self, "factor", self.factor)
         if not 0.1 <= self.factor <= 100:
             raise ValueError(f"SciPyHybr(factor=...) must be in [0.1, 100], got {self.factor!r}.")
         super().__post_init__()
 
     def _options(self, eps: float) -> dict[str, Any]:
-        # maxfev is an int of C.
+        # maxfev is a C int.
         return {"eps": self.eps or eps, "factor": self.factor, "xtol": 0.0, "maxfev": 2**31 - 1}
 
 
@@ -247,7 +249,7 @@ class _RowsProgress(Progress):
         self._solves: list[ForeignSolve[Vector | None]] | None = None
 
     def advance(self, z: Tensor, fz: Tensor) -> Tensor:
-        # The points that were asked for are float64, and rounded if the state is not: the residual is that at z.
+        # SciPy's points are float64. For a state of another dtype they are rounded, and the residual is that at z.
         points = z.detach().to("cpu", torch.float64, copy=True)
         residuals = (fz.detach().to("cpu", torch.float64) - points).numpy()
         if self._solves is None:
@@ -268,7 +270,7 @@ class _RowsProgress(Progress):
 
     def select(self, keep: Tensor) -> Self:
         if self._solves is not None:
-            # Those that are left out end with the last reference to them.
+            # The other solves end when they are collected.
             self._solves = [self._solves[i] for i in keep.tolist()]
         return self
 
@@ -279,13 +281,8 @@ class _RowsProgress(Progress):
 
 
 def _without_tests(line_search: str | None, **jac_options: Any) -> dict[str, Any]:
-    """Options of SciPy's methods of Newton's kind, which stop only at a residual of zero."""
+    """Options with which SciPy's Newton-type methods stop only at a residual of zero."""
     return {"line_search": line_search, "fatol": 0.0, "maxiter": sys.maxsize, "jac_options": jac_options}
-
-
-def _require_positive(owner: object, name: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise ValueError(f"{type(owner).__name__}({name}=...) must be positive, got {value!r}.")
 
 
 def _require_one_of(owner: object, name: str, value: object, known: tuple[object, ...]) -> None:

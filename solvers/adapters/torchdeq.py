@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from solvers.adapters._foreign import ForeignSolve, ForeignSolver, Progress
-from solvers.problem.hyperparameters import require_damping, require_positive_int
+from solvers.problem.hyperparameters import require_damping, require_positive, require_positive_int
 
 
 class TorchDEQSolver(ForeignSolver):
-    """Base of the adapters: one solver of torchdeq's runs on the whole batch, whose rows it does not mix.
+    """Base of the adapters: one solver of torchdeq runs on the whole batch.
 
-    Only in its stopping tests, which are off, and in the line search of its Broyden method, which is left out.
+    It mixes the rows only in its stopping tests, which are off, and in the line search of its Broyden method, which is
+    left out.
     """
 
     _name: ClassVar[str]
@@ -47,10 +48,10 @@ class TorchDEQSolver(ForeignSolver):
         def func(z: Tensor, tau: float = 1.0) -> Tensor:
             return f(z) if tau == 1.0 else tau * f(z) + (1 - tau) * z
 
-        # What PyTorch has for each thread apart: the gradient mode, and the stream of the device.
+        # PyTorch keeps the gradient mode and the current stream of the device per thread.
         stream = torch.cuda.current_stream(z0.device) if z0.is_cuda else None
         with torch.no_grad(), torch.cuda.stream(stream):
-            # No residual is below a negative tolerance.
+            # A negative tolerance switches the stopping test off.
             value: Tensor = self._function()(func, z0, max_iter=sys.maxsize, tol=-1.0, **self._options())[0]
         return value
 
@@ -77,7 +78,7 @@ class TorchDEQFixedPointIter(TorchDEQSolver):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TorchDEQSimpleFixedPointIter(TorchDEQFixedPointIter):
-    """torchdeq's ``simple_fixed_point_iter``: the same without its bookkeeping.
+    """torchdeq's ``simple_fixed_point_iter``: the same iterates without the bookkeeping.
 
     Args:
         damping: Step length in (0, 1], torchdeq's ``tau``.
@@ -90,13 +91,13 @@ class TorchDEQSimpleFixedPointIter(TorchDEQFixedPointIter):
 class TorchDEQAnderson(TorchDEQSolver):
     """torchdeq's ``anderson``: Anderson acceleration with a ridge of fixed size.
 
-    Made for tolerances above the ridge: once the squared residuals of a row are below it, the least-squares problem is
-    all ridge, and the step the mean of the last ones. :class:`solvers.Anderson` has no such floor.
+    Use it for tolerances above the ridge: once the squared residuals of a row are below it, the ridge dominates the
+    least-squares problem, and the step is the mean of the last ones. :class:`solvers.Anderson` has no such floor.
 
     Args:
         memory: How many iterates to keep, at least 2; torchdeq's ``m``.
         damping: Mixing factor in (0, 1], torchdeq's ``tau``.
-        ridge: What is added to the diagonal of the Gram matrix, in the units of squared residuals; torchdeq's ``lam``.
+        ridge: Number added to the diagonal of the Gram matrix, in the units of squared residuals; torchdeq's ``lam``.
     """
 
     _name: ClassVar[str] = "anderson"
@@ -106,10 +107,9 @@ class TorchDEQAnderson(TorchDEQSolver):
     ridge: float = 1e-4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.memory, int) or self.memory < 2:
-            raise ValueError(f"{type(self).__name__}(memory=...) must be an integer >= 2, got {self.memory!r}.")
-        if not self.ridge >= 0:
-            raise ValueError(f"{type(self).__name__}(ridge=...) must be a number >= 0, got {self.ridge!r}.")
+        require_positive_int(self, "memory", self.memory, least=2)
+        if self.ridge != 0:
+            require_positive(self, "ridge", self.ridge)
         require_damping(self, self.damping)
         super().__post_init__()
 
@@ -126,8 +126,8 @@ class TorchDEQBroyden(TorchDEQSolver):
     """torchdeq's ``broyden``: Broyden's first method, without a line search.
 
     Args:
-        memory: How many updates to keep, torchdeq's ``LBFGS_thres``; further ones take the place of the oldest. Twice
-            as many vectors of the state's size are allocated at the start.
+        memory: How many updates to keep, torchdeq's ``LBFGS_thres``; further ones replace the oldest. Twice as many
+            vectors of the state's size are allocated at the start.
     """
 
     _name: ClassVar[str] = "broyden"
@@ -143,12 +143,12 @@ class TorchDEQBroyden(TorchDEQSolver):
 
 
 class _BatchProgress(Progress):
-    """One solve of the whole batch. Samples that have left are still in it, and get their own point for an image."""
+    """One solve of the whole batch. Samples that have left the batch stay in it, with their own point as the image."""
 
     def __init__(self, run: Callable[..., Tensor]) -> None:
         self._run = run
         self._solve: ForeignSolve[Tensor] | None = None
-        # The positions of the samples that are left; None for all.
+        # The positions of the samples that are still in the batch; None for all.
         self._rows: Tensor | None = None
 
     def advance(self, z: Tensor, fz: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class _BatchProgress(Progress):
 
 
 class _UncheckedSolve(TorchFunctionMode):
-    """``torch.linalg.solve`` without the error that one singular matrix raises for the batch: its row is not finite."""
+    """Makes ``torch.linalg.solve`` return a row that is not finite for a singular matrix, instead of raising."""
 
     def __torch_function__(
         self,

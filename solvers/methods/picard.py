@@ -12,13 +12,13 @@ from solvers.problem.hyperparameters import require_damping
 class Picard(Solver):
     """Plain fixed-point iteration, ``z <- z + damping * (f(z) - z)``.
 
-    Converges linearly, at the rate of the contraction, wherever ``f`` contracts; the cheapest step there is. Prefer
-    :class:`Anderson` when the rate is worse than about 0.5 or unknown. n steps are exactly n calls of ``f``, and the
-    n-th call's result is returned.
+    The iteration converges linearly, at the rate of the contraction, wherever ``f`` contracts, and its steps are the
+    cheapest of all. Prefer :class:`Anderson` when the rate is worse than about 0.5 or unknown. n steps are exactly n
+    calls of ``f``, and the n-th call's result is returned.
 
     Args:
-        damping: Step length in (0, 1]; 1 is the undamped iteration. Less than 1 tames oscillation (Jacobian
-            eigenvalues near or below -1) and slows everything else.
+        damping: Step length in (0, 1]; 1 is the undamped iteration. Values less than 1 reduce oscillation (Jacobian
+            eigenvalues near or below -1) and slow down everything else.
     """
 
     damping: float = 1.0

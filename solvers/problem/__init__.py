@@ -2,13 +2,21 @@
 
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.flat_map import FlatMap, InDims
-from solvers.problem.hyperparameters import Hyperparameters, require_damping, require_positive_int
+from solvers.problem.hyperparameters import (
+    Hyperparameters,
+    as_float,
+    as_int,
+    require_damping,
+    require_positive,
+    require_positive_int,
+)
 from solvers.problem.layout import Layout, check_structure
 from solvers.problem.names import resolve
 from solvers.problem.norms import inner, relative, rms_norm
 from solvers.problem.on_failure import OnFailure, check_on_failure
 from solvers.problem.replaced_tensors import copy_with_tensors, with_tensors
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
+from solvers.problem.state_type import S
 from solvers.problem.window import add_combination, combine, dot, recorded, store
 
 __all__ = [
@@ -18,7 +26,10 @@ __all__ = [
     "InDims",
     "Layout",
     "OnFailure",
+    "S",
     "add_combination",
+    "as_float",
+    "as_int",
     "back_substitute",
     "check_on_failure",
     "check_structure",
@@ -30,6 +41,7 @@ __all__ = [
     "recorded",
     "relative",
     "require_damping",
+    "require_positive",
     "require_positive_int",
     "resolve",
     "rms_norm",

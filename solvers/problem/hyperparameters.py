@@ -2,20 +2,22 @@
 
 import dataclasses
 import difflib
+import numbers
+import operator
 from typing import Any, Self
 
 
 class Hyperparameters:
     """Base of the frozen, keyword-only dataclasses that hold hyperparameters (solvers, backward modes).
 
-    The check lives in ``__new__`` because a dataclass writes its own ``__init__``, whose message names the unknown
-    option but not the ones that exist.
+    The check is in ``__new__`` because a dataclass writes its own ``__init__``, whose message names the unknown option
+    but not the ones that exist.
     """
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         if not dataclasses.is_dataclass(cls):
             raise TypeError(
-                f"{cls.__name__} is no dataclass. Put @dataclasses.dataclass(frozen=True, kw_only=True) above it."
+                f"{cls.__name__} is not a dataclass. Put @dataclasses.dataclass(frozen=True, kw_only=True) above it."
             )
         # Not by dataclasses.fields, which torch.compile does not trace.
         fields = cls.__dataclass_fields__.values()
@@ -31,18 +33,80 @@ class Hyperparameters:
         return super().__new__(cls)
 
 
-def require_positive_int(owner: object, name: str, value: object, *, optional: bool = False) -> None:
-    """Raise a ValueError naming ``owner`` and the option unless ``value`` is an int >= 1 (or None when optional)."""
+def require_positive_int(
+    owner: object, name: str, value: object, *, optional: bool = False, least: int = 1
+) -> int | None:
+    """Raise a ValueError naming ``owner`` and the option unless ``value`` is an integer >= ``least``.
+
+    An integer of another package, such as ``np.int64(5)``, is accepted, and stored as an int if ``owner`` is a
+    :class:`Hyperparameters`. A bool is not an integer here.
+
+    Args:
+        owner: The object that has the option.
+        name: The option.
+        value: Its value.
+        optional: Whether None is accepted.
+        least: The smallest accepted value.
+
+    Returns:
+        The value as an int, or None.
+    """
     if optional and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        allowed = "a positive integer or None" if optional else "a positive integer"
+        return None
+    number = as_int(value)
+    if number is None or number < least:
+        allowed = ("a positive integer" if least == 1 else f"an integer >= {least}") + (" or None" if optional else "")
         raise ValueError(f"{type(owner).__name__}({name}=...) must be {allowed}, got {value!r}.")
+    _store(owner, name, value, number)
+    return number
 
 
-def require_damping(owner: object, value: float) -> None:
-    """Raise a ValueError unless ``0 < value <= 1``."""
-    if not 0.0 < value <= 1.0:
+def require_damping(owner: object, value: object) -> float:
+    """Raise a ValueError unless the option ``damping`` of ``owner`` is a number in (0, 1]; returns it as a float.
+
+    A number of another package, such as ``np.float32(0.5)``, is accepted, and stored as a float if ``owner`` is a
+    :class:`Hyperparameters`.
+    """
+    number = as_float(value)
+    if number is None or not 0.0 < number <= 1.0:
         raise ValueError(
-            f"{type(owner).__name__}(damping=...) must be in (0, 1], got {value!r}. 1 is the undamped step."
+            f"{type(owner).__name__}(damping=...) must be a number in (0, 1], got {value!r}. 1 is the undamped step."
         )
+    _store(owner, "damping", value, number)
+    return number
+
+
+def require_positive(owner: object, name: str, value: object, *, optional: bool = False) -> float | None:
+    """Raise a ValueError unless the option is a number > 0; returns it as a float, and stores it as above."""
+    if optional and value is None:
+        return None
+    number = as_float(value)
+    if number is None or not number > 0.0:
+        allowed = "a positive number or None" if optional else "a positive number"
+        raise ValueError(f"{type(owner).__name__}({name}=...) must be {allowed}, got {value!r}.")
+    _store(owner, name, value, number)
+    return number
+
+
+def as_int(value: object) -> int | None:
+    """The integer ``value`` of any type as an int; None for anything else, bools included."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return None
+    return operator.index(value)
+
+
+def as_float(value: object) -> float | None:
+    """The real number ``value`` of any type as a float; None for anything else, bools included."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    return float(value)
+
+
+def _store(owner: object, name: str, value: object, number: float) -> None:
+    """Replace an option that was given in another type, so that the owner prints, compares and computes as usual."""
+    if type(value) is not type(number) and isinstance(owner, Hyperparameters):
+        object.__setattr__(owner, name, number)

@@ -1,4 +1,4 @@
-"""How a pytree of batched tensors becomes one (B, D) matrix for the solvers, and back."""
+"""Conversion of a pytree of batched tensors to one (B, D) matrix for the solvers, and back."""
 
 import copy
 import math
@@ -8,25 +8,29 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from solvers.problem.hyperparameters import as_int
+
 
 class Layout:
-    """The shapes of a state: its leaves, which leading dimensions are the batch, and the dtype of the algebra.
+    """The shapes of a state's leaves, the leading dimensions that are the batch, and the dtype of the algebra.
 
-    The solvers see a (B, D) matrix whose rows are independent problems. Half-precision states are worked on in
-    float32: f is still called with the state's own dtype.
+    The solvers see a (B, D) matrix whose rows are independent problems. For half-precision states this matrix is
+    float32, but f is still called with the state's own dtype.
 
     Args:
         z0: A tensor or a pytree of tensors, each with the same leading ``batch_dims`` dimensions.
         batch_dims: How many leading dimensions index independent problems; 0 is one problem.
 
     Raises:
-        TypeError: A leaf is no tensor, or not of a real floating-point dtype.
+        TypeError: A leaf is not a tensor, or not of a real floating-point dtype.
         ValueError: The leaves disagree on the batch shape or the device, or there are none.
     """
 
     def __init__(self, z0: Any, batch_dims: int) -> None:
-        if not isinstance(batch_dims, int) or isinstance(batch_dims, bool) or batch_dims < 0:
+        number = as_int(batch_dims)
+        if number is None or number < 0:
             raise ValueError(f"batch_dims must be an integer >= 0, got {batch_dims!r}.")
+        batch_dims = number
         leaves, self.spec = tree_flatten(z0)
         if not leaves:
             raise ValueError(f"The state has no tensors: z0 = {z0!r}.")
@@ -64,7 +68,7 @@ class Layout:
                 self.dtype = dtype
 
     def resized(self, batch_size: int) -> "Layout":
-        """The same with another number of samples; for one batch dimension."""
+        """The layout for another number of samples. Only for one batch dimension."""
         other = copy.copy(self)
         other.batch_size = batch_size
         other.batch_shape = torch.Size((batch_size,))
@@ -72,7 +76,7 @@ class Layout:
         return other
 
     def _is_flat(self, tree: Any) -> bool:
-        """Whether the state is one (B, D) tensor in the dtype of the algebra, and ``tree`` is one as well."""
+        """Whether the state is one (B, D) tensor in the dtype of the algebra, and ``tree`` is such a tensor too."""
         return (
             isinstance(tree, Tensor)
             and self.spec.is_leaf()
@@ -81,7 +85,7 @@ class Layout:
         )
 
     def pack(self, tree: Any) -> Tensor:
-        """A pytree like z0 -> (B, D) in the dtype of the algebra. Views where it can."""
+        """A pytree like z0 -> (B, D) in the dtype of the algebra. A view where possible."""
         if self._is_flat(tree):
             flat: Tensor = tree
             return flat
@@ -102,13 +106,13 @@ class Layout:
         return tree_unflatten(leaves, self.spec)
 
     def unpack_batch(self, per_sample: Tensor) -> Tensor:
-        """(..., B) with one entry a sample -> (..., *batch shape)."""
+        """(..., B), with one entry per sample -> (..., *batch shape)."""
         return per_sample.reshape((*per_sample.shape[:-1], *self.batch_shape))
 
     def check(self, output: Any, name: str = "f") -> None:
-        """Raise unless ``output``, what ``f`` returned, is like the state.
+        """Raise unless ``output``, which ``name`` returned, has the structure, shapes, device and dtypes of the state.
 
-        Under autocast another floating-point dtype is accepted: the state keeps its own.
+        Under autocast any floating-point dtype is accepted; the state keeps its own.
         """
         if self._is_flat(output) and output.device == self.device:
             return
@@ -134,7 +138,7 @@ class Layout:
 
 
 def check_structure(found: TreeSpec, expected: TreeSpec, name: str) -> None:
-    """Raise a ValueError unless what ``name`` returned has the structure of the state."""
+    """Raise a ValueError unless the structure that ``name`` returned is that of the state."""
     if found != expected:
         raise ValueError(
             f"{name} must return the structure of the state: got {found} for a state of structure {expected}."

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """(B, D) -> (B,) root mean square of each row, so that tolerances do not depend on D."""
+    """(B, D) -> (B,) root mean square of each row, with which tolerances do not depend on D."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=1)
     return norm / math.sqrt(max(x.shape[1], 1))
 
@@ -23,6 +23,6 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
 
 
 def underflow(x: Tensor) -> float:
-    """Where the squares in a norm begin to lose digits to underflow."""
+    """The norm below which its squares begin to lose digits to underflow."""
     info = torch.finfo(x.dtype)
     return float((info.tiny / info.eps) ** 0.5)

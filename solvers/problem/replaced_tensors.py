@@ -1,4 +1,4 @@
-"""Copies of objects with other tensors in them."""
+"""Copies of objects with other tensors in their place."""
 
 import copy
 import dataclasses
@@ -12,9 +12,12 @@ T = TypeVar("T")
 
 
 def with_tensors(thing: T, change: Callable[[Any], Any], kinds: type | tuple[type, ...] = Tensor) -> T:
-    """``thing``, a pytree of tensors, dataclasses and whatever else, with ``change`` of every tensor in its place.
+    """A copy of ``thing`` in which ``change`` has been applied to every tensor.
 
-    The tensors, or what is of ``kinds``, are visited in an order that depends on the structure alone.
+    Args:
+        thing: A pytree of tensors, dataclasses of such pytrees, and any other leaves, which are kept.
+        change: The function. It is called in an order that depends only on the structure of ``thing``.
+        kinds: The types to apply it to instead of tensors.
     """
 
     def leaf(x: Any) -> Any:
@@ -30,7 +33,7 @@ def with_tensors(thing: T, change: Callable[[Any], Any], kinds: type | tuple[typ
 
 
 def copy_with_tensors(thing: T, change: Callable[[Tensor], Tensor]) -> T:
-    """A copy of any object, with ``change`` of every tensor in its attributes."""
+    """A copy of any object in which ``change`` has been applied to every tensor in its attributes."""
     other = copy.copy(thing)
     vars(other).update(with_tensors(vars(thing), change))
     return other

@@ -1,6 +1,6 @@
-"""Triangular systems of a few unknowns, one for each sample, some of whose pivots may be unusable.
+"""Triangular systems of a few unknowns, one for each sample, in batched tensor operations.
 
-A few tensor operations over the whole batch, which leave an unknown at 0 where its pivot is unusable.
+An unknown whose pivot is too small to divide by is set to 0.
 """
 
 import math
@@ -18,7 +18,7 @@ def back_substitute(rows: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """Solve upper-triangular systems given by their rows, the first unknown's row first.
 
     Args:
-        rows: For unknown i of n: the inverse of the pivot (B, 1), or 0 to leave the unknown at 0; the entries to the
+        rows: For unknown i of n: the inverse of the pivot (B, 1), or 0 to set the unknown to 0; the entries to the
             right of the pivot (B, n - i - 1); the right-hand side (B, 1).
 
     Returns:

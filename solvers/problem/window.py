@@ -80,7 +80,10 @@ def zero_where_not_finite(vector: Tensor, like: Tensor) -> Tensor:
     A sample that is restarted forgets a step whose image was not finite. But the products that were formed with that
     image stay in the graph, and the backward pass would multiply their zero cotangents by it: 0 * NaN is NaN.
     """
-    return vector.masked_fill(~like.isfinite().all(dim=1, keepdim=True), 0.0) if recorded(vector, like) else vector
+    if not recorded(vector, like):
+        return vector
+    # A sum is finite only if all of its terms are, and takes one pass.
+    return vector.masked_fill(~like.detach().sum(dim=1, keepdim=True).isfinite(), 0.0)
 
 
 def recorded(*tensors: Tensor | None) -> bool:

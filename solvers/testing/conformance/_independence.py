@@ -49,7 +49,7 @@ class IndependenceTests(ConformanceTests):
         others = torch.tensor([0, 1, 3, 4, 5])
         reference = _select(self._solve(problem, problem.start), others)
         for what, bad in (
-            ("beside a sample that is nan", problem.replace(2, shift=math.nan)),
+            ("beside a sample that is NaN", problem.replace(2, shift=math.nan)),
             ("beside a sample that overflows", problem.replace(2, growth=1e100)),
             ("beside a sample that diverges under Picard iteration", problem.replace(2, growth=5.0)),
             ("beside a sample that is solved at the start", problem.replace(2, shift=0.0)),
@@ -58,7 +58,7 @@ class IndependenceTests(ConformanceTests):
                 bad, bad.start, self.solver, rtol=RTOL, atol=0, max_steps=self.max_steps, on_failure="ignore"
             )
             self._require_same(_select(solution, others), reference, f"for the others {what}")
-            if what.endswith("is nan"):
+            if what.endswith("is NaN"):
                 status = Status(int(solution.status[2]))
                 require(
                     status is Status.NONFINITE and bool(solution.value[2].isnan().all()),
