@@ -13,7 +13,13 @@ SOLVERS = [Picard(), Anderson(), Anderson(memory=10), Broyden(), Broyden(method=
 class Looks(TorchDispatchMode):
     """Counts what copies values to the host: operations that do, and ``tolist``, which is none on the CPU."""
 
-    OPERATIONS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::masked_select"}
+    OPERATIONS = {
+        "aten::_local_scalar_dense",
+        "aten::is_nonzero",
+        "aten::nonzero",
+        "aten::equal",
+        "aten::masked_select",
+    }
 
     def __init__(self, monkeypatch):
         super().__init__()

@@ -122,7 +122,7 @@ class Auto(Solver):
         )
 
     def _apart(self, state: AutoState) -> tuple[AutoState, AndersonState]:
-        """The state in which every sample has a method of its own, and its window, which holds the plain steps so far."""
+        """The state in which every sample has its own method, and its window, which holds the plain steps so far."""
         iterates: list[State] = [state]
         trail = state.trail
         while trail is not None:

@@ -1,7 +1,7 @@
 """Fixed-point maps that people solve in practice, small enough for tests.
 
-Every map is made by a function of the dtype and the batch size from a fixed seed, in float64, and then converted, so
-that all dtypes solve the same problems. The state of some is a pytree.
+Every map is made by a function ``(dtype, batch=...)`` of the dtype and the number of samples, from a fixed seed, in
+float64, and then converted, so that all dtypes solve the same problems. The state of some is a pytree.
 """
 
 import dataclasses
@@ -338,7 +338,7 @@ def hartree(dtype: torch.dtype, batch: int = 4) -> RealMap:
     return _converted(make, torch.full((batch, 40), 0.1), dtype)
 
 
-REAL_MAPS: dict[str, Callable[[torch.dtype], RealMap]] = {
+REAL_MAPS: dict[str, Callable[..., RealMap]] = {
     "multiscale": multiscale,
     "sinkhorn 0.1": functools.partial(sinkhorn, epsilon=0.1),
     "sinkhorn 0.01": functools.partial(sinkhorn, epsilon=0.01),
