@@ -202,6 +202,8 @@ class InvertibleResidual(ImplicitLayer):
             return layout.pack(_checked(self.g, layout, layout.unpack(flat), inputs))
 
         with constant_weights():
+            if torch.compiler.is_compiling():
+                flat_g(layout.pack(x))  # computes the parametrized weights, which torch.func does not while compiling
             gx, *per_sample = estimator.run(flat_g, layout.pack(x), generator)
         log_det, sound = (layout.unpack_batch(part) for part in per_sample)
         if not (self.on_failure == "ignore" or torch.compiler.is_compiling() or transform_active()):

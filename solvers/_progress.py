@@ -30,8 +30,11 @@ WILD = 1e3
 # Growth of the residual since the start from which a sample that is out of steps counts as diverged.
 FAR = 1e6
 
-# A residual that reaches the limit from below this part of it has not grown there step by step.
-SUDDEN = 1e-3
+# A sample that gets beyond the limit in so many steps from its best iterate has not grown there step by step.
+SUDDEN = 10
+
+# How often in a row a sample is taken back without a smaller residual in between.
+MOST_TAKEN_BACK = 10
 
 # A residual this many times its bound does not meet it in the next step, as a rule.
 CLOSE = 30.0
@@ -95,9 +98,10 @@ class ToleranceTest:
 
     A sample that has stopped, well or badly, keeps its value; later updates do not touch it. An update is tensor code
     without branches up to one look at the host, which tells how many samples are left and what is to be done beyond
-    remembering the latest iterate as the best one. While every residual is far from its bound, the changes from step to
-    step, which only convergence depends on, are left out. If a residual then jumps to its bound, a second verdict, with
-    a second look, takes them in.
+    remembering the latest iterate as the best one. The changes from step to step, which only convergence depends on,
+    are followed where a residual is within its bound. How many of those samples have converged, the next look tells;
+    where all that are left may have, this one must, so that the changes are then followed before it. (If all of them
+    come from far away to their bounds in one step, it takes a second look.)
 
     Args:
         stopping: When a sample is done.
@@ -106,7 +110,8 @@ class ToleranceTest:
         keep_history: Keep the residuals of every tested step.
 
     Attributes:
-        num_done: How many of the samples that are left in the batch have stopped, on the host.
+        num_done: How many of the samples that are left in the batch have stopped at least, on the host.
+        may_have_ended: Whether some may have stopped in the last step.
         lost: (B,) bool, the samples to be taken back: their last step led to infinity, NaN or far away. None if there
             are none.
         latest: The latest iterate and its image.
@@ -115,7 +120,7 @@ class ToleranceTest:
     # Set by the first update.
     latest: State
     _samples: Samples
-    _secant: Secant
+    _is_image: Tensor  # (B,) bool, of which samples the image of the latest iterate is a value, and not itself
 
     def __init__(self, stopping: Stopping, measure: Measure, eps: float, *, keep_history: bool) -> None:
         self._stopping = stopping
@@ -123,13 +128,15 @@ class ToleranceTest:
         self._eps = eps
         self._least_patience = min(stopping.patience, FLOOR_PATIENCE)
         self._history: list[Tensor] | None = [] if keep_history else None
-        self._step = self._secant_step = 0
+        self._step = 0
         # The last step at which the residual of every active sample fell: none of them can be stagnant soon after it.
         self._all_improved_at = 0
-        # Whether a sample may converge in the next step, and whether one has ever grown tenfold.
-        self._near, self._grown = True, False
-        self._num_expanding = 0
+        # Whether all samples that are left may converge in the next step; whether one has ever grown tenfold; whether
+        # the image of the latest iterate is a value for all.
+        self._near, self._grown, self._all_contract = True, False, True
+        self._before: State | None = None  # during an update, the iterate before the latest
         self.num_done = 0
+        self.may_have_ended = False
         self.lost: Tensor | None = None
         # After drop_done: which samples of the batch are left, and what is known of all of them.
         self._rows: Tensor | None = None
@@ -141,24 +148,35 @@ class ToleranceTest:
         Nothing is taken in where samples are ``lost``, unless they were ``taken_back`` already.
         """
         first, self._step = self._step == 0, step
+        if not (first or taken_back):
+            self._before = self.latest
         # Without what else the solver remembers.
         self.latest, self.lost = State(state.z, state.fz), None
         with torch.no_grad():
-            errors, scales = self._measure.parts(state.residual), self._measure.parts(state.fz)
+            g = state.displacement
+            errors, scales = self._measure.parts(g), self._measure.parts(state.fz)
             if first:
                 self._samples = self._at_start(state, errors, scales)
-                self._secant, self._secant_step = Secant.at_start(state), step
             news = self._news(errors, scales)
             waited = step - self._all_improved_at >= self._least_patience
-            verdict = self._verdict(news, near=self._near or waited, waited=waited)
-            if verdict.num_within and not (self._near or waited):
-                verdict = self._verdict(news, near=True, waited=waited)
+            # The first step is always followed: from it all is known of contraction that does not depend on the batch.
+            followed = step == 2 or self._near or waited or step == self._stopping.max_steps
+            secant = self._secant() if followed and not first else None
+            verdict = self._verdict(news, secant, waited=waited)
+            if verdict.num_within and secant is None and not first:
+                secant = self._secant()
+                if verdict.num_within < verdict.num_active:
+                    verdict.met = news.within & self._is_sure(news, secant)
+                    verdict.active = verdict.met < verdict.active
+                else:  # all may have converged: only a second look tells
+                    verdict = self._verdict(news, secant, waited=waited)
             if verdict.num_beyond and not taken_back:
                 self.lost = self._lost(news)
                 if self.lost is not None:
                     return False
-            taken = self._take_in(news, verdict)
+            taken = self._take_in(news, verdict, secant)
         self._take_value(taken)
+        self._before = None  # a step needs the room
         return self.num_done == len(verdict.active)
 
     def _at_start(self, state: State, errors: Tensor, scales: Tensor) -> Samples:
@@ -166,10 +184,13 @@ class ToleranceTest:
         error, scale, size = (self._measure.whole(parts) for parts in (errors, scales, starts))  # (B,)
         growth = self._stopping.max_growth
         self._far = min(1.0, FAR / growth)
+        # Where squares lose digits to underflow, norms tell nothing.
+        self._vanishing = error.new_tensor(10 * underflow(error))
         zero = torch.zeros_like(error, dtype=torch.int64)
         infinite = torch.full_like(error, math.inf)
         return Samples(
             value=state.fz,
+            contracts=torch.ones_like(error, dtype=torch.bool),
             is_image=torch.ones_like(error, dtype=torch.bool),
             status=torch.full_like(error, ACTIVE, dtype=torch.int8),
             active=torch.ones_like(error, dtype=torch.bool),
@@ -182,95 +203,117 @@ class ToleranceTest:
             latest=error,
             reference=infinite,
             next_growth=10 * size,
+            taken_back=zero,
             start=state.z,
             start_size=size,
             absolute=self._measure.absolute(starts),
-            limit=growth * (error + scale),
+            limit=torch.where(error.isfinite(), growth * (error + scale), -1.0),
         )
 
     def _news(self, errors: Tensor, scales: Tensor) -> News:
         samples, measure = self._samples, self._measure
         error, scale, bound = measure.whole(errors), measure.whole(scales), measure.bound(scales, samples.absolute)
         rounded = torch.add(error, scale, alpha=self._eps / 2)
+        within = measure.within(errors, bound)
+        if self._step == 1:
+            # One iterate tells nothing of the error, so that the residual has to.
+            within = measure.within(errors, TINY * bound) | (within & self._is_fixed())
         return News(
             error=error,
             scale=scale,
             rounded=rounded,
             improved=rounded < samples.least,
             grown=scale > samples.next_growth,
-            allowed=error < samples.limit,
-            within=measure.within(errors, bound),
+            allowed=error <= samples.limit,
+            within=within,
             close=measure.within(errors, CLOSE * bound),
-            tiny=measure.within(errors, TINY * bound) if self._step == 1 else torch.zeros_like(error, dtype=torch.bool),
         )
 
-    def _verdict(self, news: News, *, near: bool, waited: bool) -> Verdict:
-        """What becomes of the samples; none of them converges unless ``near``, or is idle unless ``waited``."""
+    def _secant(self) -> Secant:
+        assert self._before is not None
+        return Secant.between(self._before, self.latest)
+
+    def _verdict(self, news: News, secant: Secant | None, *, waited: bool) -> Verdict:
+        """What becomes of the samples, by one look; none is idle unless one can have ``waited`` long enough.
+
+        After the first step, none converges without ``secant``.
+        """
         samples = self._samples
-        if near and self._secant_step < self._step:
-            self._secant, self._secant_step = self._secant.after(self.latest), self._step
+        met = idle = None
+        going = news.allowed
         if self._step == 1:
-            # One iterate tells nothing of the error, so that the residual has to.
-            met = (news.tiny | (news.within & self._is_fixed())) & news.allowed
-        else:
-            met = news.within & self._is_sure(news) if near else torch.zeros_like(news.within)
-        idle = self._idle(news) if waited else None
-        if idle is not None:
+            met = news.within & news.allowed
+        elif secant is not None:
+            met = news.within & self._is_sure(news, secant)
+        if waited and secant is not None:
+            idle = self._idle(news, secant)
             # Norms whose squares have vanished tell nothing, entries do.
-            met = met | ((idle != ACTIVE) & (news.scale <= underflow(news.scale)) & self._is_fixed())
-        # On truth values "less than" says "but not".
-        active = samples.active & (met < news.allowed)
-        if idle is not None:
-            active = active & (idle == ACTIVE)
+            fixed = (idle != ACTIVE) & (news.scale <= underflow(news.scale)) & self._is_fixed()
+            met = fixed if met is None else met | fixed
+            going = going & (idle == ACTIVE)
+        # Of truth values, "less than" says "but not".
+        if met is not None:
+            going = met < going
         flags = (
-            active,
+            samples.active & going,
             news.allowed < samples.active,
             news.improved < samples.active,
             news.grown,
-            news.close & samples.active,
-            news.within & samples.active,
-            ~self._secant.contracts,
+            news.close,
+            news.within,
+            samples.contracts,
         )
         # The look at the host.
-        return Verdict(met, idle, active, *torch.stack(flags).sum(dim=1).tolist())
+        return Verdict(met, idle, flags[0], *torch.stack(flags).sum(dim=1).tolist())
 
     def _is_fixed(self) -> Tensor:
         """(B,) bool: whether f(z) is z, bit for bit."""
         return (self.latest.fz == self.latest.z).all(dim=1)
 
-    def _is_sure(self, news: News) -> Tensor:
+    def _is_sure(self, news: News, secant: Secant) -> Tensor:
         """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell.
 
         The error, which is the residual times the change of f(z) over the change of f(z) - z in the last step, must be
         below a tenth of the size of the value or of the start. And since the value last grew tenfold, the residual must
         have fallen tenfold: a residual that is small only beside a value that ran away has not.
         """
-        samples, secant = self._samples, self._secant
-        tenfold = 10 * news.rounded
+        samples = self._samples
+        tenfold = torch.add(self._vanishing, news.rounded, alpha=10)
         near = tenfold * secant.df < torch.maximum(news.scale, samples.start_size) * secant.dg
         return near & (tenfold <= torch.where(news.grown, samples.latest, samples.reference))
 
-    def _idle(self, news: News) -> Tensor:
+    def _idle(self, news: News, secant: Secant) -> Tensor:
         """(B,) int8: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE."""
         samples = self._samples
         waited = (self._step - samples.best_step.clamp_min(self._all_improved_at)).masked_fill(news.improved, 0)
         stagnant = (waited >= self._stopping.patience) & (news.error <= WILD * samples.error)
-        at_floor = (waited >= FLOOR_PATIENCE) & (samples.residual <= FLOOR * self._eps) & self._is_sure(news)
+        at_floor = (waited >= FLOOR_PATIENCE) & (samples.residual <= FLOOR * self._eps) & self._is_sure(news, secant)
         idle = torch.full_like(samples.status, ACTIVE)
         return idle.masked_fill(stagnant, Status.STAGNATED).masked_fill(at_floor, Status.PRECISION_FLOOR)
 
     def _lost(self, news: News) -> Tensor | None:
+        """(B,) bool: the samples that a few steps have led from their best iterate to infinity, NaN or far away."""
         samples = self._samples
-        lost = (news.allowed < samples.active) & (samples.latest < SUDDEN * samples.limit)
-        return lost if bool(lost.any()) else None
+        since = self._step - samples.best_step.clamp_min(self._all_improved_at)
+        lost = (news.allowed < samples.active) & ((since <= SUDDEN) | ~news.error.isfinite())
+        lost = lost & (samples.taken_back < MOST_TAKEN_BACK)
+        if self._step == 1 or not bool(lost.any()):
+            return None
+        samples.taken_back = samples.taken_back + lost
+        return lost
 
-    def _take_in(self, news: News, verdict: Verdict) -> Tensor | None:
+    def _take_in(self, news: News, verdict: Verdict, secant: Secant | None) -> Tensor | None:
         """Remember a step; returns the samples with a new best iterate (B,), or None for all."""
         samples = self._samples
         active, left = verdict.active, verdict.num_active
-        ended = samples.active & ~active if left < len(active) - self.num_done else None
+        may_end = verdict.num_within or left < len(active) - self.num_done
+        ended = samples.active & ~active if may_end else None
+        self.may_have_ended = ended is not None
+        if self._step == 2 and secant is not None:
+            samples.contracts = secant.contracts
+        self._is_image = samples.contracts
         if ended is not None:
-            self._end(ended, news, verdict)
+            self._end(ended, news, verdict, secant)
         if self._history is not None:
             residual = torch.where(samples.active, relative(news.error, news.scale), samples.residual)
             self._history.append(residual if self._aside is None else self._merged(self._aside.residual, residual))
@@ -282,41 +325,60 @@ class ToleranceTest:
             samples.reference = torch.maximum(samples.reference, news.error)
         samples.latest = news.error
         if verdict.num_missed or self.num_done:
-            taken = samples.active & (news.improved | verdict.met)
+            taken = samples.active & (news.improved if verdict.met is None else news.improved | verdict.met)
             for name, value in (("error", news.error), ("scale", news.scale), ("least", news.rounded)):
                 setattr(samples, name, torch.where(taken, value, getattr(samples, name)))
             samples.best_step = samples.best_step.masked_fill(taken, self._step)
-            samples.is_image = torch.where(taken, self._secant.contracts, samples.is_image)
+            samples.taken_back = samples.taken_back.masked_fill(taken, 0)
+            samples.is_image = torch.where(taken, self._is_image, samples.is_image)
         else:
             taken = None
             samples.error, samples.scale, samples.least = news.error, news.scale, news.rounded
-            samples.is_image = self._secant.contracts
+            samples.is_image = self._is_image
+        if secant is not None and self._step == self._stopping.max_steps:
+            ratio = secant.error_ratio(samples.is_image)
+            samples.error_ratio = torch.where(active, ratio, samples.error_ratio)
         if not verdict.num_missed:
             self._all_improved_at = self._step
-        samples.active, self.num_done, self._near = active, len(active) - left, verdict.num_close > 0
-        self._num_expanding = verdict.num_expanding
+        # All that are left may converge in the next step only if all are close.
+        self._near = verdict.num_close >= left - verdict.num_within
+        samples.active, self.num_done = active, len(active) - left
+        self._all_contract = ended is None and self._step > 2 and verdict.num_contracting == len(active)
         return taken
 
-    def _end(self, ended: Tensor, news: News, verdict: Verdict) -> None:
+    def _end(self, ended: Tensor, news: News, verdict: Verdict, secant: Secant | None) -> None:
         """Give the samples ``ended`` (B,) their status."""
         samples = self._samples
         status = torch.full_like(samples.status, ACTIVE) if verdict.idle is None else verdict.idle
         # The later line wins.
-        status = status.masked_fill(~news.allowed, Status.DIVERGED)
-        status = status.masked_fill(~news.error.isfinite(), Status.NONFINITE)
-        status = status.masked_fill(verdict.met, Status.CONVERGED)
+        if verdict.num_beyond:
+            status = status.masked_fill(~news.allowed, Status.DIVERGED)
+            status = status.masked_fill(~news.error.isfinite(), Status.NONFINITE)
+        is_new = news.improved
+        if verdict.met is not None:
+            status = status.masked_fill(verdict.met, Status.CONVERGED)
+            is_new = is_new | verdict.met
         samples.status = torch.where(ended, status, samples.status)
         samples.num_steps = samples.num_steps.masked_fill(ended, self._step)
-        # The values are taken in after this.
-        is_image = torch.where(news.improved | verdict.met, self._secant.contracts, samples.is_image)
-        samples.error_ratio = torch.where(ended, self._secant.error_ratio(is_image), samples.error_ratio)
+        if secant is not None:
+            # Of a sample that has converged the last step has to show as well that f(z) is nearer.
+            self._is_image = self._is_image & (secant.contracts | ~ended)
+            is_image = torch.where(is_new, self._is_image, samples.is_image)
+            samples.error_ratio = torch.where(ended, secant.error_ratio(is_image), samples.error_ratio)
+        rows = ended if samples.absolute.dim() == 1 else ended.unsqueeze(1)
+        samples.absolute = samples.absolute.masked_fill(rows, -math.inf)
 
     def _take_value(self, taken: Tensor | None) -> None:
         """Take in the values of the samples ``taken``, with gradients where they are recorded."""
         samples, newest = self._samples, self.latest.fz
-        if self._num_expanding:
-            newest = torch.where(self._secant.contracts.unsqueeze(1), newest, self.latest.z)
+        if not self._all_contract:
+            newest = torch.where(self._is_image.unsqueeze(1), newest, self.latest.z)
         samples.value = newest if taken is None else torch.where(taken.unsqueeze(1), newest, samples.value)
+
+    @property
+    def value(self) -> Tensor:
+        """(B, D) the best values so far."""
+        return self._samples.value
 
     @property
     def done(self) -> Tensor:
@@ -329,17 +391,17 @@ class ToleranceTest:
         return torch.where(samples.error.isinf().unsqueeze(1), samples.start, samples.value).detach()
 
     def drop_done(self) -> Tensor:
-        """Put the stopped samples aside; from now on updates are of the others alone.
+        """Put stopped samples aside; from now on updates are of the others alone.
 
         Returns:
-            (n,) the positions of those, among the samples that were left before.
+            (n,) the positions of the others, among the samples that were left before.
         """
-        # Their number is known, so nothing waits for the device.
+        # As many as are known to have stopped, so that nothing waits for the device.
         order = self._samples.active.to(torch.int8).argsort(descending=True, stable=True)
         keep = order[: len(order) - self.num_done]
         self._aside = self._whole()
         self._rows = keep if self._rows is None else self._rows[keep]
-        for name in ("_samples", "_secant", "latest"):
+        for name in ("_samples", "latest"):
             setattr(self, name, with_tensors(getattr(self, name), lambda tensor: tensor.index_select(0, keep)))
         self.num_done = 0
         return keep
@@ -349,13 +411,11 @@ class ToleranceTest:
         samples, whole = self._samples, self._whole()
         active = samples.active
         with torch.no_grad():
-            secant = self._secant if self._secant_step == self._step else self._secant.after(self.latest)
             far = torch.maximum(self._far * samples.limit, WILD * samples.error)
             status = samples.status.masked_fill(active, Status.MAX_STEPS)
             status = status.masked_fill(active & (samples.latest > far), Status.DIVERGED)
-            error_ratio = torch.where(active, secant.error_ratio(samples.is_image), samples.error_ratio)
             change = self._measure.in_units(whole.error)
-            estimate = self._merged(whole.error_ratio, error_ratio) * change
+            estimate = whole.error_ratio * change
         return Outcome(
             value=whole.value,
             status=self._merged(whole.status, status),

@@ -12,8 +12,9 @@ class Samples:
     """What is known of each sample. All norms are those of the stopping test, without its unit.
 
     Attributes:
-        value: (B, D) of the iterate z with the smallest residual: f(z) while the map contracts, else z.
-        is_image: (B,) bool, whether it is f(z).
+        value: (B, D) of the iterate z with the smallest residual: f(z) where the steps show it to be nearer, else z.
+        contracts: (B,) bool, whether the first step brought images no farther apart than iterates.
+        is_image: (B,) bool, whether the value is f(z).
         status: (B,) int8, ACTIVE until the sample stops.
         active: (B,) bool.
         num_steps: (B,) int64, the step at which it stopped.
@@ -25,13 +26,15 @@ class Samples:
         latest: (B,) ``norm(f(z) - z)`` of the latest iterate.
         reference: (B,) the largest ``norm(f(z) - z)`` since the value last grew tenfold; infinite before that.
         next_growth: (B,) the ``norm(f(z))`` at which it has grown tenfold again.
+        taken_back: (B,) int64, how often in a row the sample was taken back to its best value.
         start: (B, D) the iterate of the first step.
         start_size: (B,) the larger one of ``norm(z)`` and ``norm(f(z))`` there.
-        absolute: (B,), or (B, parts), the absolute tolerance.
+        absolute: (B,), or (B, parts), the absolute tolerance; minus infinity once a sample has stopped.
         limit: (B,) the residual from which the sample counts as diverged.
     """
 
     value: Tensor
+    contracts: Tensor
     is_image: Tensor
     status: Tensor
     active: Tensor
@@ -44,6 +47,7 @@ class Samples:
     latest: Tensor
     reference: Tensor
     next_growth: Tensor
+    taken_back: Tensor
     start: Tensor
     start_size: Tensor
     absolute: Tensor
@@ -55,7 +59,7 @@ class Samples:
         return relative(self.error, self.scale)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class News:
     """The residuals of a step, and what they say of each sample; all (B,).
 
@@ -68,7 +72,6 @@ class News:
         allowed: Whether the error is below the limit for divergence; False for NaN.
         within: Whether the error is within the bound of the residual test.
         close: Whether it may be so in the next step.
-        tiny: Whether it is far below the bound; only for the first step.
     """
 
     error: Tensor
@@ -79,15 +82,14 @@ class News:
     allowed: Tensor
     within: Tensor
     close: Tensor
-    tiny: Tensor
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Verdict:
     """What becomes of the samples in a step.
 
     Attributes:
-        met: (B,) bool, the samples that have converged.
+        met: (B,) bool, the samples that have converged; None if none has.
         idle: (B,) int8, STAGNATED or PRECISION_FLOOR where no smaller residual is expected, else ACTIVE; None if no
             sample can have waited long enough.
         active: (B,) bool, the samples that go on.
@@ -95,12 +97,12 @@ class Verdict:
         num_beyond: How many of the samples that were active have a residual beyond the limit, or NaN.
         num_missed: How many of them have not improved.
         num_grown: How many samples have grown tenfold.
-        num_close: How many of the active ones are close to their bound.
+        num_close: How many are close to their bound.
         num_within: How many are within it.
-        num_expanding: Of how many samples the map has not contracted in every step.
+        num_contracting: For how many the first step brought images no farther apart than iterates.
     """
 
-    met: Tensor
+    met: Tensor | None
     idle: Tensor | None
     active: Tensor
     num_active: int
@@ -109,4 +111,4 @@ class Verdict:
     num_grown: int
     num_close: int
     num_within: int
-    num_expanding: int
+    num_contracting: int

@@ -13,7 +13,7 @@ from solvers._progress import FixedSteps, ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
 from solvers._stopping import NOT_GIVEN, Measure, NotGiven, Stopping, StopRule, Tolerance, stop_rule
-from solvers.methods.solver import Solver, State, close, take_samples
+from solvers.methods.solver import Solver, close, take_samples
 from solvers.problem import (
     FlatMap,
     InDims,
@@ -173,8 +173,6 @@ class Iteration(Generic[S]):
             self._progress = ToleranceTest(rule, Measure(rule, self._layout), self._map.eps, keep_history=history)
         else:
             self._progress = FixedSteps(keep_history=history)
-        # Number of finished samples that the map is already kept from.
-        self._num_apart = 0
         self.num_steps = 1
         with without_autocast(self._layout.device.type):
             self.state = self._solver.init(self._map, self._layout.pack(z0))
@@ -200,7 +198,7 @@ class Iteration(Generic[S]):
         if self.done:
             return
         with without_autocast(self._layout.device.type):
-            if isinstance(self._progress, ToleranceTest) and self._progress.num_done > self._num_apart:
+            if isinstance(self._progress, ToleranceTest) and self._progress.may_have_ended:
                 self._set_finished_apart(self._progress)
             self._step()
 
@@ -222,20 +220,19 @@ class Iteration(Generic[S]):
             from solvers import _untraced
 
             update = functools.partial(_untraced.update, progress)
-        before = progress.latest if self.num_steps > 1 else self.state
         done = bool(update(self.num_steps, self.state))
         if progress.lost is not None:
-            self._take_back(progress.lost, before)
+            self._take_back(progress.lost, progress.value)
             done = bool(update(self.num_steps, self.state, taken_back=True))
         return done
 
-    def _take_back(self, lost: Tensor, before: State) -> None:
-        """Let the samples ``lost`` (B,) go on from a plain step from the iterate ``before``, or a shorter one."""
-        z, fz = self.state.z, self.state.fz
-        length, still = 1.0, lost
+    def _take_back(self, lost: Tensor, best: Tensor) -> None:
+        """Let the samples ``lost`` (B,) go on after a plain step from their ``best`` value (B, D), or a shorter one."""
+        start = torch.where(lost.unsqueeze(1), best, self.state.z)
+        image, length = self._map(start), 1.0
+        z, fz, still = self.state.z, self.state.fz, lost
         for _ in range(MOST_SHORTER):
-            step = torch.lerp(before.z, before.fz, length)
-            z = torch.where(still.unsqueeze(1), step, z)
+            z = torch.where(still.unsqueeze(1), torch.lerp(start, image, length), z)
             fz = torch.where(still.unsqueeze(1), self._map(z), fz)
             still = still & ~fz.isfinite().all(dim=1)
             if not bool(still.any()):
@@ -280,13 +277,12 @@ class Iteration(Generic[S]):
 
     def _set_finished_apart(self, progress: ToleranceTest) -> None:
         """Keep what is finished from the map: out of its call if enough is, else held at its value."""
-        if self._compact and progress.num_done >= COMPACT_SHARE * len(progress.done):
+        if self._compact and progress.num_done and progress.num_done >= COMPACT_SHARE * len(progress.done):
             keep = progress.drop_done()
             self.state = take_samples(self.state, keep)
             self._map.take_samples(keep, self._in_dims)
         else:
             self._map.freeze(progress.done, progress.held())
-        self._num_apart = progress.num_done
 
     def _advice(self) -> str:
         """What may be wrong with the map, as far as a failed solve can find out."""

@@ -244,3 +244,14 @@ def test_exports(backward):
     for size in (4, 7):
         x = torch.randn(size, 3)
         assert torch.allclose(exported.module()(x), layer(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [STEPS, {"rtol": 1e-5}], ids=["steps", "tolerance"])
+def test_checkpointed_runs_outside_of_the_graph(options):
+    layer = FixedPointLayer(TanhMap(norm=True), solver="picard", backward="checkpointed", **options).eval()
+    fast, _ = compiled(lambda x: layer(x).sin(), fullgraph=False)
+    x = torch.randn(4, 3, requires_grad=True)
+    assert_same(lambda x: layer(x).sin(), fast, [x], list(layer.parameters()))
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"For one graph use\s+Unrolled\(\)"):
+        torch.compile(layer, fullgraph=True, backend="eager")(x)

@@ -1,5 +1,6 @@
 """Each parametrized weight is computed once a solve, however the map reaches its module, and only in its thread."""
 
+import copy
 import functools
 import threading
 import types
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from implicit import FixedPointLayer, InvertibleResidual, fixed_point, spectral_norm
+from implicit import FixedPointLayer, InvertibleResidual, fixed_point, power_iterations_advanced, spectral_norm
 from implicit.autograd.torch_internals import weight_source
 from implicit.diagnostics import spectral_radius
 from implicit.training import iterates, jacobian_regularization
@@ -257,6 +258,32 @@ def test_several_originals():
         assert torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6)
 
 
+# PyTorch's checkpoints do not allow torch.func in what they repeat.
+@pytest.mark.parametrize("backward", ["unrolled", "implicit", "neumann", "phantom", "jfb"])
+def test_a_weight_that_is_first_read_inside_a_transform(backward):
+    """The map is the gradient of an energy; power iteration writes to buffers, which a transform forbids."""
+    linear = spectral_norm(nn.Linear(3, 3), coeff=0.5, n_power_iterations=1)
+    norm = linear.parametrizations.weight[0]
+    with torch.no_grad():
+        norm.u.copy_(torch.nn.functional.normalize(torch.randn(3), dim=0))
+    twin = copy.deepcopy(linear)
+    x = torch.randn(5, 3, requires_grad=True)
+
+    def f(z, x):
+        return 0.5 * torch.func.grad(lambda z: torch.nn.functional.softplus(linear(z)).sum())(z) + x
+
+    fixed_point(f, torch.zeros(5, 3), x, solver="broyden", backward=backward, rtol=1e-6).sum().backward()
+    weight = twin.weight
+    assert torch.equal(norm.u, twin.parametrizations.weight[0].u)
+
+    def plain(z, x):
+        return 0.5 * torch.sigmoid(z @ weight.T + twin.bias) @ weight + x
+
+    fixed_point(plain, torch.zeros(5, 3), x, solver="broyden", backward=backward, rtol=1e-6).sum().backward()
+    for p, q in zip(linear.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+
+
 # Threads.
 
 
@@ -331,6 +358,17 @@ def test_one_thread_trains_while_another_serves():
     finally:
         stop.set()
         thread.join()
+
+
+def test_power_iterations_that_were_advanced_together_are_so_in_their_thread_only():
+    linear = spectral_norm(nn.Linear(3, 3), coeff=0.5, n_power_iterations=1)
+    norm = linear.parametrizations.weight[0]
+    advanced = []
+    with power_iterations_advanced(linear):
+        assert norm.advanced_vectors() is not None
+        in_thread(lambda: advanced.append(norm.advanced_vectors()))
+    assert advanced == [None]
+    assert norm.advanced_vectors() is None
 
 
 def test_the_backward_pass_in_another_thread():

@@ -337,3 +337,20 @@ def test_status_of_each_sample():
     )
     assert [Status(int(s)) for s in solution.status] == [Status.CONVERGED, Status.DIVERGED]
     assert z.isfinite().all()
+
+
+@pytest.mark.parametrize("backward", ["implicit", "unrolled", "shine"])
+def test_parameters_that_are_used_only_near_the_solution(backward):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.near, self.far, self.idle = (nn.Parameter(torch.tensor(0.5)) for _ in range(3))
+
+        def forward(self, z, x):
+            return self.far * torch.sin(z) + x if z.abs().max() > 0 else self.near + x
+
+    layer = FixedPointLayer(Branches(), solver="broyden", backward=backward, rtol=1e-6)
+    layer(torch.ones(2, 3)).sum().backward()
+    assert layer.f.far.grad is not None
+    assert layer.f.far.grad > 0.1
+    assert layer.f.idle.grad is None

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from solvers import Anderson, Broyden, Picard, Squarem, Status, solve
-from solvers.testing import BANK
+from solvers import Anderson, Broyden, Picard, Squarem, solve
 
 SOLVERS = [Picard(), Anderson(), Anderson(memory=10), Broyden(), Broyden(method="bad", memory=10), Squarem()]
 

@@ -174,3 +174,30 @@ def test_error_bound_needs_a_contraction_and_a_residual():
         fixed.error_bound(0.9)
     watched = solve(torch.cos, torch.ones(2, 1), Picard(), rtol=None, atol=None, max_steps=3, history=True)
     assert watched.error_bound(0.9).shape == (2,)
+
+
+@pytest.mark.parametrize("options", [{"rtol": 1e-10, "atol": 0}, {"rtol": None, "atol": None}], ids=["test", "no test"])
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), "auto", "squarem", "newton_krylov"], ids=str)
+def test_a_copy_and_its_original_go_on_by_themselves(solver, options):
+    f, args = easy_to_hard(batch=4)
+    options = {"args": args, "max_steps": 30, "history": True, **options}
+
+    def steps(iteration, number):
+        for _ in range(number):
+            iteration.step()
+        return iteration.solution()
+
+    z0 = torch.zeros_like(args[1])
+    for taken in (0, 3, 12):
+        iteration = Iteration(f, z0, solver, **options)
+        steps(iteration, taken)
+        copy = iteration.with_tensors(lambda tensor: tensor)
+        before = steps(copy, 0)
+        value, history = before.value.clone(), before.history.clone()
+        after = steps(iteration, 8)
+        assert torch.equal(steps(copy, 0).value, value)
+        assert torch.equal(steps(copy, 0).history, history)
+        again = steps(copy, 8)
+        assert torch.equal(again.value, after.value)
+        assert torch.equal(again.history, after.history)
+        assert torch.equal(steps(Iteration(f, z0, solver, **options), taken + 8).value, after.value)

@@ -178,16 +178,16 @@ def test_a_map_with_a_bounded_domain_is_solved_by_taking_back(name):
         lost = ~state.fz.isfinite().all(dim=1)
         taken_back += int(lost.sum())
         state = solver.restarted(state, lost, best.z, best.fz)
-        closer = (state.residual.abs() < best.residual.abs()).all(dim=1)
+        closer = (state.displacement.abs() < best.displacement.abs()).all(dim=1)
         closer = closer.unsqueeze(1)
         best = State(z=torch.where(closer, state.z, best.z), fz=torch.where(closer, state.fz, best.fz))
     assert taken_back > 0
     assert torch.allclose(best.z, torch.ones(2, 1, dtype=torch.float64), rtol=1e-9)
 
 
-def test_a_state_computes_its_residual_unless_it_stores_it():
+def test_a_state_computes_its_displacement_unless_it_stores_it():
     z, fz = torch.zeros(2, 3), torch.ones(2, 3)
-    assert torch.equal(State(z, fz).residual, fz)
+    assert torch.equal(State(z, fz).displacement, fz)
     state = Anderson().init(torch.cos, z)
-    assert state.residual is state.g
-    assert torch.equal(state.residual, state.fz - state.z)
+    assert state.displacement is state.g
+    assert torch.equal(state.displacement, state.fz - state.z)

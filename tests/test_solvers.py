@@ -176,11 +176,10 @@ def test_numbers_of_python_do_not_change_the_dtype(solver, dtype, default):
     try:
         start = torch.ones((), dtype=dtype)
         solution = solve(f, start, solver, batch_dims=0, rtol=None, atol=None, max_steps=9)
-        state = solver.restarted(solution.state, torch.tensor([True]), start.view(1, 1), f(start).view(1, 1))
-        for reached in (state, solver.step(f, state)):
-            dtypes = set()
-            with_tensors(reached, lambda tensor, dtypes=dtypes: dtypes.add(tensor.dtype))
-            assert dtypes == {dtype}
+        moved = solver.restarted(solution.state, torch.tensor([True]), start.view(1, 1), f(start).view(1, 1))
+        dtypes = []
+        with_tensors((moved, solver.step(f, moved)), lambda tensor: dtypes.append(tensor.dtype))
+        assert set(dtypes) == {dtype}
     finally:
         torch.set_default_dtype(before)
     assert solution.value.dtype == dtype

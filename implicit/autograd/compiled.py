@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.autograd.fixed_point_function import Leaves, Problem
+from implicit.autograd.problem import Leaves, Problem
 from implicit.autograd.torch_internals import Cache, reading_from_cache
 
 

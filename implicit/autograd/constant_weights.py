@@ -20,7 +20,9 @@ from implicit.autograd.torch_internals import (
     computed_weight,
     in_cache,
     originals_of,
+    outside_transforms_above,
     put_in_cache,
+    transform_level,
     weight_source,
 )
 
@@ -33,8 +35,8 @@ class ConstantWeights:
     """The weights of one solve, by their parametrizations.
 
     Inside another solve they are taken from that one, and those that are computed belong to it too, so that the outer
-    map is constant as well. A weight is computed in the grad mode of the outermost solve's beginning: a solver that
-    runs under ``no_grad`` leaves it its gradient.
+    map is constant as well. A weight is computed in the grad mode, and under the transforms, of the outermost
+    solve's beginning: a solver that runs under ``no_grad`` leaves it its gradient.
 
     Args:
         given: Weights that are known already.
@@ -50,6 +52,7 @@ class ConstantWeights:
         self.varying: set[ParametrizationList] = set()
         self._outer = weight_source.get()
         self._grad_enabled = torch.is_grad_enabled()
+        self._level = transform_level()
 
     def weight_of(self, parametrization: ParametrizationList) -> Tensor:
         """The weight, computed at the first access."""
@@ -82,7 +85,8 @@ class ConstantWeights:
     def _new(self, parametrization: ParametrizationList) -> Tensor:
         if self._outer is not None:
             return self._outer.weight_of(parametrization)
-        with torch.set_grad_enabled(self._grad_enabled):
+        # Power iteration writes to buffers, which a transform that the map runs under would not allow.
+        with outside_transforms_above(self._level), torch.set_grad_enabled(self._grad_enabled):
             return computed_weight(parametrization)
 
     @contextlib.contextmanager

@@ -20,6 +20,9 @@ from solvers.problem.layout import check_structure
 # A result of a node of autograd's graph: the node, and which of its results.
 Edge = tuple[Any, int]
 
+# The placeholder of a tensor among arguments.
+_TENSOR = object()
+
 
 class ExplicitMap:
     """``f(z, *args)`` as a function of the leaves of z and a flat list of tensors. It holds no tensor itself.
@@ -32,7 +35,7 @@ class ExplicitMap:
         f: The user's map.
         state_spec: The structure of the state.
         state_dtypes: The dtypes of the state.
-        arguments: ``args`` with None in the place of each tensor.
+        arguments: The leaves of ``args``, with a placeholder for each tensor, and their structure.
         parametrizations: Those of the weights.
         loans: The modules to which tensors are lent, and the names of these.
         names: The parameters and buffers of f.
@@ -94,9 +97,6 @@ class ExplicitMap:
         """Relative rounding of the map where it is coarser than the algebra's: half precision, stored or autocast."""
         dtypes = self._state_dtypes if self._autocast.dtype is None else {*self._state_dtypes, self._autocast.dtype}
         return max([0.0, *[torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize == 2]])
-
-
-_TENSOR = object()
 
 
 def make_explicit(
@@ -208,6 +208,11 @@ class FirstCall:
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         lent = [tensor for loan in self._loans for tensor in loan.tensors.values()]
         self.captured = _captured(leaves, lent, list(_tensors_in_closure(self._f)))
+        if isinstance(self._f, nn.Module):
+            # A parameter may be used only in other places than z0: in a branch, by an expert.
+            known = set(map(id, self.captured))
+            others = (p for p in self._f.parameters() if p.requires_grad and p.is_leaf and id(p) not in known)
+            self.captured.extend(others)
         return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
 
 

@@ -3,21 +3,22 @@
 A new version of PyTorch may change any of these without notice. ``tests/test_torch_internals.py`` checks that each one
 exists and behaves as described here, so that a change is found there first.
 
-===============================================================  ==============
-name                                                             tried on torch
-===============================================================  ==============
-``torch._C._functorch.peek_interpreter_stack``, ``CInterpreter``  2.11 to 2.14
-``torch._C._functorch.get_unwrapped`` and its neighbors           2.11 to 2.14
-``torch.autograd.forward_ad._current_level``                      2.11 to 2.14
-``torch.autograd.forward_ad._set_fwd_grad_enabled``               2.11 to 2.14
-``torch._C._current_graph_task_id``                               2.11 to 2.14
-``torch._C._autograd._get_current_graph_task_keep_graph``         2.11 to 2.14
-``torch._C._vmapmode_increment_nesting`` and its neighbors        2.11 to 2.14
-``torch.nn.utils.parametrize._cache``                             2.11 to 2.14
-``torch.nn.utils.parametrize.ParametrizationList.forward``        2.11 to 2.14
-``torch.nn.utils.stateless._functional_call``                     2.11 to 2.14
-``torch.nn.utils.stateless._reparametrize_module``                2.11 to 2.14
-===============================================================  ==============
+==================================================================  ==============
+name                                                                tried on torch
+==================================================================  ==============
+``torch._C._functorch.peek_interpreter_stack``, ``CInterpreter``    2.11 to 2.14
+``torch._C._functorch.get_unwrapped`` and its neighbors             2.11 to 2.14
+``torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack``  2.14
+``torch.autograd.forward_ad._current_level``                        2.11 to 2.14
+``torch.autograd.forward_ad._set_fwd_grad_enabled``                 2.11 to 2.14
+``torch._C._current_graph_task_id``                                 2.11 to 2.14
+``torch._C._autograd._get_current_graph_task_keep_graph``           2.14
+``torch._C._vmapmode_increment_nesting`` and its neighbors          2.11 to 2.14
+``torch.nn.utils.parametrize._cache``                               2.11 to 2.14
+``torch.nn.utils.parametrize.ParametrizationList.forward``          2.14
+``torch.nn.utils.stateless._functional_call``                       2.14
+``torch.nn.utils.stateless._reparametrize_module``                  2.14
+==================================================================  ==============
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, stateless
 from torch.nn.utils.parametrize import ParametrizationList
@@ -42,6 +44,21 @@ def transform_active() -> bool:
     # Not "is not None", which torch.compile takes to be true of the None that it finds there.
     interpreter = torch._C._functorch.peek_interpreter_stack()
     return isinstance(interpreter, torch._C._functorch.CInterpreter) or forward_ad._current_level >= 0
+
+
+def transform_level() -> int:
+    """How many transforms of torch.func are tracing, one inside the other."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return int(interpreter.level()) if isinstance(interpreter, torch._C._functorch.CInterpreter) else 0
+
+
+@contextlib.contextmanager
+def outside_transforms_above(level: int) -> Iterator[None]:
+    """Inside, only the outermost ``level`` transforms of torch.func are tracing."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(transform_level() - level):
+            stack.enter_context(pyfunctorch.temporarily_pop_interpreter_stack())
+        yield
 
 
 def is_followed(tensor: Tensor) -> bool:

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from implicit.autograd.constant_weights import ConstantWeights, constant_weights
 from implicit.autograd.explicit_map import FirstCall, make_explicit, make_explicit_under_transform
-from implicit.autograd.fixed_point_function import Leaves, Map, Problem, fixed_point_of, without_tensors
+from implicit.autograd.fixed_point_function import fixed_point_of
+from implicit.autograd.problem import Leaves, Map, Problem, without_tensors
 from implicit.autograd.torch_internals import cached_weights, copy_of_cache, current_loans, transform_active
 from implicit.backward.backward import Backward, SolveOptions
 from solvers import Solution

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from implicit.autograd.fixed_point_function import Problem
+from implicit.autograd.problem import Problem
 from implicit.autograd.torch_internals import transform_active
 from implicit.backward.backward import Backward, SolveOptions
 from implicit.backward.implicit import solve_implicitly, solve_under_transform

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 
 from implicit.autograd.constant_weights import constant_weights
@@ -102,8 +103,12 @@ def checked_maps(model: nn.Module) -> Iterator[None]:
 
 def _findings(f: Callable[..., Any], z0: Any, inputs: tuple[Any, ...], batch_dims: int) -> list[str]:
     layout = Layout(z0, batch_dims)
-    unchanged = restored(modules_used_by(f), layout.device)
-    with torch.inference_mode(False), torch.no_grad(), unchanged, constant_weights():
+    modules = modules_used_by(f)
+    kept = untouched(modules, layout.device)
+    with torch.inference_mode(False), torch.no_grad(), kept, constant_weights():
+        for parametrized in (child for module in modules for child in module.modules()):
+            if isinstance(parametrized, ParametrizationList):
+                parametrized()  # once a solve, which is no change from call to call
         observed = ObservedMap(f, inputs, layout)
         z = nearby(layout.pack(z0))
         return [*_changes(observed, z), *_mixing(observed, z)]

@@ -2,7 +2,9 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,10 @@ _SETTLING_ITERATIONS = 100
 # Devices on which matrix-vector products are faster one after the other than in a batch. Elsewhere, starting kernels
 # takes most of the time, and a batch starts fewer of them.
 _ONE_BY_ONE = {"cpu"}
+
+
+# Left and right singular vectors.
+Vectors = tuple[Tensor, Tensor]
 
 
 class PowerIteration(SpectralNorm):
@@ -69,8 +75,8 @@ class PowerIteration(SpectralNorm):
                 else f"input_size is only for convolutions, got {input_size!r} with an nn.Linear. Leave it out."
             )
         self.n_power_iterations = n_power_iterations
-        # The singular vectors to use within power_iterations_advanced.
-        self._advanced: tuple[Tensor, Tensor] | None = None
+        # Set inside of power_iterations_advanced while torch.compile traces, which knows no ContextVar.
+        self._advanced: Vectors | None = None
         v = weight.new_empty(weight.shape[1] * operator.groups, *(input_size or ()))
         self.register_buffer("u", torch.empty_like(operator(weight, v)))
         self.register_buffer("v", v)
@@ -104,16 +110,23 @@ class PowerIteration(SpectralNorm):
             weight, u, v = _at_least_float32(weight), _at_least_float32(u), _at_least_float32(v)
             return torch.dot(u.flatten(), self.operator(weight, v).flatten())
 
-    def _singular_vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        if self._advanced is not None:
-            return self._advanced
+    def _singular_vectors(self, weight: Tensor) -> Vectors:
+        advanced = self.advanced_vectors()
+        if advanced is not None:
+            return advanced
         if self.training and not in_backward_pass():
             return self._advance(weight.detach(), self.n_power_iterations)
         # The buffers may change before the backward pass of this computation, so it gets copies.
         return self.u.clone(), self.v.clone()
 
+    def advanced_vectors(self) -> Vectors | None:
+        """Inside of :func:`power_iterations_advanced`, the singular vectors of the weight; else None."""
+        if self._advanced is not None or torch.compiler.is_compiling():
+            return self._advanced
+        return _advanced.get().get(self)
+
     @torch.no_grad()
-    def _advance(self, weight: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    def _advance(self, weight: Tensor, iterations: int) -> Vectors:
         with without_autocast(weight.device.type):
             weight, u, v = _at_least_float32(weight), _at_least_float32(self.u), _at_least_float32(self.v)
             for _ in range(iterations):
@@ -129,6 +142,10 @@ class PowerIteration(SpectralNorm):
 
     def extra_repr(self) -> str:
         return f"coeff={self.coeff}, n_power_iterations={self.n_power_iterations}"
+
+
+# What power_iterations_advanced has computed in this thread.
+_advanced: ContextVar[Mapping[PowerIteration, Vectors]] = ContextVar("advanced", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
@@ -155,14 +172,23 @@ def power_iterations_advanced(module: nn.Module) -> Iterator[None]:
         # Only the first of several parametrizations gets the stored weight; a later one advances by itself.
         if isinstance(parametrized, ParametrizationList) and isinstance(norm := parametrized[0], PowerIteration):
             weight = parametrized.original.detach()
-            # Sharded weights, whose tensors are of another type, are complete only within their layer.
-            if norm.training and norm._advanced is None and type(weight) is Tensor:
+            # Sharded weights, which are tensors of another type, are whole only within their layer.
+            if norm.training and norm.advanced_vectors() is None and type(weight) is Tensor:
                 batched = weight.dim() == 2 and weight.device.type not in _ONE_BY_ONE
                 alike = (weight.shape, weight.dtype, weight.device, norm.u.dtype, norm.n_power_iterations)
                 groups[alike if batched else norm].append((norm, weight))
+    if not torch.compiler.is_compiling():
+        found = {norm: vectors for group in groups.values() for norm, vectors in _advanced_together(group).items()}
+        token = _advanced.set({**_advanced.get(), **found})
+        try:
+            yield
+        finally:
+            _advanced.reset(token)
+        return
     try:
         for group in groups.values():
-            _advance_together(group)
+            for norm, vectors in _advanced_together(group).items():
+                norm._advanced = vectors
         yield
     finally:
         for group in groups.values():
@@ -171,13 +197,12 @@ def power_iterations_advanced(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _advance_together(group: list[tuple[PowerIteration, Tensor]]) -> None:
-    """Advance parametrizations whose weights have the same shape, dtype and device as one batch."""
+def _advanced_together(group: list[tuple[PowerIteration, Tensor]]) -> dict[PowerIteration, Vectors]:
+    """The singular vectors of norms whose weights are alike, advanced."""
     norms, weights = [norm for norm, _ in group], [weight for _, weight in group]
     first = norms[0]
     if len(norms) == 1:
-        first._advanced = first._advance(weights[0], first.n_power_iterations)
-        return
+        return {first: first._advance(weights[0], first.n_power_iterations)}
     with without_autocast(weights[0].device.type):
         weight = _at_least_float32(torch.stack(weights))  # (norms, out, in)
         u = _at_least_float32(torch.stack([norm.u for norm in norms])).unsqueeze(1)  # (norms, 1, out)
@@ -189,8 +214,7 @@ def _advance_together(group: list[tuple[PowerIteration, Tensor]]) -> None:
         v = F.normalize(v.squeeze(1), dim=1).to(first.v.dtype)
     torch._foreach_copy_([norm.u for norm in norms], u.unbind())
     torch._foreach_copy_([norm.v for norm in norms], v.unbind())
-    for norm, u_of_norm, v_of_norm in zip(norms, u.unbind(), v.unbind(), strict=True):
-        norm._advanced = u_of_norm, v_of_norm
+    return dict(zip(norms, zip(u.unbind(), v.unbind(), strict=True), strict=True))
 
 
 def _unit(x: Tensor) -> Tensor:

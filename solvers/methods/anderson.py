@@ -37,7 +37,7 @@ class AndersonState(State):
     norms: Tensor | None = None
 
     @property
-    def residual(self) -> Tensor:
+    def displacement(self) -> Tensor:
         return self.g
 
 

@@ -30,7 +30,7 @@ class State:
     fz: Tensor
 
     @property
-    def residual(self) -> Tensor:
+    def displacement(self) -> Tensor:
         """(B, D) ``f(z) - z``. A state that stores it returns the stored one."""
         return self.fz - self.z
 
