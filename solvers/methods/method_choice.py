@@ -67,8 +67,8 @@ class MethodChoice:
         half: The error when it was last halved, or when the sample was last fresh.
         age: Steps since then.
         expands: Bool; whether the last of the first plain steps made the error larger.
-        wild: Bool; whether Anderson's window has been forgotten since the best iterate.
-        ratio: The measure relative to the one before it.
+        wild: Bool; whether Anderson's window has been forgotten since the error was last halved.
+        rise: How much the error grew in the last step.
         falls: For how many steps in a row the measure has fallen.
         visits: How often the sample has returned to plain iteration.
         target: The measure at which plain iteration hands the sample back.
@@ -89,7 +89,7 @@ class MethodChoice:
     age: Tensor
     expands: Tensor
     wild: Tensor
-    ratio: Tensor
+    rise: Tensor
     falls: Tensor
     visits: Tensor
     target: Tensor
@@ -116,7 +116,7 @@ class MethodChoice:
             age=zero,
             expands=no,
             wild=no,
-            ratio=torch.full_like(error, torch.inf),
+            rise=torch.zeros_like(error),
             falls=zero,
             visits=zero,
             target=torch.zeros_like(error),
@@ -154,10 +154,10 @@ class MethodChoice:
         lost = ~(error <= limit) & self.best_error.isfinite()
         growing = growing & ~lost
 
-        ratio = relative(measure, self.measure)
-        falls = torch.where(ratio < 1, self.falls + 1, 0)
+        patience = self._patience(size)
+        falls = torch.where(measure < self.measure, self.falls + 1, 0)
         progress = torch.where(
-            plain, self._plain_progress(error, measure, ratio, falls), error <= _PROGRESS * self.mark
+            plain, self._plain_progress(error, measure, falls, patience), error <= _PROGRESS * self.mark
         )
         progress = progress | growing
         halved = (error <= 0.5 * self.half) | growing
@@ -168,11 +168,11 @@ class MethodChoice:
         best_error = torch.where(better, error, self.best_error)
         best_measure = torch.where(better, measure, self.best_measure)
 
-        # A linear map that expands is known after as many steps as there are unknowns, and not before.
+        # A linear map of few unknowns that expands is known after as many steps as there are, and not before.
         expands = torch.where(first, error > self.error, self.expands)
-        learning = self.age < torch.where(expands, min(size, memory) + 2, _WILD_STEPS)
+        learning = self.age < torch.where(expands & (size <= FEW_UNKNOWNS), min(size, memory) + 2, _WILD_STEPS)
         wild = anderson & ~learning & (error > _WILD * self.best_error) & ~growing
-        slow = torch.where(first, error > FAST_REDUCTION * self.error, idle >= self._patience(size))
+        slow = torch.where(first, error > FAST_REDUCTION * self.error, idle >= patience)
         slow = slow & (error > _ROUNDING * torch.finfo(error.dtype).eps * scale) & ~recovered
         slow = slow | (wild & self.wild) | (plain & (error > _EXPLOSION * self.best_error))
         # Nothing is known but that plain steps lead astray.
@@ -188,6 +188,7 @@ class MethodChoice:
         visits = self.visits + returns
         mark = torch.where(progress, torch.where(plain, measure, error), self.mark)
         mark = torch.where(moves | recovered, torch.where(returns, best_measure, best_error), mark)
+        rise = error - self.error
         error = torch.where(back, best_error, error)
         choice = MethodChoice(
             method=method,
@@ -202,8 +203,8 @@ class MethodChoice:
             half=torch.where(halved | back, error, self.half),
             age=torch.where(halved | back, 0, self.age + 1),
             expands=expands,
-            wild=(self.wild | wild) & ~better & ~moves,
-            ratio=torch.where(back, torch.inf, ratio),
+            wild=(self.wild | wild) & ~halved & ~moves,
+            rise=rise,
             falls=torch.where(back, 0, falls),
             visits=visits,
             target=torch.where(returns, best_measure * _PLAIN_REDUCTION ** visits.to(error.dtype), self.target),
@@ -212,14 +213,15 @@ class MethodChoice:
         )
         return Verdict(choice, better, back)
 
-    def _plain_progress(self, error: Tensor, measure: Tensor, ratio: Tensor, falls: Tensor) -> Tensor:
+    def _plain_progress(self, error: Tensor, measure: Tensor, falls: Tensor, patience: Tensor) -> Tensor:
         """(B,) bool: whether plain iteration is on its way to a solution.
 
-        The iterates may grow on that way, and their residuals with them. Then the relative ones fall faster and faster,
-        unlike those of iterates that run away.
+        The iterates may grow on that way, and their residuals with them. Then the relative ones fall, and the absolute
+        ones grow less and less, unlike those of iterates that run away.
         """
-        faster = (ratio < 0.999 * self.ratio) & (falls >= _FALLS) & (measure < self.mark)
-        return ((measure <= _PLAIN_PROGRESS * self.mark) & (error < self.error)) | faster
+        bends = (error - self.error < 0.98 * self.rise) & (falls >= _FALLS) & (measure < self.mark)
+        halved = (measure <= _PLAIN_PROGRESS * self.mark) & (error <= (1 - 0.5 / patience) * self.error)
+        return halved | ((error > self.error) & bends)
 
     def _patience(self, size: int) -> Tensor:
         """(B,) how many steps the methods may take without progress, for samples of so many entries.
