@@ -57,15 +57,16 @@ class Auto(Solver):
 
     1. Picard iteration, while every step reduces the residual at least ten times. No other work is done.
     2. Anderson acceleration with a long window, which has the plain steps in it from the start. Where the residual
-       is larger than before for several steps, it begins again at the best iterate with an empty window.
-    3. Picard iteration again, when 15 steps have brought no progress. Once it has reduced the residual tenfold (the
-       next time a hundredfold, and so on), Anderson acceleration gets another chance with a new window.
-    4. Broyden's method, when 6 plain steps (the next time 12, and so on) have brought no progress.
+       becomes much larger than it was, it begins again at the best iterate with an empty window, once.
+    3. Picard iteration again, when that did not help or 15 steps have brought no progress. Once it has reduced the
+       relative residual tenfold (the next time a hundredfold, and so on), Anderson acceleration gets another chance.
+    4. Broyden's method, when 12 plain steps (the next time 24, and so on) have brought no progress.
     5. Newton's method, when another 15 have brought none; while it makes progress within 3 steps. Then 2 again.
 
-    Progress is a residual that is a tenth smaller than before, in the absolute sense: iterates that run away have small
-    relative ones. Each method starts at the best iterate so far. A step that leads to infinity or NaN, or far beyond
-    the residual of the start, is taken back to that iterate, and the sample goes on with the next method.
+    Progress is a smaller residual in the absolute sense, because iterates that run away have small relative ones.
+    Each method starts at the best iterate so far. A step that leads to infinity or NaN, or far beyond the residual of
+    the start, is taken back to that iterate, and the sample goes on with the next method. With at most 32 unknowns,
+    Newton's method is cheap: it comes first where plain steps explode, and may search longer.
 
     For maps of which little is known, and batches of easy and hard samples. A step is one call of ``f`` until a sample
     needs Newton's method, and as many more as that takes. Where the map is known to be fast, :class:`Picard` has less
@@ -76,8 +77,7 @@ class Auto(Solver):
         memory: The most differences in Anderson's window, which grows by one per step: two vectors of the state's size
             each. It is never longer than the state has entries. Broyden's estimate, where it comes to that, has no
             limit.
-        linear_solver: The solver of Newton's linear systems, as in :class:`NewtonKrylov`. The map must support forward
-            mode differentiation to come this far.
+        linear_solver: The solver of Newton's linear systems, as in :class:`NewtonKrylov`.
     """
 
     differentiable: ClassVar[bool] = False
