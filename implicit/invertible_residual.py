@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from implicit.autograd.constant_weights import constant_weights
+from implicit.autograd.modules_used import modules_used_by
 from implicit.autograd.torch_internals import transform_active
 from implicit.backward import Backward
-from implicit.diagnostics.modules_used import modules_used_by
 from implicit.implicit_layer import ImplicitLayer
 from implicit.log_determinant import ExactLogDet, PowerSeriesLogDet, check_estimator
 from solvers import (

@@ -1,4 +1,4 @@
-"""Fixed-point solvers for PyTorch: batched, per-sample convergence, no silent failure."""
+"""Fixed-point solvers for PyTorch, batched, with a status for every sample."""
 
 from solvers._failure import report_failure
 from solvers._registry import get_solver

@@ -6,20 +6,14 @@ import math
 import torch
 from torch import Tensor
 
+from solvers._fixed_steps import Outcome
 from solvers._samples import News, Samples, Verdict
 from solvers._secant import Secant
-from solvers._solution import Status
+from solvers._solution import ACTIVE, Status
 from solvers._stopping import Measure, Stopping
 from solvers.methods.solver import State
-from solvers.problem import relative, rms_norm, with_tensors
-from solvers.problem.norms import underflow
-
-# A sample still being solved. Not a Status: no solution ever carries it.
-ACTIVE = -1
-
-# A relative residual of so many eps is at the precision floor, where rounding in the map decides; on the problem bank
-# it ends at 3 eps or below.
-FLOOR = 32
+from solvers.problem import relative, with_tensors
+from solvers.problem.norms import FLOOR, underflow
 
 # Steps without a smaller residual after which a sample that is at the floor ends there.
 FLOOR_PATIENCE = 10
@@ -30,8 +24,8 @@ WILD = 1e3
 # Growth of the residual since the start from which a sample that is out of steps counts as diverged.
 FAR = 1e6
 
-# A sample that gets beyond the limit in so many steps from its best iterate has not grown there step by step.
-SUDDEN = 10
+# A residual beyond the limit that is so many times the one before has not grown there step by step.
+SUDDEN = 1e3
 
 # How often in a row a sample is taken back without a smaller residual in between.
 MOST_TAKEN_BACK = 10
@@ -41,56 +35,6 @@ CLOSE = 30.0
 
 # The part of its bound below which the residual of a single iterate counts as convergence.
 TINY = 1e-2
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a stopping test has to say of every sample; fields as in :class:`solvers.Solution`, on (B, D) and (B,)."""
-
-    value: Tensor
-    status: Tensor
-    residual: Tensor | None
-    change: Tensor | None
-    error_estimate: Tensor | None
-    num_steps: Tensor
-    history: Tensor | None
-
-
-class FixedSteps:
-    """No test: every sample takes all the steps. Nothing is copied to the host, so the solve compiles to one graph.
-
-    Args:
-        keep_history: Compute and keep the residual of every step.
-    """
-
-    def __init__(self, *, keep_history: bool) -> None:
-        self._history: list[Tensor] | None = [] if keep_history else None
-        self.residual: Tensor | None = None
-        self._step = 0
-
-    def update(self, step: int, state: State) -> bool:
-        """Take in the state after a step; never done."""
-        self._step = step
-        self.value = state.fz
-        if self._history is not None:
-            with torch.no_grad():
-                self.residual = relative(rms_norm(state.fz - state.z), rms_norm(state.fz))
-                self._history.append(self.residual)
-        return False
-
-    def outcome(self) -> Outcome:
-        """Where the samples stand after the steps taken so far."""
-        batch = self.value.shape[:1]
-        change = None if self.residual is None else self.residual * rms_norm(self.value.detach())
-        return Outcome(
-            value=self.value,
-            status=self.value.new_full(batch, Status.UNTESTED, dtype=torch.int8),
-            residual=self.residual,
-            change=change,
-            error_estimate=None,
-            num_steps=self.value.new_full(batch, self._step, dtype=torch.int64),
-            history=None if self._history is None else torch.stack(self._history),
-        )
 
 
 class ToleranceTest:
@@ -128,7 +72,7 @@ class ToleranceTest:
         self._eps = eps
         self._least_patience = min(stopping.patience, FLOOR_PATIENCE)
         self._history: list[Tensor] | None = [] if keep_history else None
-        self._step = 0
+        self._step = self._num_tests = 0
         # The last step at which the residual of every active sample fell: none of them can be stagnant soon after it.
         self._all_improved_at = 0
         # Whether all samples that are left may converge in the next step; whether one has ever grown tenfold; whether
@@ -136,7 +80,7 @@ class ToleranceTest:
         self._near, self._grown, self._all_contract = True, False, True
         self._before: State | None = None  # during an update, the iterate before the latest
         self.num_done = 0
-        self.may_have_ended = False
+        self.may_have_ended = self._some_done = False
         self.lost: Tensor | None = None
         # After drop_done: which samples of the batch are left, and what is known of all of them.
         self._rows: Tensor | None = None
@@ -148,8 +92,9 @@ class ToleranceTest:
         Nothing is taken in where samples are ``lost``, unless they were ``taken_back`` already.
         """
         first, self._step = self._step == 0, step
-        if not (first or taken_back):
-            self._before = self.latest
+        if not taken_back:
+            self._num_tests += 1
+            self._before = None if first else self.latest
         # Without what else the solver remembers.
         self.latest, self.lost = State(state.z, state.fz), None
         with torch.no_grad():
@@ -160,8 +105,8 @@ class ToleranceTest:
             news = self._news(errors, scales)
             waited = step - self._all_improved_at >= self._least_patience
             # The first step is always followed: from it all is known of contraction that does not depend on the batch.
-            followed = step == 2 or self._near or waited or step == self._stopping.max_steps
-            secant = self._secant() if followed and not first else None
+            rare = step == self._stopping.max_steps or self._stopping.check_every > 1
+            secant = self._secant() if not first and (self._num_tests == 2 or self._near or waited or rare) else None
             verdict = self._verdict(news, secant, waited=waited)
             if verdict.num_within and secant is None and not first:
                 secant = self._secant()
@@ -292,10 +237,9 @@ class ToleranceTest:
         return idle.masked_fill(stagnant, Status.STAGNATED).masked_fill(at_floor, Status.PRECISION_FLOOR)
 
     def _lost(self, news: News) -> Tensor | None:
-        """(B,) bool: the samples that a few steps have led from their best iterate to infinity, NaN or far away."""
+        """(B,) bool: the samples that one step has led to infinity, NaN or far away."""
         samples = self._samples
-        since = self._step - samples.best_step.clamp_min(self._all_improved_at)
-        lost = (news.allowed < samples.active) & ((since <= SUDDEN) | ~news.error.isfinite())
+        lost = (news.allowed < samples.active) & ((news.error > SUDDEN * samples.latest) | ~news.error.isfinite())
         lost = lost & (samples.taken_back < MOST_TAKEN_BACK)
         if self._step == 1 or not bool(lost.any()):
             return None
@@ -309,7 +253,8 @@ class ToleranceTest:
         may_end = verdict.num_within or left < len(active) - self.num_done
         ended = samples.active & ~active if may_end else None
         self.may_have_ended = ended is not None
-        if self._step == 2 and secant is not None:
+        self._some_done = self._some_done or self.may_have_ended
+        if self._num_tests == 2 and secant is not None:
             samples.contracts = secant.contracts
         self._is_image = samples.contracts
         if ended is not None:
@@ -324,7 +269,7 @@ class ToleranceTest:
         if self._grown:
             samples.reference = torch.maximum(samples.reference, news.error)
         samples.latest = news.error
-        if verdict.num_missed or self.num_done:
+        if verdict.num_missed or self._some_done:
             taken = samples.active & (news.improved if verdict.met is None else news.improved | verdict.met)
             for name, value in (("error", news.error), ("scale", news.scale), ("least", news.rounded)):
                 setattr(samples, name, torch.where(taken, value, getattr(samples, name)))
@@ -343,7 +288,7 @@ class ToleranceTest:
         # All that are left may converge in the next step only if all are close.
         self._near = verdict.num_close >= left - verdict.num_within
         samples.active, self.num_done = active, len(active) - left
-        self._all_contract = ended is None and self._step > 2 and verdict.num_contracting == len(active)
+        self._all_contract = ended is None and self._num_tests > 2 and verdict.num_contracting == len(active)
         return taken
 
     def _end(self, ended: Tensor, news: News, verdict: Verdict, secant: Secant | None) -> None:

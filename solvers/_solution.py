@@ -56,6 +56,10 @@ class Status(enum.IntEnum):
     )
 
 
+# The code of a sample that is still being solved. It is not a Status, because no solution has it.
+ACTIVE = -1
+
+
 class ConvergenceWarning(UserWarning):
     """Some samples of a solve did not converge, and ``on_failure="warn"``."""
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from solvers._failure import report_failure
-from solvers._progress import FixedSteps, ToleranceTest
+from solvers._fixed_steps import FixedSteps
+from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
 from solvers._stopping import NOT_GIVEN, Measure, NotGiven, Stopping, StopRule, Tolerance, stop_rule
@@ -228,15 +229,16 @@ class Iteration(Generic[S]):
 
     def _take_back(self, lost: Tensor, best: Tensor) -> None:
         """Let the samples ``lost`` (B,) go on after a plain step from their ``best`` value (B, D), or a shorter one."""
-        start = torch.where(lost.unsqueeze(1), best, self.state.z)
-        image, length = self._map(start), 1.0
-        z, fz, still = self.state.z, self.state.fz, lost
+        z = start = torch.where(lost.unsqueeze(1), best, self.state.z)
+        fz = image = self._map(start)
+        still, length = lost & image.isfinite().all(dim=1), 1.0
         for _ in range(MOST_SHORTER):
-            z = torch.where(still.unsqueeze(1), torch.lerp(start, image, length), z)
-            fz = torch.where(still.unsqueeze(1), self._map(z), fz)
-            still = still & ~fz.isfinite().all(dim=1)
             if not bool(still.any()):
                 break
+            rows = still.unsqueeze(1)
+            z = torch.where(rows, torch.lerp(start, image, length), z)
+            fz = torch.where(rows, self._map(z), fz)
+            still = still & ~fz.isfinite().all(dim=1)
             length *= SHORTER
         self.state = self._solver.restarted(self.state, lost, z, fz)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 # loop, which is many times slower on cores that do other work too. PyTorch reads all of these when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import hypothesis
 import pytest

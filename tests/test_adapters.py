@@ -78,13 +78,13 @@ def num_threads():
     return sum(thread.name == "foreign solve" for thread in threading.enumerate())
 
 
-def threads_end():
-    """Whether no thread is left soon; those that are collected take a moment to end."""
-    gc.collect()
+def threads_end(left=0):
+    """Whether only so many threads are left soon; those that are collected take a moment to end."""
     deadline = time.monotonic() + 10
-    while num_threads() and time.monotonic() < deadline:
+    while num_threads() > left and time.monotonic() < deadline:
+        gc.collect()
         time.sleep(0.001)
-    return num_threads() == 0
+    return num_threads() == left
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -119,6 +119,7 @@ def test_finished_samples_take_their_threads_along(name):
     seen = []
 
     def f(z, *maps):
+        threads_end(left=1 if name.startswith("torchdeq") else len(z))
         seen.append((len(z), num_threads()))
         return RowContractions(*maps)(z)
 

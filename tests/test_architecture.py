@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -46,7 +47,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"_failure"},
         {"linear"},
         {"methods"},
-        {"_samples", "_secant"},
+        {"_fixed_steps", "_samples", "_secant"},
         {"_progress"},
         {"_untraced", "adapters"},
         {"_registry"},
@@ -70,9 +71,9 @@ LEVEL_OF = {
 }
 # implicit may import the public names of these, and anything in solvers.problem.
 PUBLIC_MODULES = {"solvers", "solvers.adapters", "solvers.linear", "solvers.testing"}
-# The files that may use private names of PyTorch, and the private modules that PyTorch's own documentation recommends.
+# The files that may use private names of PyTorch, and names with an underscore that PyTorch's documentation describes.
 TORCH_INTERNALS = {"implicit/autograd/torch_internals.py", "solvers/problem/window.py"}
-RECOMMENDED = {"torch.utils._pytree", "torch.utils._python_dispatch"}
+DOCUMENTED = {"torch._foreach_", "torch.utils._pytree", "torch.utils._python_dispatch"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))
@@ -186,8 +187,8 @@ def private_names_of_torch(tree: ast.AST) -> set[str]:
     chains = (chain.split(".") for chain in attributes(tree))
     reached = {".".join([origin.get(chain[0], chain[0]), *chain[1:]]) for chain in chains}
     found = {name for name in (*imports(tree), *reached) if name.partition(".")[0] == "torch"}
-    for prefix in RECOMMENDED:
-        found = {name.replace(prefix, "torch.recommended") for name in found}
+    for prefix in DOCUMENTED:
+        found = {name.replace(prefix, "documented") for name in found}
     return {name for name in found if re.search(r"\._(?!_)", name)}
 
 
@@ -258,7 +259,12 @@ def test_public_methods_are_documented(package: str) -> None:
 
 
 def is_documented(thing: object, name: str) -> bool:
-    """Whether it has a docstring of its own; a dataclass without one gets its signature for a docstring."""
+    """Whether it has a docstring of its own; a dataclass without one gets its signature for a docstring.
+
+    A type alias cannot have one.
+    """
+    if typing.get_origin(thing) is not None:
+        return True
     docstring = getattr(thing, "__doc__", None) or ""
     return bool(docstring.strip()) and not docstring.startswith(f"{name}(")
 

@@ -35,3 +35,18 @@ def test_checkout_that_is_none(tmp_path: Path) -> None:
     done = run("benchmarks.imixer", "--quick", "--published", str(tmp_path))
     assert done.returncode == 2
     assert f"--published: {tmp_path} is no checkout of the published code: it has no utils" in done.stderr
+
+
+def test_nonlinear() -> None:
+    done = run("benchmarks.nonlinear", "--starts", "1", "--problems", "Boggs", "Freudenstein-Roth")
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+    header, _, *problems, solved, better, false, calls = rows
+    assert [row[0] for row in problems] == ["Boggs", "Freudenstein-Roth"]
+    assert all(len(row) == len(header) == 14 for row in rows)
+    newton, lm = header.index("NewtonKrylov"), header.index("scipy lm")
+    assert (better[newton], better[lm], false[lm]) == ("2", "1", "1")
+    # A dash or an exclamation mark where it did not solve the system, which counts with both signs.
+    assert re.fullmatch(r"\d / \d", solved[newton])
+    assert problems[1][lm] == "!"
+    assert all(int(count) > 0 for cell in calls[1:] for count in cell.split(" / "))

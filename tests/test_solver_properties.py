@@ -88,7 +88,7 @@ def test_answer_is_a_fixed_point(solver, f):
 @hypothesis.settings(max_examples=150)
 @hypothesis.given(solvers, maps(max_rate=10.0), st.integers(1, 100), st.floats(-9, -1))
 def test_statuses_are_true(solver, f, max_steps, digits):
-    """Also where f expands: a sample has converged exactly if its last residual is the first within the tolerance."""
+    """Also where f expands: of a sample that has converged, the last residual and the value's own meet the tolerance."""
     rtol = 10**digits
     solution = solve(
         f,
@@ -101,24 +101,27 @@ def test_statuses_are_true(solver, f, max_steps, digits):
         history=True,
         on_failure="ignore",
     )
-    assert len(solution.history) == solution.num_steps.max() <= solution.num_evals
+    assert len(solution.history) == solution.num_steps.max()
     margin = 1 + 1e-5  # the driver tests without the division
-    for status, steps, residual, history in zip(
+    image = f(solution.value)
+    rounding = 8 * (1 + f.rate.abs().squeeze(-1)) * torch.finfo(f.shift.dtype).eps
+    is_solved = rms(image - solution.value) <= (rtol * margin + rounding) * rms(image)
+    for status, steps, residual, solved, history in zip(
         solution.status.flatten().tolist(),
         solution.num_steps.flatten().tolist(),
         solution.residual.flatten().tolist(),
+        is_solved.flatten().tolist(),
         solution.history.reshape(len(solution.history), -1).T.tolist(),
         strict=True,
     ):
-        *earlier, last = history[:steps]
-        assert all(not value <= rtol / margin for value in earlier)
+        last = history[steps - 1]
         assert history[steps:] == [residual] * (len(history) - steps)
         if Status(status) is Status.CONVERGED:
             assert last <= rtol * margin
             assert residual == last
+            assert solved
         else:
-            assert not last <= rtol / margin
-            assert residual == min(value for value in history[:steps] if value == value)
+            assert residual in history[:steps]
             assert (steps == max_steps) or Status(status) is not Status.MAX_STEPS
     assert all(leaf.isfinite().all() for leaf in (solution.value, solution.residual))
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from solvers import Solution, report_failure
 from solvers.linear import LinearSolver, linear_solve
-from solvers.linear.linear_solver import FLOOR
 from solvers.problem import Layout, OnFailure, relative, rms_norm, with_tensors
+from solvers.problem.norms import FLOOR
 
 Leaves = Sequence[Tensor]
 Map = Callable[[Leaves, Leaves], list[Tensor]]

@@ -12,8 +12,7 @@ from implicit.autograd.torch_internals import transform_active
 from implicit.backward.backward import Backward, SolveOptions
 from implicit.backward.implicit import solve_implicitly, solve_under_transform
 from solvers import Solution, Solver, Status
-from solvers.linear import LinearResult, LinearSolver, Richardson
-from solvers.linear.linear_solver import FlatMatvec
+from solvers.linear import FlatMatvec, LinearResult, LinearSolver, Richardson
 from solvers.problem.norms import relative, rms_norm
 
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 
 from implicit.autograd.constant_weights import constant_weights
-from implicit.diagnostics.modules_used import modules_used_by
+from implicit.autograd.modules_used import compute_weights, modules_used_by
 from implicit.diagnostics.observed_map import Call, ObservedMap, nearby, restored, same
 from implicit.layer import FixedPointLayer
 from solvers.problem.layout import Layout
@@ -103,12 +102,10 @@ def checked_maps(model: nn.Module) -> Iterator[None]:
 
 def _findings(f: Callable[..., Any], z0: Any, inputs: tuple[Any, ...], batch_dims: int) -> list[str]:
     layout = Layout(z0, batch_dims)
-    modules = modules_used_by(f)
-    kept = untouched(modules, layout.device)
-    with torch.inference_mode(False), torch.no_grad(), kept, constant_weights():
-        for parametrized in (child for module in modules for child in module.modules()):
-            if isinstance(parametrized, ParametrizationList):
-                parametrized()  # once a solve, which is no change from call to call
+    unchanged = restored(modules_used_by(f), layout.device)
+    with torch.inference_mode(False), torch.no_grad(), unchanged, constant_weights():
+        # Advancing a power iteration is not a change by the map.
+        compute_weights(f)
         observed = ObservedMap(f, inputs, layout)
         z = nearby(layout.pack(z0))
         return [*_changes(observed, z), *_mixing(observed, z)]

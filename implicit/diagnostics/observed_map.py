@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from implicit.diagnostics.modules_used import modules_used_by
+from implicit.autograd.modules_used import modules_used_by
 from solvers.problem.layout import Layout
 
 # The parameters and buffers of modules: (module, name) -> the tensor and a copy of its values.

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from solvers import Solution
 
 
 @contextlib.contextmanager
-def record_solutions(model: nn.Module) -> Iterator[dict[str, list[Solution]]]:
+def record_solutions(model: nn.Module) -> Iterator[dict[str, list[Solution[Any]]]]:
     """Within the context, record the solution of every forward pass of every implicit layer in the model.
 
     Use it for a few forward passes, not around a whole training run: the record keeps all values and solver states
@@ -32,7 +33,7 @@ def record_solutions(model: nn.Module) -> Iterator[dict[str, list[Solution]]]:
         tensor([1.0000, 0.3333, 0.1429])
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ImplicitLayer)}
-    record: dict[str, list[Solution]] = {name: [] for name in layers}
+    record: dict[str, list[Solution[Any]]] = {name: [] for name in layers}
     before = {name: layer._observer for name, layer in layers.items()}
     for name, layer in layers.items():
         layer._observer = record[name].append

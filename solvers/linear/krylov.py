@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from solvers._progress import ACTIVE
-from solvers._solution import Status
+from solvers._solution import ACTIVE, Status
 from solvers.linear.linear_solver import FlatMatvec, LinearResult, LinearSolver, require_tolerances, tolerance_of
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative, rms_norm

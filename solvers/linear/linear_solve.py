@@ -9,10 +9,11 @@ from torch import Tensor
 from solvers._failure import report_failure
 from solvers._solution import Solution
 from solvers.linear.gmres import GMRES
-from solvers.linear.linear_solver import FLOOR, LinearSolver, default_rtol
+from solvers.linear.linear_solver import LinearSolver, default_rtol
 from solvers.problem import OnFailure
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.layout import Layout
+from solvers.problem.norms import FLOOR
 
 
 def linear_solve(

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from solvers._solution import Status
 from solvers.problem.hyperparameters import Hyperparameters
+from solvers.problem.norms import FLOOR
 
+# The product of a linear operator with a batch of flat vectors, (B, D) -> (B, D).
 FlatMatvec = Callable[[Tensor], Tensor]
-
-# A residual of at most so many rounding errors of the dtype, relative to the right-hand side, counts as solved even
-# where the tolerance asks for less: evaluating the residual loses as much.
-FLOOR = 32
 
 
 @dataclasses.dataclass

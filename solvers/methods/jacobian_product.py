@@ -14,9 +14,6 @@ from solvers.problem.small_systems import inverse_or_zero
 # The ways to form a product, the best first.
 Way = Literal["forward mode", "double backward", "finite differences"]
 
-# Two products that differ by more than this part of the larger one are not of the same matrix.
-_AGREEMENT = 0.5
-
 
 class JacobianProduct:
     """The product ``J v`` with J the Jacobian of ``f`` at ``z``, for (B, D) tensors whose rows are independent.
@@ -39,6 +36,8 @@ class JacobianProduct:
 
     def __init__(self, f: FlatMapping, z: Tensor, fz: Tensor, way: Way) -> None:
         self._f, self._z, self._fz = f, z, fz
+        # The relative rounding error of f, which may be larger than that of the dtype.
+        self._eps = float(getattr(f, "eps", torch.finfo(z.dtype).eps))
         self._pullback: Callable[[Tensor], Tensor] | None = None
         self.way = way
 
@@ -94,7 +93,7 @@ class JacobianProduct:
 
     def _finite_difference(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) ``(f(z + h v) - f(z)) / h``, and (B,) the rounding errors in its root mean square."""
-        eps = float(getattr(self._f, "eps", torch.finfo(v.dtype).eps))
+        eps = self._eps
         size = torch.maximum(rms_norm(self._z), rms_norm(self._fz))
         # The longest step that changes half of the digits.
         inverse = (rms_norm(v) * inverse_or_zero(eps**0.5 * size, 0.0)).unsqueeze(1)
@@ -103,10 +102,13 @@ class JacobianProduct:
         return torch.where(inverse > 0, change * inverse, 0.0), eps * size * inverse.squeeze(1)
 
     def _agrees(self, product: Tensor, v: Tensor) -> bool:
-        """Whether a product is near to a difference quotient, in all samples where both are finite."""
+        """Whether a product is near to a difference quotient, which has half of the digits at best.
+
+        Asked of all samples where both are finite.
+        """
         quotient, rounding = self._finite_difference(v)
         difference = rms_norm(product - quotient)
-        bound = _AGREEMENT * torch.maximum(rms_norm(product), rms_norm(quotient)) + 4 * rounding
+        bound = self._eps**0.25 * torch.maximum(rms_norm(product), rms_norm(quotient)) + 4 * rounding
         return not bool((difference > bound).any())
 
 

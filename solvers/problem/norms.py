@@ -5,6 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+# A relative residual of at most this many rounding errors of the dtype is at the precision floor: evaluating the
+# residual loses as much. On the problem bank, residuals end at 3 rounding errors or below.
+FLOOR = 32
+
 
 def rms_norm(x: Tensor) -> Tensor:
     """(B, D) -> (B,) root mean square of each row, with which tolerances do not depend on D."""

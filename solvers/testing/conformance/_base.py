@@ -31,7 +31,7 @@ class ConformanceTests:
     def _yours(self) -> str:
         return f"Your solver {self.solver!r}"
 
-    def _solve(self, f: Callable[..., Any], z0: Any, *, rtol: float = RTOL, **options: Any) -> Solution:
+    def _solve(self, f: Callable[..., Any], z0: Any, *, rtol: float = RTOL, **options: Any) -> Solution[Any]:
         """Solve a problem, which must converge for every sample."""
         __tracebackhide__ = True
         solution = solve(
@@ -53,7 +53,7 @@ class ConformanceTests:
             iterates.append((state.z.clone(), state.fz.clone()))
         return iterates
 
-    def _require_same(self, solution: Solution, reference: Solution, what: str) -> None:
+    def _require_same(self, solution: Solution[Any], reference: Solution[Any], what: str) -> None:
         """Require the same statuses and numbers of steps, and the same values up to rounding; NaN equals NaN."""
         __tracebackhide__ = True
         require(

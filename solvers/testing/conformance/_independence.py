@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class IndependenceTests(ConformanceTests):
                 )
 
 
-def _select(solution: Solution, rows: Tensor) -> Solution:
+def _select(solution: Solution[Any], rows: Tensor) -> Solution[Any]:
     """Return the solution of only these samples."""
     return dataclasses.replace(
         solution,

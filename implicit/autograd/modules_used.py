@@ -4,9 +4,11 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 
 def modules_used_by(f: Callable[..., Any]) -> list[nn.Module]:
@@ -24,3 +26,18 @@ def modules_used_by(f: Callable[..., Any]) -> list[nn.Module]:
         values = [*variables.nonlocals.values(), *variables.globals.values()]
         return [value for value in values if isinstance(value, nn.Module)]
     return []
+
+
+def compute_weights(f: Callable[..., Any]) -> None:
+    """Compute the parametrized weights of these modules, for use inside ``constant_weights``.
+
+    A power iteration writes to its buffers when a weight is computed, which is not possible within a torch.func
+    transform. Call this before the transform begins.
+    """
+    if torch.compiler.is_compiling() and not isinstance(f, nn.Module):
+        return  # torch.compile cannot look into functions
+    for root in modules_used_by(f):
+        for module in root.modules():
+            if parametrize.is_parametrized(module):
+                for name in cast(nn.ModuleDict, module.parametrizations):
+                    getattr(module, name)
