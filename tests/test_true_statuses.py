@@ -25,7 +25,7 @@ def status_map(name):
     return STATUS_MAPS[name]()
 
 
-def solved(name, solver, max_steps=3000):
+def solved(name, solver, max_steps=5000):
     problem = status_map(name)
     tolerances = {"rtol": problem.rtol} if problem.atol is None else {"rtol": problem.rtol, "atol": problem.atol}
     steps = min(max_steps, 200) if solver == "newton_krylov" else max_steps
