@@ -7,11 +7,12 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicit import fixed_point
 from solvers import Anderson, Auto, Broyden, Iteration, Picard, Status, solve
-from solvers.methods.auto import ANDERSON, BROYDEN, NEWTON, PICARD
-from solvers.testing import BANK
+from solvers.methods.method_choice import ANDERSON, BROYDEN, FAST, NEWTON, PICARD
+from solvers.testing import BANK, NONLINEAR, REAL_MAPS
 from solvers.testing.problems import imlp
 
 OTHERS = [Picard(), Anderson(), Anderson(memory=10), Broyden()]
@@ -87,11 +88,11 @@ def test_fast_samples_take_plain_steps_and_nothing_else():
 def methods(f, z0, **options):
     """The strongest method that each sample comes to before it is done, and the solution."""
     iteration = Iteration(f, z0, Auto(), rtol=1e-10, atol=0, max_steps=100, **options)
-    strongest = iteration.state.method
+    strongest = iteration.state.choice.method
     while not iteration.done:
         iteration.step()
         active = iteration.solution().status == Status.MAX_STEPS
-        strongest = torch.where(active, torch.maximum(strongest, iteration.state.method), strongest)
+        strongest = torch.where(active, torch.maximum(strongest, iteration.state.choice.method), strongest)
     return strongest.tolist(), iteration.solution()
 
 
@@ -104,7 +105,7 @@ def test_each_sample_has_its_own_method():
         return torch.where(slope < 1, slope * torch.sin(z) + 1, torch.exp(z) - 2)
 
     together, solution = methods(f, start, args=(slope, start))
-    assert together == [PICARD, ANDERSON, NEWTON, NEWTON]
+    assert together == [FAST, ANDERSON, NEWTON, NEWTON]
     assert solution.converged.all()
     for i in range(4):
         row = slice(i, i + 1)
@@ -154,7 +155,89 @@ def test_steps_to_infinity_are_taken_back(dtype):
     solution = solve(lambda z: torch.exp(z * z) / 5, z0, Auto(), rtol=1e-5, atol=0, max_steps=200, on_failure="raise")
     assert solution.value.isfinite().all()
     picard = solve(lambda z: torch.exp(z * z) / 5, z0, Picard(), rtol=1e-5, atol=0, on_failure="ignore")
-    assert Status(int(picard.status[0])) is Status.NONFINITE
+    assert picard.failed[0]
+
+
+def test_the_state_has_no_unit():
+    """A power of two as the unit changes no bit but the exponents, and not one step, for any of the methods."""
+    for f, z0 in [*HARD.values(), (BANK["mixed"](torch.float64).f, BANK["mixed"](torch.float64).z0)]:
+
+        def in_units(z, unit, f=f):
+            return unit * f(z / unit)
+
+        units = (1.0, 2.0**-27, 2.0**27)
+        options = {"rtol": 1e-8, "max_steps": 100}
+        counts = [solve(in_units, c * z0, Auto(), args=(c,), **options).num_steps.tolist() for c in units]
+        assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize(("scale", "least"), [(1, 23), (10, 22)])
+@pytest.mark.parametrize("sign", ["minus", "plus"])
+def test_solves_classical_systems_of_equations(sign, scale, least):
+    solved = 0
+    for problem in NONLINEAR.values():
+        z0 = scale * problem.x0
+        solution = solve(getattr(problem, sign), z0, Auto(), rtol=1e-8, max_steps=1000, on_failure="ignore")
+        size = torch.linalg.vector_norm(solution.value).clamp_min(torch.linalg.vector_norm(z0)).clamp_min(1)
+        is_root = torch.linalg.vector_norm(problem.F(solution.value)) <= 1e-6 * size
+        assert is_root or not solution.converged.all()
+        solved += int(solution.converged.all())
+    assert solved >= least
+
+
+def test_returns_to_plain_iteration_and_back():
+    """Extrapolated scalings of a transport plan are negative; after plain steps extrapolation does no harm."""
+    problem = REAL_MAPS["plain sinkhorn 0.01"](torch.float64)
+    iteration = Iteration(problem.f, problem.z0, Auto(), rtol=1e-6, atol=0, max_steps=200)
+    seen = [set() for _ in problem.z0[0]]
+    while not iteration.done:
+        iteration.step()
+        for methods_of_one, method in zip(seen, iteration.state.choice.method.tolist(), strict=True):
+            methods_of_one.add(method)
+    assert iteration.solution().converged.all()
+    assert any({ANDERSON, PICARD} <= methods_of_one for methods_of_one in seen)
+
+
+class Looks(TorchDispatchMode):
+    """Counts copies of values to the host, of which ``tolist`` is none on the CPU."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_look_at_the_host_per_step(monkeypatch):
+    """Fast samples beside slow ones, and samples that need Broyden's method."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(64, 64, dtype=torch.float64, generator=generator)
+    w = w / torch.linalg.matrix_norm(w, 2)
+    x = torch.randn(6, 64, dtype=torch.float64, generator=generator)
+    gain = torch.tensor([[0.05], [0.5], [0.95], [4.0], [5.0], [6.0]], dtype=torch.float64)
+
+    def f(z):
+        return torch.tanh(torch.addmm(x, gain * z, w.T))
+
+    auto, state, looks, steps, seen = Auto(), None, Looks(), 0, set()
+    tolist = torch.Tensor.tolist
+
+    def counted(tensor):
+        looks.number += 1
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    with looks:
+        state = auto.init(f, torch.zeros_like(x))
+        for steps in range(1, 60):
+            state = auto.step(f, state)
+            assert looks.number == steps
+            methods = set(tolist(state.choice.method))
+            seen |= methods
+            if NEWTON in methods:
+                break
+    assert {ANDERSON, BROYDEN, PICARD} <= seen
+    assert steps > 20
 
 
 def test_a_map_that_is_never_finite_is_reported():

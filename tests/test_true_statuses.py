@@ -1,0 +1,57 @@
+"""No solver reports CONVERGED where that is false, and contractions are solved from every start."""
+
+import functools
+
+import pytest
+import torch
+from solver_rows import SOLVERS
+
+from solvers import solve
+from solvers.testing import STATUS_MAPS
+
+# At most as wrong as this: the stopping test promises one digit.
+ONE_DIGIT = 0.1
+
+# Contractions that a method does not promise to solve; what it reports there is still true.
+UNSOLVED: dict[str, set[str]] = {
+    # Its linear systems are singular at the start of a sample: f' is 1 there, or infinite.
+    "through zero, quadratic": {"newton_krylov"},
+    "domain of a square root": {"newton_krylov"},
+}
+
+
+@functools.cache
+def status_map(name):
+    return STATUS_MAPS[name]()
+
+
+def solved(name, solver, max_steps=5000):
+    problem = status_map(name)
+    tolerances = {"rtol": problem.rtol} if problem.atol is None else {"rtol": problem.rtol, "atol": problem.atol}
+    steps = min(max_steps, 200) if solver == "newton_krylov" else max_steps
+    return solve(problem.f, problem.z0, SOLVERS[solver], max_steps=steps, on_failure="ignore", **tolerances)
+
+
+@pytest.mark.parametrize("name", STATUS_MAPS)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_converged_is_true(solver, name):
+    problem, solution = status_map(name), solved(name, solver)
+    value, converged = solution.value, solution.converged
+    assert value.isfinite().all()
+    residual = torch.linalg.vector_norm(problem.f(value) - value, dim=1)
+    scale = torch.maximum(torch.linalg.vector_norm(value, dim=1), torch.linalg.vector_norm(problem.z0, dim=1))
+    assert (residual <= 1.01 * problem.rtol * scale)[converged].all()
+    assert (problem.error(value) <= ONE_DIGIT)[converged].all()
+
+
+@pytest.mark.parametrize("name", [name for name in STATUS_MAPS if STATUS_MAPS[name]().contracts])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_contractions_are_solved(solver, name):
+    if solver not in UNSOLVED.get(name, ()):
+        assert solved(name, solver).converged.all()
+
+
+def test_the_automatic_solver_leaves_a_fixed_point_that_repels():
+    """Near zero 2 tanh(z) doubles: the fixed point that plain iteration leads to is 1.915, not the one at zero."""
+    value = solved("late", "auto").value
+    assert torch.allclose(value, status_map("late").solutions[0], rtol=1e-4)
