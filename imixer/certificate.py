@@ -13,7 +13,7 @@ from imixer.contractive_block import JointBlock
 from imixer.convergence import ObservedSolve, evaluating, implicit_imlps, local_rate, observe_solves
 from imixer.imlp import IMLP
 from implicit import FixedPointLayer, lipschitz_bound
-from solvers import Picard, solve
+from solvers import Picard, Stopping, solve
 
 _TOLERANCES = (1e-3, 1e-6)
 
@@ -129,7 +129,8 @@ def _error_bound(observed: ObservedSolve, bound: float) -> float:
     for inner in f.modules():
         if isinstance(inner, FixedPointLayer):
             dtype = observed.inputs[0].dtype
-            inner.solver, inner.rtol, inner.atol, inner.max_steps = Picard(), 4 * torch.finfo(dtype).eps, 0.0, 1000
+            inner.solver = Picard()
+            inner.stopping = Stopping(rtol=4 * torch.finfo(dtype).eps, atol=0.0, max_steps=1000)
             inner.on_failure = "ignore"
     call = solve(
         f, observed.solution.value, Picard(), args=observed.inputs, rtol=None, atol=None, max_steps=1, history=True

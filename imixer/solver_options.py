@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from implicit import JFB, Backward, Implicit, Phantom, get_backward
-from solvers import NewtonKrylov, Solver, Stopping, get_solver
+from solvers import NewtonKrylov, Solver, Steps, Stopping, StopRule, get_solver
 from solvers.linear import NeumannSeries
 
 # The error of an inner solve is noise in the map of the outer one, which has to be well below that one's tolerance.
@@ -41,14 +41,10 @@ class SolverOptions:
 
     def of_layer(self, level: int) -> dict[str, Any]:
         """The arguments of the FixedPointLayer inside so many others."""
-        rtol = None if self.rtol is None else self.rtol * _INNER_RTOL**level
-        return {
-            "solver": get_solver(self.solver),
-            "backward": get_backward(self.backward),
-            "rtol": rtol,
-            "atol": None if rtol is None else 0.0,
-            "max_steps": self.n_iter,
-        }
+        stopping: StopRule = Steps(self.n_iter)
+        if self.rtol is not None:
+            stopping = Stopping(rtol=self.rtol * _INNER_RTOL**level, atol=0.0, max_steps=self.n_iter)
+        return {"solver": get_solver(self.solver), "backward": get_backward(self.backward), "stopping": stopping}
 
     def check_depth(self, hidden_layers: int, *, joint: bool) -> None:
         """Raise a ValueError if so many hidden layers cannot be solved for in this way."""

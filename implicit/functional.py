@@ -12,6 +12,7 @@ from solvers import (
     NotGiven,
     Solution,
     Solver,
+    Stopping,
     StopRule,
     Tolerance,
     get_solver,
@@ -144,10 +145,11 @@ def solve_with_gradient(
     """The solution of ``z = f(z, *args)``; its value carries the gradient of a backward mode where one is recorded."""
     # Not while torch.compile traces, when PyTorch 2.11 says that it is exporting too.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    if exporting and options.tested:
+    if exporting and isinstance(options.stopping, Stopping):
         raise ValueError(
-            f"A solve to a tolerance, got {options.stopping!r}, cannot be exported: its test for convergence decides "
-            "by the values, and a graph has none. Export a fixed number of steps: rtol=None, atol=None, max_steps=n."
+            f"A solve to a tolerance, got rtol={options.stopping.rtol!r}, cannot be exported: its test for convergence "
+            "decides by the values, and a graph has none. Export a fixed number of steps: rtol=None, atol=None, "
+            "max_steps=n."
         )
     mode = mode.chosen(options)
     if not exporting and (torch.is_grad_enabled() or transform_active()):

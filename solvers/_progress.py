@@ -24,8 +24,8 @@ WILD = 1e3
 # Growth of the residual since the start from which a sample that is out of steps counts as diverged.
 FAR = 1e6
 
-# A residual beyond the limit that is so many times the one before has not grown there step by step.
-SUDDEN = 1e3
+# A residual that gets beyond the limit in so many steps from its smallest value has not grown there step by step.
+SUDDEN = 10
 
 # How often in a row a sample is taken back without a smaller residual in between.
 MOST_TAKEN_BACK = 10
@@ -51,6 +51,7 @@ class ToleranceTest:
         stopping: When a sample is done.
         measure: The norms and bounds for its state.
         eps: The relative rounding error of the map.
+        remembers: Whether the solver remembers earlier steps, which can lead it astray.
         keep_history: Keep the residuals of every tested step.
 
     Attributes:
@@ -65,18 +66,21 @@ class ToleranceTest:
     latest: State
     _samples: Samples
 
-    def __init__(self, stopping: Stopping, measure: Measure, eps: float, *, keep_history: bool) -> None:
+    def __init__(
+        self, stopping: Stopping, measure: Measure, eps: float, *, remembers: bool, keep_history: bool
+    ) -> None:
         self._stopping = stopping
         self._measure = measure
         self._eps = eps
+        self._remembers = remembers
         self._least_patience = min(stopping.patience, FLOOR_PATIENCE)
         self._history: list[Tensor] | None = [] if keep_history else None
         self._step = 0
         # The last step at which the residual of every active sample fell: none of them can be stagnant soon after it.
         self._all_improved_at = 0
-        # Whether all samples that are left may converge in the next step; whether one has ever grown tenfold; for how
-        # many the map has contracted in every step.
-        self._near, self._grown, self._num_contracting = True, False, 1
+        # Whether all samples that are left may converge in the next step; for how many the map has contracted in every
+        # step.
+        self._near, self._num_contracting = True, 1
         self._before: State | None = None  # during an update, the iterate before the latest
         self.num_done = 0
         self.may_have_ended = self._some_done = False
@@ -96,8 +100,7 @@ class ToleranceTest:
         # Without what else the solver remembers.
         self.latest, self.lost = State(state.z, state.fz), None
         with torch.no_grad():
-            g = state.displacement
-            errors, scales = self._measure.parts(g), self._measure.parts(state.fz)
+            errors, scales = self._measure.parts(state.displacement), self._measure.parts(state.fz)
             if first:
                 self._samples = self._at_start(state, errors, scales)
             news = self._news(errors, scales)
@@ -121,8 +124,8 @@ class ToleranceTest:
                     self._samples.contracts = contracted
                     return False
             taken = self._take_in(news, verdict, secant)
+        self._before = None  # what follows, and the next step, need the room
         self._take_value(taken)
-        self._before = None  # a step needs the room
         return self.num_done == len(verdict.active)
 
     def _at_start(self, state: State, errors: Tensor, scales: Tensor) -> Samples:
@@ -163,7 +166,8 @@ class ToleranceTest:
         within = measure.within(errors, bound)
         if self._step == 1:
             # One iterate tells nothing of the error, so that the residual has to.
-            within = measure.within(errors, TINY * bound) | (within & self._is_fixed())
+            tiny = measure.within(errors, TINY * bound) & (scale > underflow(scale))
+            within = tiny | (within & self._is_fixed())
         return News(
             error=error,
             scale=scale,
@@ -220,13 +224,15 @@ class ToleranceTest:
         """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell.
 
         The error, which is the residual times the change of f(z) over the change of f(z) - z in the last step, must be
-        below a tenth of the size of the value or of the start. And since the value last grew tenfold, the residual must
-        have fallen tenfold: a residual that is small only beside a value that ran away has not.
+        below a tenth of the size of the value or of the start. And if the value has grown tenfold, the residual must
+        have fallen tenfold since, with room for rounding in f: a residual that is small only beside a value that ran
+        away has not.
         """
         samples = self._samples
         tenfold = torch.add(self._vanishing, news.rounded, alpha=10)
         near = tenfold * secant.df < torch.maximum(news.scale, samples.start_size) * secant.dg
-        return near & (tenfold <= torch.where(news.grown, samples.latest, samples.reference))
+        fallen = torch.add(tenfold, news.scale, alpha=10 * FLOOR * self._eps)
+        return near & (fallen <= torch.where(news.grown, samples.latest, samples.reference))
 
     def _idle(self, news: News, secant: Secant) -> Tensor:
         """(B,) int8: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE."""
@@ -238,9 +244,13 @@ class ToleranceTest:
         return idle.masked_fill(stagnant, Status.STAGNATED).masked_fill(at_floor, Status.PRECISION_FLOOR)
 
     def _lost(self, news: News) -> Tensor | None:
-        """(B,) bool: the samples that one step has led to infinity, NaN or far away."""
+        """(B,) bool: the samples that a step has led to infinity or NaN, or what the solver remembers far away."""
         samples = self._samples
-        lost = (news.allowed < samples.active) & ((news.error > SUDDEN * samples.latest) | ~news.error.isfinite())
+        astray = ~news.error.isfinite()
+        if self._remembers:
+            since = self._step - samples.best_step.clamp_min(self._all_improved_at)
+            astray = astray | ((since <= SUDDEN) & (news.error > WILD * samples.latest))
+        lost = (news.allowed < samples.active) & astray
         lost = lost & (samples.taken_back < MOST_TAKEN_BACK)
         if self._step == 1 or not bool(lost.any()):
             return None
@@ -249,7 +259,7 @@ class ToleranceTest:
 
     def _take_in(self, news: News, verdict: Verdict, secant: Secant | None) -> Tensor | None:
         """Remember a step; returns the samples with a new best iterate (B,), or None for all."""
-        samples = self._samples
+        samples, tenfold = self._samples, 10 * news.scale
         active, left = verdict.active, verdict.num_active
         may_end = verdict.num_within or left < len(active) - self.num_done
         ended = samples.active & ~active if may_end else None
@@ -262,10 +272,7 @@ class ToleranceTest:
             self._history.append(residual if self._aside is None else self._merged(self._aside.residual, residual))
         if verdict.num_grown:
             samples.reference = torch.where(news.grown, samples.latest, samples.reference)
-            samples.next_growth = torch.where(news.grown, 10 * news.scale, samples.next_growth)
-            self._grown = True
-        if self._grown:
-            samples.reference = torch.maximum(samples.reference, news.error)
+        samples.next_growth = torch.where(news.grown, tenfold, torch.minimum(samples.next_growth, tenfold))
         samples.latest = news.error
         if verdict.num_missed or self._some_done:
             taken = samples.active & (news.improved if verdict.met is None else news.improved | verdict.met)

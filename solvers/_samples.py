@@ -13,7 +13,7 @@ class Samples:
 
     Attributes:
         value: (B, D) of the iterate z with the smallest residual: f(z) where the steps show it to be nearer, else z.
-        contracts: (B,) bool, whether no step has brought images farther apart than iterates.
+        contracts: (B,) bool, whether every step has brought images closer together than iterates.
         is_image: (B,) bool, whether the value is f(z).
         status: (B,) int8, ACTIVE until the sample stops.
         active: (B,) bool.
@@ -24,8 +24,8 @@ class Samples:
         best_step: (B,) int64, the step of that iterate.
         error_ratio: (B,) error over residual along the last step before the sample stopped.
         latest: (B,) ``norm(f(z) - z)`` of the latest iterate.
-        reference: (B,) the largest ``norm(f(z) - z)`` since the value last grew tenfold; infinite before that.
-        next_growth: (B,) the ``norm(f(z))`` at which it has grown tenfold again.
+        reference: (B,) ``norm(f(z) - z)`` before the value last grew tenfold; infinite if it has not.
+        next_growth: (B,) the ``norm(f(z))`` at which it has grown tenfold, since it last did or was smallest.
         taken_back: (B,) int64, how often in a row the sample was taken back to its best value.
         start: (B, D) the iterate of the first step.
         start_size: (B,) the larger one of ``norm(z)`` and ``norm(f(z))`` there.
@@ -68,7 +68,7 @@ class News:
         scale: ``norm(f(z))``.
         rounded: The error with what rounding in f may hide.
         improved: Whether that is smaller than ever.
-        grown: Whether the value has grown tenfold since it last did, or since the start.
+        grown: Whether the value has grown tenfold since it last did, or was smallest.
         allowed: Whether the error is below the limit for divergence; False for NaN.
         within: Whether the error is within the bound of the residual test.
         close: Whether it may be so in the next step.
@@ -99,7 +99,7 @@ class Verdict:
         num_grown: How many samples have grown tenfold.
         num_close: How many are close to their bound.
         num_within: How many are within it.
-        num_contracting: For how many no step has brought images farther apart than iterates.
+        num_contracting: For how many every step has brought images closer together than iterates.
     """
 
     met: Tensor | None

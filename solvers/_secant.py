@@ -11,8 +11,10 @@ from solvers.methods.solver import State
 # Entries of a sample that are looked at; ratios of norms need no more, and large states need not be read again.
 ENTRIES = 128
 
-# Up to this factor the change of images over that of iterates, if not all entries are looked at, may be chance.
-CHANCE = 1.1
+# A step contracts if it changes images by at most so many times what it changes iterates by: less than once, because a
+# smaller gain is not worth the risk that f expands in other directions; more if not all entries are looked at, which
+# leaves room for chance.
+CONTRACTION, CONTRACTION_OF_SOME = 0.98, 1.1
 
 
 @dataclasses.dataclass(slots=True)
@@ -27,7 +29,7 @@ class Secant:
         dz: (B,) norm of the change of z.
         df: (B,) of f(z).
         dg: (B,) of g.
-        contracts: (B,) bool, whether images came no farther apart than iterates.
+        contracts: (B,) bool, whether images came closer together than iterates.
     """
 
     dz: Tensor
@@ -45,7 +47,7 @@ class Secant:
             z, fz, old_z, old_fz = (tensor[:, ::stride] for tensor in (z, fz, old_z, old_fz))
         dz, df = z - old_z, fz - old_fz
         norms = torch.linalg.vector_norm(torch.stack((dz, df, df - dz)), dim=2)  # (3, B)
-        contracts = norms[1] <= (norms[0] if stride == 1 else CHANCE * norms[0])
+        contracts = norms[1] <= (CONTRACTION if stride == 1 else CONTRACTION_OF_SOME) * norms[0]
         return cls(norms[0], norms[1], norms[2], contracts)
 
     def error_ratio(self, of_image: Tensor) -> Tensor:

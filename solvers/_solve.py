@@ -171,7 +171,10 @@ class Iteration(Generic[S]):
         self.tested = isinstance(rule, Stopping)
         if isinstance(rule, Stopping):
             self._check_every = rule.check_every
-            self._progress = ToleranceTest(rule, Measure(rule, self._layout), self._map.eps, keep_history=history)
+            remembers = type(self._solver).restarted is not Solver.restarted
+            self._progress = ToleranceTest(
+                rule, Measure(rule, self._layout), self._map.eps, remembers=remembers, keep_history=history
+            )
         else:
             self._progress = FixedSteps(keep_history=history)
         self.num_steps = 1
@@ -244,7 +247,12 @@ class Iteration(Generic[S]):
 
     def solution(self) -> Solution[S]:
         """The solution as it stands; a sample that is still active counts as MAX_STEPS."""
-        outcome = self._progress.outcome()
+        if torch.compiler.is_compiling() and isinstance(self._progress, ToleranceTest):
+            from solvers import _untraced
+
+            outcome = _untraced.outcome(self._progress)
+        else:
+            outcome = self._progress.outcome()
 
         def unpack(per_sample: Tensor | None) -> Tensor | None:
             return None if per_sample is None else self._layout.unpack_batch(per_sample)

@@ -39,9 +39,9 @@ class Stopping(Hyperparameters):
 
     over all of its entries or, where a tolerance is given for each leaf of the state, in every leaf by itself, and when
     at least one digit of the value is right: the error, as the last two tested iterates estimate it, is below a tenth
-    of the size of the value or of the start, and the residual has fallen tenfold since the value last grew tenfold.
-    The first condition alone also holds for an iterate that has run away. A single iterate has converged only if
-    ``f(z) == z``, because its residual says nothing about its error.
+    of the size of the value or of the start; and if the value has grown tenfold, the residual has fallen tenfold since.
+    The first condition alone also holds for an iterate that has run away. The start, whose
+    residual says nothing about its error, has converged if the residual is a hundredth of the bound or less.
 
     The residual that a solution reports is always that of the whole sample, ``norm(f(z) - z) / norm(f(z))``.
 
@@ -204,8 +204,8 @@ def stop_rule(
             )
     base = stopping or default or Stopping()
     if isinstance(base, Steps):
-        if given.keys() <= {"max_steps", "check_every"}:
-            return Steps(given["max_steps"]) if "max_steps" in given else base
+        if all(value is None for name, value in given.items() if name in ("rtol", "atol")):
+            return Steps(given.get("max_steps", base.n))
         # Tolerances given to a call of a layer with a fixed number of steps.
         given.setdefault("max_steps", base.n)
         base = Stopping()

@@ -287,7 +287,8 @@ def test_captured_tensors_get_their_gradients(backward):
     leaf, before = torch.randn(2, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
     module = nn.Linear(3, 3, bias=False)
     result = before.sin() / 8
-    options = {"solver": "broyden", "backward": backward, "rtol": 1e-13, "max_steps": 60, "on_failure": "ignore"}
+    # Not to the last digit, where rounding decides what SHINE shares.
+    options = {"solver": "broyden", "backward": backward, "rtol": 1e-8, "max_steps": 60, "on_failure": "ignore"}
     captured = (leaf, before, module.weight)
 
     z = fixed_point(lambda z: torch.sin(z @ result + 0.2 * module(z) + leaf), torch.zeros(2, 3), **options)

@@ -43,8 +43,8 @@ def solved(name, z0, f, rtol, *, max_steps=500, **options) -> Solution:
 
 
 def require_true(solution, value, f, rtol):
-    """Whatever came out: a sample is CONVERGED if and only if its residual says so, and no failure is silent."""
-    assert ((solution.residual <= rtol) == solution.converged).all()
+    """Whatever came out: the residual of a CONVERGED sample and of its value says so, and no failure is silent."""
+    assert (solution.residual <= rtol)[solution.converged].all()
     assert torch.equal(solution.failed, ~solution.converged)
     assert value.isfinite().all()
     # f(z) of an iterate z whose residual is small has a small one itself, where f does not expand too much.
@@ -62,12 +62,15 @@ def test_solves_the_bank(solver, problem):
         steps = 60 if problem == "nonnormal" else 500
         solution = solved(solver, bank.z0, bank.f, rtol, max_steps=steps)
         require_true(solution, solution.value, bank.f, rtol)
+        if problem != "nonnormal":  # where values grow by 1e25, a small relative residual tells nothing
+            assert (solution.converged | (solution.residual > rtol)).all()
         if solver not in UNSOLVED.get(problem, ()):
             assert solution.converged.all(), solution.summary()
             # At a contraction factor of at most 0.9 the error is within ten residuals or so, at 0.99 a hundred.
             error = (solution.value - bank.solution).norm(dim=1) / bank.solution.norm(dim=1)
             assert (error <= (20 if problem in EASY else 200) * rtol).all()
-        if solver not in CALLS_VARY:
+        # Steps to values that are not finite are taken back, which takes calls.
+        if solver not in CALLS_VARY and solution.converged.all():
             assert solution.num_evals == int(solution.num_steps.max())
         assert solution.value.dtype == dtype
 

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from solvers import Auto, Iteration, NewtonKrylov, solve
-from solvers.methods.auto import NEWTON
 from solvers.methods.jacobian_product import JacobianProduct
+from solvers.methods.method_choice import NEWTON
 
 
 class SineWithContext(torch.autograd.Function):

@@ -88,7 +88,7 @@ def test_answer_is_a_fixed_point(solver, f):
 @hypothesis.settings(max_examples=150)
 @hypothesis.given(solvers, maps(max_rate=10.0), st.integers(1, 100), st.floats(-9, -1))
 def test_statuses_are_true(solver, f, max_steps, digits):
-    """Also where f expands: of a sample that has converged, the last residual and the value's own meet the tolerance."""
+    """Also where f expands: the last residual of a converged sample and that of its value meet the tolerance."""
     rtol = 10**digits
     solution = solve(
         f,

@@ -137,7 +137,7 @@ def test_what_is_no_integer_is_refused(bad):
 @pytest.mark.parametrize("bad", [True, np.False_, np.float32(1.5), np.nan, "0.5", torch.tensor(0.5), None], ids=repr)
 def test_what_is_no_damping_is_refused(bad):
     for solver in (Picard, Anderson, Broyden):
-        with pytest.raises(ValueError, match=r"damping=...\) must be a number in \(0, 1\], got"):
+        with pytest.raises(ValueError, match=r"damping=...\) must be in \(0, 1\], got"):
             solver(damping=bad)
 
 

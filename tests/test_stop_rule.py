@@ -130,7 +130,7 @@ def test_stopping_is_hashable_with_any_tolerances():
     assert repr(Stopping(rtol=1e-3)) == "Stopping(rtol=0.001, max_steps=50)"
 
 
-SOLVERS: list[Solver] = [
+SOLVERS = [
     Picard(),
     Anderson(),
     Anderson(memory=10),

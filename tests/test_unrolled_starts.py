@@ -59,7 +59,7 @@ def test_enough_steps_have_the_implicit_gradient_from_any_start(solver, seed, so
     z0 = torch.zeros_like(z)
     rows = {"entry": (0, 1), "sample": 0, "all": slice(None)}[solved]
     z0[rows] = z[rows]
-    found = gradient(f, x, z0, solver, rtol=None, atol=None, max_steps=80)
+    found = gradient(f, x, z0, solver, rtol=None, atol=None, max_steps=160)
     assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 

@@ -9,6 +9,9 @@ from implicit.autograd.torch_internals import transform_active
 from implicit.backward.backward import Backward, SolveOptions, require_differentiable
 from solvers import Solution, Solver
 
+# What PyTorch says when something under vmap looks at values.
+_LOOKS_UNDER_VMAP = ("data-dependent control flow", "doesn't have storage", ".item() on a Tensor")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unrolled(Backward):
@@ -31,7 +34,7 @@ class Unrolled(Backward):
             try:
                 return options.solve(f, z0, args)
             except RuntimeError as error:
-                if not (transform_active() and "data-dependent control flow" in str(error)):
+                if not (transform_active() and any(message in str(error) for message in _LOOKS_UNDER_VMAP)):
                     raise
                 raise RuntimeError(
                     f"{self!r} cannot test for convergence under torch.func.vmap, and so not under jacfwd or hessian. "

