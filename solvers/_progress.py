@@ -31,7 +31,7 @@ SUDDEN = 10
 MOST_TAKEN_BACK = 10
 
 # A residual this many times its bound does not meet it in the next step, as a rule.
-CLOSE = 30.0
+CLOSE = 10.0
 
 # The part of its bound below which the residual of a single iterate counts as convergence.
 TINY = 1e-2
@@ -106,10 +106,13 @@ class ToleranceTest:
             news = self._news(errors, scales)
             waited = step - self._all_improved_at >= self._least_patience
             near = self._near or waited or step == self._stopping.max_steps or self._stopping.check_every > 1
+            # Whether the map contracts is asked at steps that do not depend on the batch.
+            asked = self._num_contracting > 0 and (step <= 3 or step % 4 == 0)
             secant, contracted = None, self._samples.contracts
-            if not first and (near or self._num_contracting):
+            if not first and (near or asked):
                 secant = self._secant()
-                self._samples.contracts = contracted & secant.contracts
+                if asked:
+                    self._samples.contracts = contracted & secant.contracts
             verdict = self._verdict(news, secant if near else None, waited=waited)
             if verdict.num_within and not (near or first):
                 secant = secant or self._secant()
@@ -272,7 +275,8 @@ class ToleranceTest:
             self._history.append(residual if self._aside is None else self._merged(self._aside.residual, residual))
         if verdict.num_grown:
             samples.reference = torch.where(news.grown, samples.latest, samples.reference)
-        samples.next_growth = torch.where(news.grown, tenfold, torch.minimum(samples.next_growth, tenfold))
+            samples.next_growth = torch.where(news.grown, tenfold, samples.next_growth)
+        samples.next_growth = torch.minimum(samples.next_growth, tenfold)
         samples.latest = news.error
         if verdict.num_missed or self._some_done:
             taken = samples.active & (news.improved if verdict.met is None else news.improved | verdict.met)
@@ -293,7 +297,9 @@ class ToleranceTest:
         # All that are left may converge in the next step only if all are close.
         self._near = verdict.num_close >= left - verdict.num_within
         samples.active, self.num_done = active, len(active) - left
-        self._num_contracting = verdict.num_contracting
+        self._num_contracting = (
+            verdict.num_contracting if ended is None else min(verdict.num_contracting, len(active) - 1)
+        )
         return taken
 
     def _end(self, ended: Tensor, news: News, verdict: Verdict, secant: Secant | None) -> None:
@@ -311,6 +317,8 @@ class ToleranceTest:
         samples.status = torch.where(ended, status, samples.status)
         samples.num_steps = samples.num_steps.masked_fill(ended, self._step)
         if secant is not None:
+            # Of a sample that stops, its last step is asked as well.
+            samples.contracts = samples.contracts & (secant.contracts | ~ended)
             is_image = torch.where(is_new, samples.contracts, samples.is_image)
             samples.error_ratio = torch.where(ended, secant.error_ratio(is_image), samples.error_ratio)
         rows = ended if samples.absolute.dim() == 1 else ended.unsqueeze(1)

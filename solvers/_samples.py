@@ -13,7 +13,7 @@ class Samples:
 
     Attributes:
         value: (B, D) of the iterate z with the smallest residual: f(z) where the steps show it to be nearer, else z.
-        contracts: (B,) bool, whether every step has brought images closer together than iterates.
+        contracts: (B,) bool, whether every step that was asked has brought images closer together than iterates.
         is_image: (B,) bool, whether the value is f(z).
         status: (B,) int8, ACTIVE until the sample stops.
         active: (B,) bool.

@@ -46,9 +46,9 @@ class Secant:
         if stride > 1:
             z, fz, old_z, old_fz = (tensor[:, ::stride] for tensor in (z, fz, old_z, old_fz))
         dz, df = z - old_z, fz - old_fz
-        norms = torch.linalg.vector_norm(torch.stack((dz, df, df - dz)), dim=2)  # (3, B)
-        contracts = norms[1] <= (CONTRACTION if stride == 1 else CONTRACTION_OF_SOME) * norms[0]
-        return cls(norms[0], norms[1], norms[2], contracts)
+        size_z, size_f, size_g = torch.linalg.vector_norm(torch.stack((dz, df, df - dz)), dim=2).unbind()
+        contracts = size_f <= (CONTRACTION if stride == 1 else CONTRACTION_OF_SOME) * size_z
+        return cls(size_z, size_f, size_g, contracts)
 
     def error_ratio(self, of_image: Tensor) -> Tensor:
         """(B,) the error over the residual, of f(z) where ``of_image`` (B,), else of z."""

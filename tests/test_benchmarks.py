@@ -50,3 +50,12 @@ def test_nonlinear() -> None:
     assert re.fullmatch(r"\d / \d", solved[newton])
     assert problems[1][lm] == "!"
     assert all(int(count) > 0 for cell in calls[1:] for count in cell.split(" / "))
+
+
+@pytest.mark.long
+def test_steps() -> None:
+    done = run("benchmarks.steps", "--repeats", "1")
+    rows = [line.split("|") for line in done.splitlines() if line.startswith(("| linear", "| mixed", "| tanh"))]
+    assert len(rows) == 20
+    # At most one look per step, and none beside that of the driver except for Auto's own.
+    assert all(int(row[4]) <= int(row[3]) for row in rows if row[2].strip() != "auto")

@@ -12,7 +12,7 @@ from implicit import SHINE, Checkpointed, FixedPointLayer, Implicit, Phantom, fi
 
 pytestmark = pytest.mark.usefixtures("double")
 
-TIGHT = {"rtol": 1e-14, "atol": 0.0, "max_steps": 300, "on_failure": "ignore"}
+TIGHT = {"rtol": 1e-14, "max_steps": 300, "on_failure": "ignore"}
 FIXED = {"rtol": None, "atol": None, "max_steps": 50}
 MODES = {
     "implicit": (Implicit(), TIGHT),
