@@ -42,7 +42,7 @@ class Counts(TorchDispatchMode):
     """Counts operations, and those that copy values to the host, among them ``tolist``, which is none on the CPU."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operations = self.looks = 0
         self._tolist = Tensor.tolist
 

@@ -31,7 +31,7 @@ SUDDEN = 10
 MOST_TAKEN_BACK = 10
 
 # A residual this many times its bound does not meet it in the next step, as a rule.
-CLOSE = 10.0
+CLOSE = 100.0
 
 # The part of its bound below which the residual of a single iterate counts as convergence.
 TINY = 1e-2

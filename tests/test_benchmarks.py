@@ -55,7 +55,8 @@ def test_nonlinear() -> None:
 @pytest.mark.long
 def test_steps() -> None:
     done = run("benchmarks.steps", "--repeats", "1")
-    rows = [line.split("|") for line in done.splitlines() if line.startswith(("| linear", "| mixed", "| tanh"))]
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith(("| linear", "| mixed", "| tanh"))]
     assert len(rows) == 20
     # At most one look per step, and none beside that of the driver except for Auto's own.
     assert all(int(row[4]) <= int(row[3]) for row in rows if row[2].strip() != "auto")
