@@ -1,6 +1,6 @@
 """Which solver solves which of 23 classical systems of equations, beside the methods of scipy.optimize.root.
 
-python -m benchmarks.nonlinear [--starts 1 10 100] [--max-steps 200] [--problems NAME ...]
+python -m benchmarks.nonlinear [--starts 1 10 100] [--max-steps 300] [--problems NAME ...]
 
 A system F(x) = 0 is given to our solvers as the maps z - F(z) and z + F(z), in float64, with the relative tolerance
 1e-10; to SciPy's as F itself with tol=1e-10 and its own limits. Every solver starts from the usual start times each of
@@ -127,7 +127,7 @@ def main() -> None:
     """Print a table for each start."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--starts", type=float, nargs="+", default=[1, 10, 100], help="factors [1 10 100]")
-    parser.add_argument("--max-steps", type=int, default=200, help="most steps of our solvers [%(default)s]")
+    parser.add_argument("--max-steps", type=int, default=300, help="most steps of our solvers [%(default)s]")
     parser.add_argument(
         "--problems", nargs="+", choices=[*NONLINEAR], default=[*NONLINEAR], metavar="NAME", help="[all]"
     )

@@ -234,7 +234,7 @@ class ToleranceTest:
         samples = self._samples
         tenfold = torch.add(self._vanishing, news.rounded, alpha=10)
         near = tenfold * secant.df < torch.maximum(news.scale, samples.start_size) * secant.dg
-        fallen = torch.add(tenfold, news.scale, alpha=10 * FLOOR * self._eps)
+        fallen = torch.add(tenfold, news.scale, alpha=10 * FLOOR * torch.finfo(tenfold.dtype).eps)
         return near & (fallen <= torch.where(news.grown, samples.latest, samples.reference))
 
     def _idle(self, news: News, secant: Secant) -> Tensor:

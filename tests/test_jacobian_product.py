@@ -134,7 +134,7 @@ def test_auto_comes_to_newtons_method_without_forward_mode():
     came = False
     while not iteration.done:
         iteration.step()
-        came = came or bool((iteration.state.method == NEWTON).any())
+        came = came or bool((iteration.state.choice.method == NEWTON).any())
     assert came
     assert iteration.solution().converged.all()
     assert iteration.state.newton.way == "finite differences"
