@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicit import fixed_point
 from solvers import Anderson, Auto, Broyden, Iteration, Picard, Status, solve
-from solvers.methods.method_choice import ANDERSON, BROYDEN, FAST, NEWTON, PICARD
+from solvers.methods.method_choice import ANDERSON, BROYDEN, FAST, NEWTON, PICARD, MethodChoice
 from solvers.testing import BANK, NONLINEAR, REAL_MAPS
 from solvers.testing.problems import imlp
 
@@ -238,6 +238,44 @@ def test_one_look_at_the_host_per_step(monkeypatch):
                 break
     assert {ANDERSON, BROYDEN, PICARD} <= seen
     assert steps > 20
+
+
+@pytest.mark.parametrize("name", ["linear 0.9", "mixed", "tanh", "expansive", "H-equation", "steep"])
+def test_calm_steps_are_judged_as_all_others(monkeypatch, name):
+    """The shorter way through a step without events changes no bit of the answer and no method of a sample."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(20, 20, dtype=torch.float64, generator=generator)
+    x = torch.randn(12, 20, dtype=torch.float64, generator=generator)
+    w = torch.linspace(0.02, 5, 12, dtype=torch.float64).view(-1, 1, 1) * w / torch.linalg.matrix_norm(w, 2)
+
+    def steep(z):
+        return torch.tanh(x + torch.einsum("bij,bj->bi", w, z))
+
+    f, z0 = (
+        (steep, torch.zeros_like(x)) if name == "steep" else (BANK[name](torch.float64).f, BANK[name](torch.float64).z0)
+    )
+    taken = []
+
+    def solved():
+        solution = solve(f, z0, Auto(), rtol=1e-9, atol=0, max_steps=100, on_failure="ignore")
+        choice = solution.state.choice
+        return solution.num_evals, (solution.status, solution.num_steps, solution.value, choice.method, choice.idle)
+
+    after_calm = MethodChoice.after_calm
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            MethodChoice, "after_calm", lambda *args, **options: taken.append(1) or after_calm(*args, **options)
+        )
+        num_evals, results = solved()
+    assert taken
+
+    def judged(self, state, needs, *step):
+        return self._judge(state, *step)
+
+    monkeypatch.setattr(Auto, "_settled_step", judged)
+    num_evals_judged, results_judged = solved()
+    assert num_evals == num_evals_judged
+    assert all(torch.equal(a, b) for a, b in zip(results, results_judged, strict=True))
 
 
 def test_a_map_that_is_never_finite_is_reported():

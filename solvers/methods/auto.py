@@ -1,7 +1,7 @@
 """A solver that chooses the method for each sample by how fast it converges."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,16 @@ from torch import Tensor
 from solvers.linear import GMRES, LinearSolver
 from solvers.methods.anderson import Anderson, AndersonState
 from solvers.methods.broyden import Broyden, BroydenState
-from solvers.methods.method_choice import ANDERSON, BROYDEN, FAST_REDUCTION, LONGEST_GROWTH, NEWTON, MethodChoice
+from solvers.methods.method_choice import (
+    ANDERSON,
+    BROYDEN,
+    FAST,
+    FAST_REDUCTION,
+    LONGEST_GROWTH,
+    NEWTON,
+    PICARD,
+    MethodChoice,
+)
 from solvers.methods.newton_krylov import NewtonKrylov, NewtonKrylovState
 from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.problem.hyperparameters import require_positive_int
@@ -30,6 +39,47 @@ class Trail(State):
     length: int
 
 
+class Needs(NamedTuple):
+    """What the host knows of the next step.
+
+    Where an attribute is False, it is so of no sample. Where it is True, it may be so of some; but ``broyden`` and
+    ``newton`` are then certain as long as there are as many samples.
+
+    Attributes:
+        num_samples: How many samples there are.
+        fresh: Whether samples are fresh.
+        grew: Whether residuals grew in the last step, or samples have taken steps away from a fixed point at zero.
+        fast: Whether samples are on FAST; likewise ``anderson`` and so on.
+    """
+
+    num_samples: int
+    fresh: bool
+    grew: bool
+    fast: bool
+    anderson: bool
+    picard: bool
+    broyden: bool
+    newton: bool
+
+    @classmethod
+    def of(cls, choice: MethodChoice) -> "Needs":
+        """What this choice needs, by a look at the host."""
+        rows = [choice.method == method for method in (FAST, ANDERSON, PICARD, BROYDEN, NEWTON)]
+        grew = choice.grew | (choice.grown > 0)
+        flags: list[bool] = torch.stack((choice.fresh, grew, *rows)).any(dim=1).tolist()
+        return cls(len(grew), *flags)
+
+    @classmethod
+    def at_most(cls, num_samples: int, *, picard: bool) -> "Needs":
+        """When no more is known than that no sample is on BROYDEN or NEWTON, nor on PICARD if that is False."""
+        return cls(num_samples, True, True, fast=True, anderson=True, picard=picard, broyden=False, newton=False)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every sample is on FAST or ANDERSON."""
+        return not (self.picard or self.broyden or self.newton)
+
+
 @dataclasses.dataclass
 class AutoState(State):
     """The method of each sample and what the methods remember.
@@ -41,6 +91,7 @@ class AutoState(State):
         trail: While there is no window, the iterates before this one.
         window: Anderson's state, of all samples since they were last fresh; None while all samples are fast.
         broyden: Broyden's state, which is meaningful only for the samples on that method.
+        needs: What the host knows of the next step; None if the step has to look.
     """
 
     choice: MethodChoice
@@ -49,6 +100,7 @@ class AutoState(State):
     trail: Trail | None = None
     window: AndersonState | None = None
     broyden: BroydenState | None = None
+    needs: Needs | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,24 +153,31 @@ class Auto(Solver):
             return self._mixed_step(f, state, state.window)
         z = state.fz
         fz = f(z)
-        error, last = rms_norm(fz - z), state.choice.error
+        error, choice = rms_norm(fz - z), state.choice
         trail = Trail(state.z, state.fz, state.trail, 1 if state.trail is None else state.trail.length + 1)
         # One look at the host is all the work of a step in which every sample is fast.
-        if trail.length < self.memory and bool((error <= FAST_REDUCTION * last).all()):
-            choice = dataclasses.replace(state.choice, error=error)
-            return dataclasses.replace(state, z=z, fz=fz, choice=choice, trail=trail)
+        flags = torch.stack((error <= FAST_REDUCTION * choice.error, choice.is_tame(error, z.shape[1])))
+        num_fast, num_tame = flags.sum(dim=1).tolist()
+        if trail.length < self.memory and num_fast == len(z):
+            return dataclasses.replace(state, z=z, fz=fz, choice=dataclasses.replace(choice, error=error), trail=trail)
         state, window = self._apart(state)
-        return self._judge(state, window, z, fz, error, torch.zeros_like(state.choice.fresh))
+        # A sample that is not fast goes on to Anderson's method, or to Newton's if its residual explodes.
+        needs = Needs.at_most(len(z), picard=False) if num_tame == len(z) else None
+        return self._judge(dataclasses.replace(state, needs=needs), window, z, fz, error)
 
     def restarted(self, state: AutoState, rows: Tensor, z: Tensor, fz: Tensor) -> AutoState:
         if state.window is None:
-            state = self._apart(state)[0]
+            state = dataclasses.replace(self._apart(state)[0], needs=Needs.at_most(len(z), picard=False))
+        needs = state.needs
+        if needs is not None:
+            needs = needs._replace(fresh=True, grew=True, fast=True) if needs.is_settled else None
         return dataclasses.replace(
             state,
             z=replaced(state.z, rows, z),
             fz=replaced(state.fz, rows, fz),
             best=State(replaced(state.best.z, rows, z), replaced(state.best.fz, rows, fz)),
             choice=state.choice.restarted(rows, rms_norm(fz - z), rms_norm(fz)),
+            needs=needs,
         )
 
     def _apart(self, state: AutoState) -> tuple[AutoState, AndersonState]:
@@ -139,32 +198,35 @@ class Auto(Solver):
 
     def _mixed_step(self, f: FlatMapping, state: AutoState, window: AndersonState) -> AutoState:
         """A step of every sample by its own method."""
-        choice, anderson, newton = state.choice, self._anderson(state.z), state.newton
-        on = {method: choice.method == method for method in (ANDERSON, BROYDEN, NEWTON)}
-        # The look at the host.
-        flags = torch.stack([choice.fresh.any(), *(rows.any() for rows in on.values())]).tolist()
-        fresh, needs = flags[0], dict(zip(on, flags[1:], strict=True))
-        broyden = state.broyden if needs[BROYDEN] else None
-        if fresh:
+        choice, anderson, newton, needs = state.choice, self._anderson(state.z), state.newton, state.needs
+        # The step looks at the host once: here, where it must know more, or else when the map has been called.
+        looks = needs is None or (needs.num_samples != len(state.z) and not needs.is_settled)
+        if needs is None or looks:
+            needs = Needs.of(choice)
+        broyden = state.broyden if needs.broyden else None
+        if needs.fresh:
             window = anderson.restarted(window, choice.fresh, state.z, state.fz)
             newton = self._newton.restarted(newton, choice.fresh, state.z, state.fz)
             if broyden is not None:
                 broyden = _BROYDEN.restarted(broyden, choice.fresh, state.z, state.fz)
-        if broyden is None and needs[BROYDEN]:
+        if broyden is None and needs.broyden:
             broyden = _BROYDEN.init(lambda _: state.fz, state.z)
 
-        z = state.fz
-        growing = torch.zeros_like(choice.fresh)
-        if needs[ANDERSON]:
+        z, growing = state.fz, None
+        if needs.anderson:
             proposal = anderson.propose(window)
-            growing = (choice.grown > 0) | (rms_norm(proposal) <= _COLLAPSE * rms_norm(state.best.z))
-            growing = growing & on[ANDERSON] & choice.grew & (choice.grown < LONGEST_GROWTH)
-            z = replaced(z, on[ANDERSON] & ~growing, proposal)
+            rows = None if needs.is_settled and not needs.fast else choice.method == ANDERSON
+            if needs.grew:
+                growing = (choice.grown > 0) | (rms_norm(proposal) <= _COLLAPSE * rms_norm(state.best.z))
+                growing = growing & choice.grew & (choice.grown < LONGEST_GROWTH)
+                growing = growing if rows is None else growing & rows
+                rows = ~growing if rows is None else rows & ~growing
+            z = proposal if rows is None else replaced(z, rows, proposal)
         if broyden is not None:
-            z = replaced(z, on[BROYDEN], broyden.z + broyden.direction)
-        if needs[NEWTON]:
+            z = replaced(z, choice.method == BROYDEN, broyden.z + broyden.direction)
+        if needs.newton:
             newton = dataclasses.replace(newton, z=state.z, fz=state.fz, error=choice.error)
-            newton = self._newton.step_some(f, newton, on[NEWTON], z)
+            newton = self._newton.step_some(f, newton, choice.method == NEWTON, z)
             z, fz, error = newton.z, newton.fz, newton.error
         else:
             fz = f(z)
@@ -172,11 +234,71 @@ class Auto(Solver):
         if broyden is not None:
             # What it makes of the other samples is meaningless, and cleared before it is used.
             broyden = _BROYDEN.step(lambda _: fz, broyden)
-        state = dataclasses.replace(state, newton=newton, broyden=broyden)
-        return self._judge(state, window, z, fz, error, growing)
+        state = dataclasses.replace(state, newton=newton, broyden=broyden, needs=None)
+        if needs.is_settled and not looks:
+            return self._settled_step(state, needs, window, z, fz, error, growing)
+        state = self._judge(state, window, z, fz, error, growing)
+        if not looks or needs.newton:
+            return dataclasses.replace(state, needs=Needs.of(state.choice))
+        if needs.is_settled and not needs.fast:
+            return dataclasses.replace(state, needs=Needs.at_most(len(z), picard=True))
+        return state
+
+    def _settled_step(
+        self,
+        state: AutoState,
+        needs: Needs,
+        window: AndersonState,
+        z: Tensor,
+        fz: Tensor,
+        error: Tensor,
+        growing: Tensor | None,
+    ) -> AutoState:
+        """What :meth:`_judge` returns, with less work where all samples are on FAST or ANDERSON and calm.
+
+        A look at the host tells whether that is so. Then no sample goes back to its best iterate, so that ``z`` and
+        ``fz`` stay as they are, and :meth:`MethodChoice.after_calm` gives the same choice. Where every sample improved,
+        the new best iterate is this one.
+        """
+        choice, count = state.choice, len(z)
+        course = choice.course(error, size=z.shape[1], fast=needs.fast, growing=growing)
+        constant = (fz == state.fz).all(dim=1)
+        flags = [course.calm, course.better, course.grew, constant]
+        if course.first is not None:
+            # With "less than" for "but not".
+            flags += [course.first, choice.is_tame(error, z.shape[1]) < course.first]
+        # The look at the host.
+        num_calm, num_better, num_grew, num_constant, *rest = torch.stack(flags).sum(dim=1).tolist()
+        num_fast, num_exploding = rest or (0, 0)
+        if num_calm < count:
+            # Those that leave ANDERSON come to PICARD; those that leave FAST to ANDERSON, or to NEWTON if they explode.
+            known = None if num_exploding else Needs.at_most(count, picard=True)
+            return self._judge(dataclasses.replace(state, needs=known), window, z, fz, error, growing)
+        all_better = num_better == count
+        choice = choice.after_calm(
+            error,
+            rms_norm(fz),
+            course,
+            all_better=all_better,
+            any_fresh=needs.fresh,
+            any_grown=needs.grew,
+            constant=constant if num_constant else None,
+        )
+        best = State(z, fz)
+        if not all_better:
+            best = State(replaced(state.best.z, course.better, z), replaced(state.best.fz, course.better, fz))
+        known = needs._replace(fresh=False, grew=num_grew > 0, fast=num_fast + num_constant > 0)
+        window = self._anderson(z).absorb(window, z, fz)
+        return dataclasses.replace(state, z=z, fz=fz, choice=choice, best=best, window=window, needs=known)
 
     def _judge(
-        self, state: AutoState, window: AndersonState, z: Tensor, fz: Tensor, error: Tensor, growing: Tensor
+        self,
+        state: AutoState,
+        window: AndersonState,
+        z: Tensor,
+        fz: Tensor,
+        error: Tensor,
+        growing: Tensor | None = None,
     ) -> AutoState:
         """The state at ``z``, with steps that led astray taken back and the methods for the next step."""
         choice, better, back = state.choice.after(
@@ -184,7 +306,7 @@ class Auto(Solver):
             rms_norm(fz),
             size=z.shape[1],
             memory=self.memory,
-            growing=growing,
+            growing=torch.zeros_like(state.choice.fresh) if growing is None else growing,
             constant=(fz == state.fz).all(dim=1),
         )
         best = State(replaced(state.best.z, better, z), replaced(state.best.fz, better, fz))

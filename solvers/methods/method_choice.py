@@ -50,6 +50,26 @@ class Verdict(NamedTuple):
     back: Tensor
 
 
+class Course(NamedTuple):
+    """How a step went.
+
+    Attributes:
+        calm: (B,) bool, the samples that neither move to another method nor go back to their best iterate.
+        better: (B,) bool, those with a smaller error than ever.
+        grew: (B,) bool, those whose error grew.
+        progress: (B,) bool, those that have made progress.
+        idle: (B,) int64, the number of steps since then.
+        first: (B,) bool, those on FAST; None if there are none.
+    """
+
+    calm: Tensor
+    better: Tensor
+    grew: Tensor
+    progress: Tensor
+    idle: Tensor
+    first: Tensor | None
+
+
 @dataclasses.dataclass
 class MethodChoice:
     """The method of each sample and how it fares. All fields are of shape (B,); counts are int64.
@@ -213,6 +233,66 @@ class MethodChoice:
         )
         return Verdict(choice, better, back)
 
+    def is_tame(self, error: Tensor, size: int) -> Tensor:
+        """(B,) bool: whether a plain step to this error does not explode, for samples of so many entries."""
+        limit = torch.minimum(self.limit, _EXPLOSION * self.error) if size <= FEW_UNKNOWNS else self.limit
+        return error <= limit
+
+    def course(self, error: Tensor, *, size: int, fast: bool, growing: Tensor | None) -> Course:
+        """How a step went in which all samples are on ANDERSON or, if ``fast``, on FAST.
+
+        Not all that is calm is found to be so, but what is found to be so is: :meth:`after` would neither move these
+        samples nor take them back.
+        """
+        progress = error <= _PROGRESS * self.mark
+        idle = (self.idle + 1).masked_fill_(progress, 0)
+        calm = (error <= _WILD * self.best_error) | (self.age < _WILD_STEPS)
+        calm = calm & (idle < _window_patience(size))
+        first = None
+        if fast:
+            first = self.method == FAST
+            calm = torch.where(first, error <= FAST_REDUCTION * self.error, calm)
+        calm = calm & (error <= self.limit)
+        if growing is not None:
+            calm = calm & ~growing
+        return Course(calm, error < self.best_error, error > self.error, progress, idle, first)
+
+    def after_calm(
+        self,
+        error: Tensor,
+        scale: Tensor,
+        course: Course,
+        *,
+        all_better: bool,
+        any_fresh: bool,
+        any_grown: bool,
+        constant: Tensor | None,
+    ) -> "MethodChoice":
+        """The choice after a step in which all samples are calm.
+
+        It is what :meth:`after` returns, because that changes nothing else where no sample moves, goes back or grows;
+        except for three fields that are not read before it sets them anew. The fields ``falls`` and ``rise`` matter
+        only on PICARD, to which a sample comes by a step that is not calm. On FAST, each step sets ``expands``.
+        """
+        better, measure = course.better, relative(error, scale)
+        halved = error <= 0.5 * self.half
+        return dataclasses.replace(
+            self,
+            method=self.method if constant is None else self.method.masked_fill(constant, FAST),
+            fresh=torch.zeros_like(self.fresh) if any_fresh else self.fresh,
+            error=error,
+            measure=measure,
+            best_error=error if all_better else torch.where(better, error, self.best_error),
+            best_measure=measure if all_better else torch.where(better, measure, self.best_measure),
+            mark=torch.where(course.progress, error, self.mark),
+            idle=course.idle,
+            half=torch.where(halved, error, self.half),
+            age=(self.age + 1).masked_fill_(halved, 0),
+            wild=self.wild > halved,  # of truth values: and not
+            grew=course.grew,
+            grown=(self.grown > 0) * LONGEST_GROWTH if any_grown else self.grown,
+        )
+
     def _plain_progress(self, error: Tensor, measure: Tensor, falls: Tensor, patience: Tensor) -> Tensor:
         """(B,) bool: whether plain iteration is on its way to a solution.
 
@@ -231,8 +311,13 @@ class MethodChoice:
         residual has a minimum. That of plain iteration doubles at every visit: it has the last word.
         """
         few = size <= FEW_UNKNOWNS
-        steps = {ANDERSON: min(size + 6, 30) if few else 15, PICARD: 12, BROYDEN: min(size + 3, 15)}
+        steps = {ANDERSON: _window_patience(size), PICARD: 12, BROYDEN: min(size + 3, 15)}
         patience = torch.full_like(self.idle, 40 if few else 3)
         for method, most in steps.items():
             patience = torch.where(self.method == method, most, patience)
         return torch.where(self.method == PICARD, patience << (self.visits - 1).clamp(0, 20), patience)
+
+
+def _window_patience(size: int) -> int:
+    """How many steps Anderson acceleration may take without progress, for samples of so many entries."""
+    return min(size + 6, 30) if size <= FEW_UNKNOWNS else 15
