@@ -147,7 +147,7 @@ def test_a_loss_on_iterates_makes_early_ones_better():
 
 def test_refusals():
     for steps in ((), (0,), (2, 2), (3, 1), (1.5,)):
-        with pytest.raises(ValueError, match="steps must be increasing positive integers, such as .*, got"):
+        with pytest.raises(ValueError, match="steps must be increasing positive integers, got"):
             iterates(torch.cos, torch.ones(2, 1), steps=steps)
     with pytest.raises(ValueError, match="must return the shape of the state"):
         iterates(lambda z: z[:, :1], torch.ones(2, 3), steps=(1,))

@@ -69,7 +69,7 @@ def iterates(
     """
     steps = list(steps)
     if not steps or not all(isinstance(k, int) and k > before for before, k in zip([0, *steps], steps, strict=False)):
-        raise ValueError(f"steps must be increasing positive integers, such as (1, 3, 10), got {steps!r}.")
+        raise ValueError(f"steps must be increasing positive integers, got {steps!r}. Give such as (1, 3, 10).")
     found: list[Any] = []
     layout = Layout(z0, batch_dims)
     one_step = FlatMap(f, args, layout)
