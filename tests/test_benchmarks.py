@@ -37,6 +37,7 @@ def test_checkout_that_is_none(tmp_path: Path) -> None:
     assert f"--published: {tmp_path} is no checkout of the published code: it has no utils" in done.stderr
 
 
+@pytest.mark.long
 def test_nonlinear() -> None:
     done = run("benchmarks.nonlinear", "--starts", "1", "--problems", "Boggs", "Freudenstein-Roth")
     assert done.returncode == 0, done.stderr

@@ -51,6 +51,7 @@ def test_solves_to_a_tolerance_have_the_implicit_gradient(solver, seed, size):
     assert torch.allclose(gradient(f, x, z0, solver, rtol=1e-12, max_steps=200), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.long
 @hypothesis.settings(max_examples=100)
 @hypothesis.given(st.sampled_from(SOLVERS), st.integers(0, 1000), st.sampled_from(["entry", "sample", "all"]))
 def test_enough_steps_have_the_implicit_gradient_from_any_start(solver, seed, solved):
