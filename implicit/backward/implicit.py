@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from implicit.autograd.constant_weights import ConstantWeights, constant_weights
-from implicit.autograd.explicit_map import FirstCall, make_explicit, make_explicit_under_transform
+from implicit.autograd.explicit_map import ExplicitMap, FirstCall, make_explicit, make_explicit_under_transform
 from implicit.autograd.fixed_point_function import fixed_point_of
 from implicit.autograd.problem import Leaves, Map, Problem, without_tensors
 from implicit.autograd.torch_internals import cached_weights, copy_of_cache, current_loans, transform_active
@@ -88,16 +88,13 @@ def solve_implicitly(
     explicit, tensors = make_explicit(f, z0, args, weights.values, loans)
     linear_solver, solver_tensors = without_tensors(linear_solver_after(solution))
     report = Report()
-    problem = problem_type(
-        map=explicit,
+    problem = problem_of(
+        explicit,
+        options,
+        linear_solver,
+        problem_type,
         solve=lambda map_, z, tensors, batch_dims: [leaf.detach() for leaf in z],  # the solution, which is known
-        batch_dims=options.batch_dims,
-        adjoint_solver=linear_solver,
         num_solver_tensors=len(solver_tensors),
-        rtol=options.linear_rtol,
-        on_failure=options.on_failure,
-        what=options.named("The linear solve of the derivative"),
-        resolution=explicit.resolution,
         transformed=False,
         report=report,
     )
@@ -141,15 +138,12 @@ def solve_under_transform(
         return list(found[0].value)
 
     report = Report()
-    problem = problem_type(
-        map=explicit,
+    problem = problem_of(
+        explicit,
+        options,
+        linear_solver,
+        problem_type,
         solve=forward,
-        batch_dims=options.batch_dims,
-        adjoint_solver=linear_solver,
-        rtol=options.linear_rtol,
-        on_failure=options.on_failure,
-        what=options.named("The linear solve of the derivative"),
-        resolution=explicit.resolution,
         transformed=True,
         report=report,
     )
@@ -171,15 +165,11 @@ def solve_while_compiling(
         z, spec = tree_flatten(solution.value)
         image = explicit(z, tensors)
         report = Report() if linear_solver.tested else None
-        problem = Problem(
-            map=explicit,
+        problem = problem_of(
+            explicit,
+            options,
+            linear_solver,
             solve=lambda *_: z,
-            batch_dims=options.batch_dims,
-            adjoint_solver=linear_solver,
-            rtol=options.linear_rtol,
-            on_failure=options.on_failure,
-            what=options.named("The linear solve of the derivative"),
-            resolution=explicit.resolution,
             transformed=False,
             report=report,
         )
@@ -189,6 +179,26 @@ def solve_while_compiling(
         weights = copy_of_cache()
     value = compiled.with_eager_adjoint(problem, image, z, tensors, weights)
     return report.to(dataclasses.replace(solution, value=tree_unflatten(value, spec)))
+
+
+def problem_of(
+    explicit: ExplicitMap,
+    options: SolveOptions,
+    linear_solver: LinearSolver,
+    problem_type: type[Problem] = Problem,
+    **fields: Any,
+) -> Problem:
+    """The problem whose derivatives are solved for as ``options`` say; ``fields`` are the others of ``Problem``."""
+    return problem_type(
+        map=explicit,
+        batch_dims=options.batch_dims,
+        adjoint_solver=linear_solver,
+        rtol=options.linear_rtol,
+        on_failure=options.on_failure,
+        what=options.named("The linear solve of the derivative"),
+        resolution=explicit.resolution,
+        **fields,
+    )
 
 
 class Report:
