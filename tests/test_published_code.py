@@ -52,8 +52,11 @@ def test_published_code_is_reproduced(shared_data, name):
     theirs = {key.removeprefix("grad.") for key in tensors if key.startswith("grad.")}
     ours = {n.replace("parametrizations.weight.original", "weight_orig"): p for n, p in model.named_parameters()}
     assert ours.keys() == theirs
+    # The gradient of a bias which a later norm removes is zero but for rounding.
+    rounding = 1e-7 * max(tensors[f"grad.{key}"].norm() for key in theirs)
     for key, parameter in ours.items():
-        assert relative_error(parameter.grad, tensors[f"grad.{key}"]) < 1e-5, key
+        expected = tensors[f"grad.{key}"]
+        assert (parameter.grad - expected).norm() < 1e-5 * expected.norm() + rounding, key
 
 
 @pytest.mark.parametrize("name", REFERENCES[::3])
