@@ -87,7 +87,8 @@ class Solution(Generic[S]):
         residual: (B,) relative residual ``norm(f(z) - z) / norm(f(z))`` of that iterate (linear:
             ``norm(b - A x) / norm(b)``); None when a fixed number of steps was taken without ``history=True``.
         change: (B,) ``norm(f(z) - z)`` at that iterate, in the units of the state and the norm of the stopping test
-            (root mean square by default); None where the residual is, and for a linear solve.
+            (root mean square by default); for a root, ``norm(F(value))`` in the units of F. None where the residual is,
+            and for a linear solve.
         error_estimate: (B,) an estimate, no bound, of ``norm(value - fixed point)``: ``change`` times the ratio of
             error and residual along the sample's last step. 0 where the residual is 0, NaN after a single step; None
             where ``change`` is, and after a fixed number of steps.
@@ -97,6 +98,8 @@ class Solution(Generic[S]):
             best one.
         state: The solver's last state, on the flattened (B, D) problem.
         adjoint: The Solution of the linear solve in the backward pass, filled in by backward modes that make one.
+        scaling: (B,) for a root, the c with which the solver saw it as a fixed point of ``z - c F(z)``; else None.
+        solver: The linear solver that a linear solve was made by; else None.
         backward: The backward mode that the value's gradient is computed by; None where no gradient is recorded.
     """
 
@@ -109,13 +112,16 @@ class Solution(Generic[S]):
     change: Tensor | None = None
     error_estimate: Tensor | None = None
     state: Any = None
+    scaling: Tensor | None = None
+    solver: Any = None
     adjoint: "Solution[Any] | None" = None
     backward: Any = None
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in Counter(self._names()).items())
         worst = "" if self.residual is None or not self.residual.numel() else f", residual <= {self._worst():.1e}"
-        return f"Solution({counts or 'no samples'}{worst}, num_evals={self.num_evals})"
+        solver = "" if self.solver is None else f", solver={self.solver!r}"
+        return f"Solution({counts or 'no samples'}{worst}, num_evals={self.num_evals}{solver})"
 
     def statuses(self) -> Any:
         """The names of the statuses, as nested lists in the batch shape; one string for a single problem.

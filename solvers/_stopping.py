@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import math
 import numbers
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
@@ -219,9 +219,18 @@ class Measure:
     A part is what has a tolerance of its own: the whole sample, or each leaf of the state. Norms of parts are (B,) in
     the first case, (B, parts) in the second, and plain: for "rms" the square root of the size is in ``atol``, which
     spares a division per step.
+
+    Args:
+        stopping: The tolerances.
+        layout: The layout of the state.
+        unit_of: Gives the size (B,) of a state that belongs to an absolute tolerance of 1, when the first step is done;
+            None where it is 1.
     """
 
-    def __init__(self, stopping: Stopping, layout: Layout) -> None:
+    def __init__(
+        self, stopping: Stopping, layout: Layout, unit_of: Callable[[], Tensor | None] | None = None
+    ) -> None:
+        self._unit_of = unit_of
         self._ord = math.inf if stopping.norm == "max" else 2
         size = sum(layout.sizes)
         self._unit = math.sqrt(max(size, 1)) if stopping.norm == "rms" else 1.0
@@ -257,6 +266,10 @@ class Measure:
         norm: Tensor = torch.linalg.vector_norm(parts, self._ord, dim=1)
         return norm
 
+    def norm(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B,) the norm of the whole, in the units of the user's choice."""
+        return self.in_units(self.whole(self.parts(x)))
+
     def in_units(self, norms: Tensor) -> Tensor:
         """Plain norms of the whole -> those of the user's choice."""
         return norms / self._unit
@@ -264,8 +277,13 @@ class Measure:
     def absolute(self, start: Tensor) -> Tensor:
         """The absolute tolerance of each part, given the plain norms of the parts at the start."""
         if self._of_start is None:
-            return torch.zeros_like(start) + self._atol
+            unit = None if self._unit_of is None else self._unit_of()
+            return torch.zeros_like(start) + (self._atol if unit is None else self._in_state(unit))
         return self._of_start * start
+
+    def _in_state(self, unit: Tensor) -> Tensor:
+        """The absolute tolerance for each sample whose unit is another one (B,)."""
+        return unit * self._atol if self._sizes is None else unit.unsqueeze(1) * self._atol
 
     def bound(self, scale: Tensor, absolute: Tensor) -> Tensor:
         """The bound on the residual of each part, given plain norms of f(z) and the absolute tolerances."""

@@ -15,7 +15,15 @@ InDims = int | None | tuple[int | None, ...]
 
 
 class FlatMap:
-    """The user's map as the solvers see it: (B, D) -> (B, D), counted, checked, and frozen for finished samples."""
+    """The user's map as the solvers see it: (B, D) -> (B, D), counted, checked, and frozen for finished samples.
+
+    Attributes:
+        called: What messages call the user's function.
+        scaling: (B, 1) what the user's function is multiplied by, for one whose roots are sought; else None.
+    """
+
+    called = "f"
+    scaling: Tensor | None = None
 
     def __init__(self, f: Callable[..., Any], args: tuple[Any, ...], layout: Layout) -> None:
         self._f = f
@@ -32,6 +40,11 @@ class FlatMap:
         """The relative rounding error of what f returns: that of the coarsest dtype of the state, or of autocast."""
         dtypes = [*self._layout.dtypes, *((self._autocast.dtype,) if self._autocast.dtype else ())]
         return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    @property
+    def unit(self) -> Tensor | None:
+        """(B,) the size of a state that belongs to an absolute tolerance of 1; None where it is 1."""
+        return None
 
     def freeze(self, done: Tensor, value: Tensor) -> None:
         """From now on call f with the rows of ``value`` (B, D) where ``done`` (B,), whatever the solver asks for.
@@ -79,10 +92,10 @@ class FlatMap:
         version = z._version if versioned else 0
         with self._autocast.in_force():
             output = self._f(argument, *self._args)
-            self._layout.check(output)
+            self._layout.check(output, self.called)
         if versioned and z._version != version:
             raise RuntimeError(
-                "f changed its argument z in place, so the iterate is lost. Write out of place: z = z + ... "
+                f"{self.called} changed its argument z in place, so the iterate is lost. Write out of place: z = z + ... "
                 "instead of z += ..., torch.relu(z) instead of torch.relu_(z)."
             )
         return self._layout.pack(output)
