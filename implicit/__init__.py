@@ -16,6 +16,7 @@ from implicit.functional import fixed_point
 from implicit.invertible_residual import InvertibleResidual
 from implicit.layer import FixedPointLayer
 from implicit.log_determinant import ExactLogDet, PowerSeriesLogDet
+from implicit.root import root
 from implicit.spectral.lipschitz import lipschitz_bound
 from implicit.spectral.parametrization import SpectralNorm
 from implicit.spectral.power_iteration import power_iterations_advanced
@@ -50,5 +51,6 @@ __all__ = [
     "lipschitz_bound",
     "power_iterations_advanced",
     "record_solutions",
+    "root",
     "spectral_norm",
 ]

@@ -77,16 +77,22 @@ class SHINE(Backward):
             return solve_implicitly(f, z0, args, options, self._estimate_after, _FirstOrderProblem)
         estimate = _Estimate(shine=self, inverses=[])
         solution = solve_under_transform(f, z0, args, options, estimate, _FirstOrderProblem)
-        estimate.inverses.append(solution.state.inverse)
+        estimate.inverses.append((solution.state.inverse, _factor(solution)))
         return solution
 
     def _estimate_after(self, solution: Solution) -> "_Estimate":
-        return _Estimate(shine=self, inverses=[solution.state.inverse])
+        return _Estimate(shine=self, inverses=[(solution.state.inverse, _factor(solution))])
+
+
+def _factor(solution: Solution) -> Tensor:
+    """(B, 1) what H is to be multiplied by: -1, or for a root the c of ``z - c F(z)``, whose operator is -F'."""
+    like = solution.state.z[:, :1]
+    return torch.full_like(like, -1.0) if solution.scaling is None else solution.scaling.reshape(like.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Estimate(LinearSolver):
-    """``x = -H' b``, corrected where it is poor. ``inverses`` holds H once the forward solve is done."""
+    """``x = -H' b``, corrected where it is poor. ``inverses`` holds H and its factor once the forward solve is done."""
 
     shine: SHINE
     inverses: list[Any]
@@ -98,14 +104,14 @@ class _Estimate(LinearSolver):
         return dataclasses.replace(self, shine=shine)
 
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
-        (inverse,) = self.inverses
+        ((inverse, factor),) = self.inverses
         norm_b = rms_norm(b)
 
         def residual_of(x: Tensor) -> tuple[Tensor, Tensor]:
             r = b - matvec(x)
             return r, relative(rms_norm(r), norm_b)
 
-        x = -inverse.rmv(b)
+        x = factor * inverse.rmv(b)
         r, residual = residual_of(x)
         result = LinearResult(
             x=x,
