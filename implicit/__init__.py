@@ -12,10 +12,12 @@ from implicit.backward import (
     get_backward,
 )
 from implicit.diagnostics import check_map, checked_maps, record_solutions
+from implicit.differentiable import differentiable
 from implicit.functional import fixed_point
 from implicit.invertible_residual import InvertibleResidual
 from implicit.layer import FixedPointLayer
 from implicit.log_determinant import ExactLogDet, PowerSeriesLogDet
+from implicit.optima import projected_gradient, proximal_gradient, stationary
 from implicit.root import root
 from implicit.spectral.lipschitz import lipschitz_bound
 from implicit.spectral.parametrization import SpectralNorm
@@ -43,6 +45,7 @@ __all__ = [
     "WarmStart",
     "check_map",
     "checked_maps",
+    "differentiable",
     "dropout_mask",
     "fixed_point",
     "get_backward",
@@ -50,7 +53,10 @@ __all__ = [
     "jacobian_regularization",
     "lipschitz_bound",
     "power_iterations_advanced",
+    "projected_gradient",
+    "proximal_gradient",
     "record_solutions",
     "root",
     "spectral_norm",
+    "stationary",
 ]

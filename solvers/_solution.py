@@ -46,13 +46,22 @@ class Status(enum.IntEnum):
     BREAKDOWN = (
         5,
         "The linear solver cannot go on: its search space is exhausted and the operator is singular on it. Check "
-        "that 1 is not an eigenvalue of the map's Jacobian, or regularize the map.",
+        "that 1 is not an eigenvalue of the map's Jacobian (for a root: that the Jacobian of F is not singular), or "
+        "regularize the map.",
     )
     UNTESTED = (6, "A fixed number of steps was asked for, so convergence was not tested.")
     PRECISION_FLOOR = (
         7,
         "The residual is a few rounding errors of the dtype and gets no smaller: the answer is as good as the dtype "
         "allows, and the tolerance asks for more. Loosen rtol or atol, or use a wider dtype (also in autocast).",
+    )
+
+
+    NOT_A_SOLUTION = (
+        8,
+        "The given answer does not satisfy the condition that it is differentiated by, so that its derivatives would "
+        "belong to another problem. Compute it to a smaller tolerance, check that the condition is that of the same "
+        "problem (its terms, signs and arguments), or raise the tolerance of the check.",
     )
 
 

@@ -115,7 +115,8 @@ class Problem:
             mapped = torch.func.vmap(self.map, in_dims=(0, list(in_dims)), randomness=randomness)
             return mapped(list(z), list(tensors))
 
-        return dataclasses.replace(self, map=batched_map, batch_dims=self.batch_dims + 1)
+        solve = self.solve.mapped(in_dims) if isinstance(self.solve, OneAtATime) else self.solve
+        return dataclasses.replace(self, map=batched_map, solve=solve, batch_dims=self.batch_dims + 1)
 
     def _solve_affine(
         self, map_: Map, zero: Leaves, tensors: Leaves, batch_dims: int, report: Report = None
@@ -175,6 +176,35 @@ class Problem:
         # A nan residual compares false, and stays a failure.
         excused = (solution.residual <= self.resolution) | (solution.residual <= floor)
         return bool((solution.failed & ~excused).any())
+
+
+@dataclasses.dataclass(frozen=True)
+class OneAtATime:
+    """Solves by code that takes no batch: under torch.func.vmap it is called for one entry after the other.
+
+    Attributes:
+        of_tensors: ``tensors -> leaves of the solution``.
+    """
+
+    of_tensors: Callable[[Leaves], list[Tensor]]
+
+    def __call__(self, map_: Map, z0: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
+        return self.of_tensors(tensors)
+
+    def mapped(self, in_dims: Sequence[int | None]) -> "OneAtATime":
+        """The same for every entry of one more dimension of the tensors, which is the first of the solution's."""
+
+        def of_tensors(tensors: Leaves) -> list[Tensor]:
+            size = next(tensor.shape[dim] for tensor, dim in zip(tensors, in_dims, strict=True) if dim is not None)
+            rows = [
+                self.of_tensors(
+                    [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)]
+                )
+                for i in range(size)
+            ]
+            return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+        return OneAtATime(of_tensors)
 
 
 def without_tensors(solver: LinearSolver) -> tuple[LinearSolver, list[Tensor]]:

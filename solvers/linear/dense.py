@@ -21,8 +21,9 @@ class Dense(LinearSolver):
 
     Exact up to rounding for any invertible A. Costs one product for each of the D unknowns of a sample, memory for D^2
     numbers a sample, and one more product for the true residual, on which the status rests; where that is above the
-    tolerance, a step of iterative refinement and another product. A singular matrix ends as BREAKDOWN, and a product
-    that mixes samples as STAGNATED, because the matrices cannot hold it.
+    tolerance, a step of iterative refinement and another product. A singular matrix gets the least-squares solution of
+    least norm and, unless that solves the system, the status BREAKDOWN. A product that mixes samples ends as STAGNATED,
+    because the matrices do not hold it.
 
     Args:
         max_unknowns: The most unknowns of a sample. More are refused, because of the memory for the matrices.
@@ -62,11 +63,16 @@ class Dense(LinearSolver):
         columns = [matvec(unit.expand_as(b).contiguous()) for unit in units]
         matrix = columns[0].unsqueeze(2) if size == 1 else torch.stack(columns, dim=2)  # (B, D, D)
         # A zero right-hand side has the solution zero, whatever the matrix; one that is not finite has none.
-        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+        lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
         x = torch.zeros_like(b)
         r, error = b, norm_b
+        finite = norm_b.isfinite() & matrix.isfinite().flatten(1).all(dim=1)
+        singular = finite & ((info > 0) | ~torch.linalg.lu_solve(lu, pivots, b.unsqueeze(2)).isfinite().flatten(1).all(1))
+        inverse = torch.linalg.pinv(matrix[singular]) if bool(singular.any()) else None
         for _ in range(2):
             correction = torch.linalg.lu_solve(lu, pivots, r.unsqueeze(2)).squeeze(2)
+            if inverse is not None:
+                correction[singular] = (inverse @ r[singular].unsqueeze(2)).squeeze(2)
             candidate = torch.where((norm_b > 0).unsqueeze(1), x + correction, 0.0)
             new_r = b - matvec(candidate)
             new_error = rms_norm(new_r)
@@ -77,10 +83,8 @@ class Dense(LinearSolver):
             met = error <= torch.maximum(tolerance, floor)
             if bool(met.all()):
                 break
-        singular = ~(torch.linalg.lu_solve(lu, pivots, b.unsqueeze(2)).isfinite().flatten(1).all(dim=1))
         status = torch.full_like(norm_b, Status.STAGNATED, dtype=torch.int8)
         status = status.masked_fill(singular, Status.BREAKDOWN)
-        finite = norm_b.isfinite() & matrix.isfinite().flatten(1).all(dim=1)
         status = status.masked_fill(~finite, Status.NONFINITE).masked_fill(met, Status.CONVERGED)
         return LinearResult(
             x=x.masked_fill((~finite & ~met).unsqueeze(1), math.nan),

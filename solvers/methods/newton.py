@@ -10,10 +10,11 @@ from torch import Tensor
 from solvers.methods.dense_jacobian import with_jacobian
 from solvers.methods.descent import SUFFICIENT, Point
 from solvers.methods.jacobian_product import Way
-from solvers.methods.root_map import RootMap, direction_of
+from solvers.methods.root_map import RootMap
 from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.methods.trust_region import DenseModel, descend
 from solvers.problem.hyperparameters import require_positive_int
+from solvers.problem.slopes import direction_of
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from solvers.methods.jacobian_product import JacobianProduct
-from solvers.problem import FlatMap, InDims, inverse_or_zero
+from solvers.problem import FlatMap, InDims, direction_of, inverse_or_zero, slope_inverse
 
 
 class RootMap(FlatMap):
@@ -53,21 +53,3 @@ class RootMap(FlatMap):
         super().take_samples(keep, in_dims)
         if self.scaling is not None:
             self.scaling = self.scaling[keep]
-
-
-def direction_of(residual: Tensor) -> Tensor:
-    """(B, D) -> (B, D) the direction of each row, of length 1; along the diagonal where the row is zero."""
-    size = residual.abs().amax(dim=1, keepdim=True) if residual.shape[1] else residual
-    direction = torch.where(size > 0, residual * inverse_or_zero(size, 0.0), 1.0)
-    return direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
-
-
-def slope_inverse(direction: Tensor, product: Tensor) -> Tensor:
-    """(B, 1) the number c for which ``c * product`` is nearest to the unit vector ``direction`` (B, D).
-
-    At least a tenth of ``1 / |product|`` in size; not finite where the product is zero or not finite.
-    """
-    size = torch.linalg.vector_norm(product, dim=1, keepdim=True)
-    cosine = (direction * (product / size)).sum(dim=1, keepdim=True)
-    least = torch.where(cosine < 0, -0.1, 0.1)
-    return torch.where(cosine.abs() < 0.1, least, cosine) / size
