@@ -93,3 +93,22 @@ def test_custom_solver_conforms() -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     assert re.search(r"^\d+ passed in ", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "name", [path.stem for path in sorted((ROOT / "examples" / "implicit_differentiation").glob("*.py"))]
+)
+def test_implicit_derivatives_agree_with_an_independent_computation(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = run(f"implicit_differentiation/{name}", capsys)
+    differences = re.findall(r"difference.*: (\d\S*)$", output, re.MULTILINE)
+    assert differences
+    assert max(float(difference) for difference in differences) < 1e-6
+    if ranked := re.search(r"area under the curve.*: (\S+)$", output, re.MULTILINE):
+        assert float(ranked[1]) > 0.75
+    if conic := re.search(r"spot size .* -> (\S+), conic constant (\S+), Descartes (\S+)$", output, re.MULTILINE):
+        assert float(conic[1]) < 1e-4
+        assert float(conic[2]) == pytest.approx(float(conic[3]), rel=1e-3)
+    if losses := re.search(r"validation loss (\S+) -> (\S+)$", output, re.MULTILINE):
+        assert float(losses[2]) < float(losses[1])
