@@ -17,12 +17,23 @@ from implicit.autograd.torch_internals import cached_weights, current_loans, is_
 from implicit.backward.implicit import for_leaves
 from solvers import Solution, Status, report_failure
 from solvers.linear import LinearSolver, get_linear_solver
-from solvers.problem import Layout, OnFailure, as_float, check_on_failure, direction_of, relative, rms_norm, slope_inverse
+from solvers.problem import (
+    Layout,
+    OnFailure,
+    as_float,
+    check_on_failure,
+    direction_of,
+    names_options,
+    relative,
+    rms_norm,
+    slope_inverse,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@names_options
 def differentiable(
     *,
     optimality: Callable[..., Any] | None = None,

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from implicit.backward import Backward, Implicit, SolveOptions, get_backward
 from implicit.functional import solve_with_gradient
 from solvers import NOT_GIVEN, NotGiven, Solution, Solver, Stopping, StopRule, Tolerance, get_solver, stop_rule
-from solvers.problem import InDims, OnFailure, S
+from solvers.problem import InDims, OnFailure, S, names_options
 
 
 @overload
@@ -54,6 +54,7 @@ def root(
 ) -> tuple[S, Solution[S]]: ...
 
 
+@names_options
 def root(
     F: Callable[..., Any],  # noqa: N803
     z0: S,

@@ -53,8 +53,6 @@ class ToleranceTest:
         eps: The relative rounding error of the map.
         remembers: Whether the solver remembers earlier steps, which can lead it astray.
         keep_history: Keep the residuals of every tested step.
-        of_root: Whether the map is ``z - c F(z)`` with a c that is right at the start only, so that the error that the
-            last step shows has to be within the bound as well.
 
     Attributes:
         num_done: How many of the samples that are left in the batch have stopped at least, on the host.
@@ -69,20 +67,12 @@ class ToleranceTest:
     _samples: Samples
 
     def __init__(
-        self,
-        stopping: Stopping,
-        measure: Measure,
-        eps: float,
-        *,
-        remembers: bool,
-        keep_history: bool,
-        of_root: bool = False,
+        self, stopping: Stopping, measure: Measure, eps: float, *, remembers: bool, keep_history: bool
     ) -> None:
         self._stopping = stopping
         self._measure = measure
         self._eps = eps
         self._remembers = remembers
-        self._of_root = of_root
         self._least_patience = min(stopping.patience, FLOOR_PATIENCE)
         self._history: list[Tensor] | None = [] if keep_history else None
         self._step = 0
@@ -142,10 +132,7 @@ class ToleranceTest:
         return self.num_done == len(verdict.active)
 
     def _at_start(self, state: State, errors: Tensor, scales: Tensor) -> Samples:
-        sizes = self._measure.parts(state.z)
-        starts = torch.maximum(sizes, scales)
-        if self._of_root:  # whose first step may be too long to tell anything
-            starts = torch.where(sizes > 0, torch.minimum(starts, 10 * sizes), starts)
+        starts = self._measure.sizes_at_start(state.z, scales)
         error, scale, size = (self._measure.whole(parts) for parts in (errors, scales, starts))  # (B,)
         growth = self._stopping.max_growth
         self._far = min(1.0, FAR / growth)
@@ -192,7 +179,7 @@ class ToleranceTest:
             grown=scale > samples.next_growth,
             allowed=error <= samples.limit,
             within=within,
-            slack=bound / errors if self._of_root else None,
+            slack=self._measure.slack(errors, bound),
             close=measure.within(errors, CLOSE * bound),
         )
 
@@ -249,11 +236,8 @@ class ToleranceTest:
         tenfold = torch.add(self._vanishing, news.rounded, alpha=10)
         near = tenfold * secant.df < torch.maximum(news.scale, samples.start_size) * secant.dg
         fallen = torch.add(tenfold, news.scale, alpha=10 * FLOOR * torch.finfo(tenfold.dtype).eps)
-        sure = near & (fallen <= torch.where(news.grown, samples.latest, samples.reference))
-        if news.slack is None:
-            return sure
-        slack = news.slack if news.slack.dim() == 1 else news.slack.amin(dim=1)
-        return sure & (secant.dz <= slack * secant.dg)
+        near = near & (fallen <= torch.where(news.grown, samples.latest, samples.reference))
+        return near if news.slack is None else near & (secant.dz <= news.slack * secant.dg)
 
     def _idle(self, news: News, secant: Secant) -> Tensor:
         """(B,) int8: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE."""

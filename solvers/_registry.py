@@ -43,9 +43,9 @@ def get_solver(solver: Solver | str, **options: Any) -> Solver:
     """The solver of that name with these options; a solver object passes through.
 
     Args:
-        solver: ``"picard"``, ``"anderson"``, ``"broyden"``, ``"newton"``, ``"newton_krylov"``, ``"squarem"`` or ``"auto"``,
-            or one of another package, such as ``"torchdeq:anderson"`` or ``"scipy:krylov"`` (see :mod:`solvers.adapters`), or a
-            solver object.
+        solver: ``"picard"``, ``"anderson"``, ``"broyden"``, ``"newton"``, ``"newton_krylov"``, ``"squarem"`` or
+            ``"auto"``, or one of another package, such as ``"torchdeq:anderson"`` or ``"scipy:krylov"`` (see
+            :mod:`solvers.adapters`), or a solver object.
         **options: The hyperparameters of the named solver.
 
     Raises:

@@ -72,7 +72,7 @@ class News:
         allowed: Whether the error is below the limit for divergence; False for NaN.
         within: Whether the error is within the bound of the residual test.
         close: Whether it may be so in the next step.
-        slack: (B,), or (B, parts), how many times the error fits into its bound; None if nobody asks.
+        slack: How many times the error fits into its bound; None if that does not matter.
     """
 
     error: Tensor

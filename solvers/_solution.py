@@ -56,7 +56,6 @@ class Status(enum.IntEnum):
         "allows, and the tolerance asks for more. Loosen rtol or atol, or use a wider dtype (also in autocast).",
     )
 
-
     NOT_A_SOLUTION = (
         8,
         "The given answer does not satisfy the condition that it is differentiated by, so that its derivatives would "

@@ -14,6 +14,7 @@ from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
 from solvers._stopping import NOT_GIVEN, Measure, NotGiven, Stopping, StopRule, Tolerance, stop_rule
+from solvers.methods.newton import NewtonState
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import Solver, close, take_samples
 from solvers.problem import (
@@ -24,6 +25,7 @@ from solvers.problem import (
     S,
     check_on_failure,
     copy_with_tensors,
+    names_options,
     with_tensors,
     without_autocast,
 )
@@ -35,6 +37,7 @@ SHORTER, MOST_SHORTER = 0.25, 8
 COMPACT_SHARE = 0.25
 
 
+@names_options
 def solve(
     f: Callable[..., Any],
     z0: S,
@@ -175,10 +178,10 @@ class Iteration(Generic[S]):
         self.tested = isinstance(rule, Stopping)
         if isinstance(rule, Stopping):
             self._check_every = rule.check_every
-            self._measure = Measure(rule, self._layout, lambda: self._map.unit)
+            self._measure = Measure(rule, self._layout, (lambda: self._map.unit) if root else None)
             remembers = type(self._solver).restarted is not Solver.restarted
             self._progress = ToleranceTest(
-                rule, self._measure, self._map.eps, remembers=remembers, keep_history=history, of_root=root
+                rule, self._measure, self._map.eps, remembers=remembers, keep_history=history
             )
         else:
             self._progress = FixedSteps(keep_history=history)
@@ -308,16 +311,16 @@ class Iteration(Generic[S]):
 
     def _advice(self) -> str:
         """What may be wrong with the map, as far as a failed solve can find out."""
-        singular = getattr(self.state, "singular", None)
-        if singular is not None and bool((singular & (self.state.error > 0)).any()):
+        if isinstance(self.state, NewtonState) and (number := self.state.num_stuck):
             return (
-                f"Newton's matrix is singular for {int(singular.sum())} samples where they ended, so that there may be "
+                f"Newton's matrix is singular where {number} samples ended, so that there may be "
                 "no solution near, or a continuum of them. Start elsewhere, or add the equation that is missing."
             )
         if not self._map.mixes_samples(self.state.z):
             return ""
         return (
-            f"{self._map.called} mixes samples: what it returns for one sample depends on others. If the whole state is one coupled "
-            "problem, such as a vector of parameters, solve it with batch_dims=0; now its leading dimensions "
-            f"{tuple(self._layout.batch_shape)} count as samples. Else look for the cause with implicit.check_map."
+            f"{self._map.called} mixes samples: what it returns for one sample depends on others. If the whole state "
+            "is one coupled problem, such as a vector of parameters, solve it with batch_dims=0; now its leading "
+            f"dimensions {tuple(self._layout.batch_shape)} count as samples. Else look for the cause with "
+            "implicit.check_map."
         )

@@ -224,12 +224,11 @@ class Measure:
         stopping: The tolerances.
         layout: The layout of the state.
         unit_of: Gives the size (B,) of a state that belongs to an absolute tolerance of 1, when the first step is done;
-            None where it is 1.
+            None where the problem is no root: then it is 1. The map of a root is ``z - c F(z)`` with a c that is right
+            at the start only, so that the error that the last step shows has to be within the bound as well.
     """
 
-    def __init__(
-        self, stopping: Stopping, layout: Layout, unit_of: Callable[[], Tensor | None] | None = None
-    ) -> None:
+    def __init__(self, stopping: Stopping, layout: Layout, unit_of: Callable[[], Tensor | None] | None = None) -> None:
         self._unit_of = unit_of
         self._ord = math.inf if stopping.norm == "max" else 2
         size = sum(layout.sizes)
@@ -284,6 +283,22 @@ class Measure:
     def _in_state(self, unit: Tensor) -> Tensor:
         """The absolute tolerance for each sample whose unit is another one (B,)."""
         return unit * self._atol if self._sizes is None else unit.unsqueeze(1) * self._atol
+
+    def sizes_at_start(self, z: Tensor, scales: Tensor) -> Tensor:
+        """The sizes of the parts at the start z (B, D), given the plain norms of f(z)."""
+        sizes = self.parts(z)
+        starts = torch.maximum(sizes, scales)
+        if self._unit_of is None:
+            return starts
+        # The first step towards a root may be too long to tell anything.
+        return torch.where(sizes > 0, torch.minimum(starts, 10 * sizes), starts)
+
+    def slack(self, errors: Tensor, bound: Tensor) -> Tensor | None:
+        """(B,) how many times the error of each part fits into its bound at least; None for what is no root."""
+        if self._unit_of is None:
+            return None
+        slack = bound / errors
+        return slack if self._sizes is None else slack.amin(dim=1)
 
     def bound(self, scale: Tensor, absolute: Tensor) -> Tensor:
         """The bound on the residual of each part, given plain norms of f(z) and the absolute tolerances."""

@@ -41,8 +41,8 @@ class Implicit(Backward):
     Args:
         linear_solver: The solver of the linear system, or its name: "gmres", "cg" where J is known to be symmetric,
             "dense", or "auto", which is dense for samples of at most 32 unknowns; see
-            :func:`solvers.linear.get_linear_solver`. ``solution.adjoint.solver`` says which one it was. If its ``rtol`` is None, it is a tenth of that of the forward
-            solve, so that derivatives are as accurate as the solution.
+            :func:`solvers.linear.get_linear_solver`. ``solution.adjoint.solver`` says which one it was. If its ``rtol``
+            is None, it is a tenth of that of the forward solve, so that derivatives are as accurate as the solution.
 
     References:
         Bai, Kolter and Koltun, "Deep equilibrium models", NeurIPS (2019), theorem 1.

@@ -114,4 +114,5 @@ def project_affine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         b: (..., M).
     """
     excess = (a @ x.unsqueeze(-1)) - b.unsqueeze(-1)
-    return x - (a.mT @ torch.linalg.solve(a @ a.mT, excess)).squeeze(-1)
+    correction: Tensor = a.mT @ torch.linalg.solve(a @ a.mT, excess)
+    return x - correction.squeeze(-1)

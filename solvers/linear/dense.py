@@ -67,7 +67,9 @@ class Dense(LinearSolver):
         x = torch.zeros_like(b)
         r, error = b, norm_b
         finite = norm_b.isfinite() & matrix.isfinite().flatten(1).all(dim=1)
-        singular = finite & ((info > 0) | ~torch.linalg.lu_solve(lu, pivots, b.unsqueeze(2)).isfinite().flatten(1).all(1))
+        singular = finite & (
+            (info > 0) | ~torch.linalg.lu_solve(lu, pivots, b.unsqueeze(2)).isfinite().flatten(1).all(1)
+        )
         inverse = torch.linalg.pinv(matrix[singular]) if bool(singular.any()) else None
         for _ in range(2):
             correction = torch.linalg.lu_solve(lu, pivots, r.unsqueeze(2)).squeeze(2)

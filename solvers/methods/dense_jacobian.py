@@ -26,10 +26,14 @@ def with_jacobian(f: FlatMapping, z: Tensor, way: Way = "forward mode") -> tuple
         with derivatives_allowed(z) as z:
             try:
                 if size == 1:
-                    fz, tangent = torch.func.jvp(f, (z,), (torch.ones_like(z),))
+                    fz, tangent = torch.func.jvp(f, (z,), (torch.ones_like(z),))[:2]
                     return fz, tangent.to(z.dtype).unsqueeze(2), way
                 units = torch.eye(size, dtype=z.dtype, device=z.device).unsqueeze(1).expand(size, *z.shape).contiguous()
-                fz, columns = torch.func.vmap(lambda v: torch.func.jvp(f, (z,), (v,)), out_dims=(None, 2))(units)
+                along = torch.func.vmap(
+                    lambda v: torch.func.jvp(f, (z,), (v,)),
+                    out_dims=(None, 2),  # type: ignore[arg-type]
+                )
+                fz, columns = along(units)[:2]
                 return fz, columns.to(z.dtype), way
             except torch.OutOfMemoryError:
                 raise

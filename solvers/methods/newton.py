@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,11 @@ class NewtonState(State):
     @property
     def displacement(self) -> Tensor:
         return self.newton if self.of_root else self.residual
+
+    @property
+    def num_stuck(self) -> int:
+        """How many samples are where the matrix is singular, without a solution."""
+        return int((self.singular & (self.error > 0)).sum())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +104,7 @@ class Newton(Solver):
 
     def restarted(self, state: NewtonState, rows: Tensor, z: Tensor, fz: Tensor) -> NewtonState:
         new = _unknown_jacobian(z, fz)
-        parts = {
+        parts: dict[str, Any] = {
             field.name: replaced(getattr(state, field.name), rows, getattr(new, field.name))
             for field in dataclasses.fields(state)
             if isinstance(getattr(state, field.name), Tensor)

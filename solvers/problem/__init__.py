@@ -2,6 +2,7 @@
 
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.flat_map import FlatMap, InDims
+from solvers.problem.foreign_names import names_options
 from solvers.problem.hyperparameters import (
     Hyperparameters,
     as_float,
@@ -40,6 +41,7 @@ __all__ = [
     "dot",
     "inner",
     "inverse_or_zero",
+    "names_options",
     "recorded",
     "relative",
     "require_damping",

@@ -95,8 +95,8 @@ class FlatMap:
             self._layout.check(output, self.called)
         if versioned and z._version != version:
             raise RuntimeError(
-                f"{self.called} changed its argument z in place, so the iterate is lost. Write out of place: z = z + ... "
-                "instead of z += ..., torch.relu(z) instead of torch.relu_(z)."
+                f"{self.called} changed its argument z in place, so the iterate is lost. Write out of place: z = z "
+                "+ ... instead of z += ..., torch.relu(z) instead of torch.relu_(z)."
             )
         return self._layout.pack(output)
 
