@@ -50,9 +50,8 @@ def main():
         return loss
 
     first = optimizer.step(closure).item()
-    print(
-        f"C {torch.e:.2f} -> {log_c.exp().item():.4f}, validation loss {first:.4f} -> {validation_loss(log_c).item():.4f}"
-    )
+    last = validation_loss(log_c).item()
+    print(f"C {torch.e:.2f} -> {log_c.exp().item():.4f}, validation loss {first:.4f} -> {last:.4f}")
 
 
 if __name__ == "__main__":
