@@ -105,8 +105,8 @@ def work(rank: int, port: int, folder: Path) -> None:
 
     add_gradient = Learner.add_gradient
 
-    def spoiled(*args: Any, share: float, last: bool) -> torch.Tensor:
-        return add_gradient(*args, share=share * math.nan if rank == 1 else share, last=last)
+    def spoiled(*args: Any, share: float, last: bool) -> None:
+        add_gradient(*args, share=share * math.nan if rank == 1 else share, last=last)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "add_gradient", spoiled)

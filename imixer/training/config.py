@@ -6,11 +6,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from accelerate.utils import LoggerType
 from timm.optim import list_optimizers
 
 SCHEDULERS = ("cosine", "tanh", "poly", "step", "multistep", "constant")
 AMP_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # torch's names and accelerate's
 DEVICES = ("auto", "cpu", "cuda")
+LR_SCALES = ("linear", "sqrt")
+TRACKERS = tuple(str(name) for name in LoggerType.list() if str(name) != "all")
 # Settings of timm's transforms, which images that are decoded once do not go through.
 READ_EVERY_EPOCH = (
     "train_crop_mode",
@@ -135,13 +138,28 @@ class TrainingConfig:
     weight_decay: float = setting(0.05, "optimization", "weight decay of matrices; biases have none", metavar="W")
     layer_decay: float | None = setting(None, "optimization", "factor of the rate from layer to layer", metavar="F")
     clip_grad: float | None = setting(None, "optimization", "largest norm of the gradient", metavar="NORM")
-    grad_accum_steps: int = setting(1, "optimization", "batches to an update", metavar="N")
-    batch_size: int = setting(64, "optimization", "images to a batch, of each process", metavar="N", aliases=("-b",))
+    grad_accum_steps: int | None = setting(
+        None, "optimization", "batches per update [1, or what --global-batch needs]", metavar="N"
+    )
+    batch_size: int = setting(
+        64, "optimization", "images per batch of each process; with --global-batch at most", metavar="N", aliases=("-b",)
+    )
+    global_batch: int | None = setting(
+        None, "optimization", "images per update, of all processes together, however many they are", metavar="N"
+    )
     validation_batch_size: int | None = setting(
         None, "optimization", "of the test images, if another", metavar="N", aliases=("-vb",)
     )
     epochs: int = setting(60, "optimization", "passes over the images, warm-up included", metavar="N")
-    lr: float = setting(3e-3, "optimization", "peak learning rate", metavar="LR")
+    lr: float | None = setting(None, "optimization", "peak learning rate, instead of one from --lr-base", metavar="LR")
+    lr_base: float = setting(3e-3, "optimization", "peak learning rate at --lr-base-size images per update", metavar="LR")
+    lr_base_size: int = setting(64, "optimization", "images per update that --lr-base is for", metavar="N")
+    lr_base_scale: str | None = setting(
+        None,
+        "optimization",
+        "how the rate grows with the images per update [sqrt for adaptive optimizers, else linear]",
+        choices=LR_SCALES,
+    )
     sched: str = setting("cosine", "optimization", "learning rate schedule", choices=SCHEDULERS)
     sched_on_updates: bool = setting(False, "optimization", "change the rate at every update, not every epoch")
     min_lr: float = setting(0.0, "optimization", "rate at the schedule's end", metavar="LR")
@@ -173,14 +191,21 @@ class TrainingConfig:
     tf32: bool = setting(False, "computation", "let CUDA's float32 matrix products round to TF32")
     channels_last: bool = setting(False, "computation", "keep channels last in memory")
     torchcompile: str | None = setting(
-        None, "computation", "compile the model", metavar="BACKEND", const="inductor", aliases=("--compile",)
+        None, "computation", "compile the blocks", metavar="BACKEND", const="inductor", aliases=("--compile",)
     )
     torchcompile_mode: str | None = setting(None, "computation", "how: reduce-overhead, max-autotune", metavar="MODE")
+    cuda_graph: bool = setting(
+        False, "computation", "replay updates as CUDA graphs; one GPU, fixed solver steps, adam or adamw"
+    )
     fsdp: bool = setting(False, "computation", "shard weights and optimizer over the processes (FSDP2)")
 
     seed: int = setting(42, "run", "seed of weights, order and augmentation", metavar="N")
     output: str | None = setting(None, "run", "folder of the results [runs/<data>-<model>]", metavar="DIR")
     log_interval: int = setting(50, "run", "updates between points of the training curve", metavar="N")
+    log_with: tuple[str, ...] = setting(
+        ("tensorboard",), "run", "trackers: tensorboard, wandb, mlflow ... or none", metavar="NAME"
+    )
+    report_interval: int = setting(10, "run", "epochs between reports on the iMLPs; the last has one", metavar="N")
     checkpoint_interval: str = setting(
         "",
         "run",
@@ -229,6 +254,48 @@ class TrainingConfig:
             raise ValueError(f"checkpoint_interval must be updates such as 500 or seconds such as 600s, not {text!r}")
         return (math.inf, value) if unit else (value, math.inf)
 
+    def batches(self, world_size: int) -> tuple[int, int]:
+        """Return the images per batch of each of so many processes, and the batches per update.
+
+        Raises:
+            ValueError: `global_batch` images cannot be shared out so; the message says what can.
+        """
+        if self.global_batch is None:
+            return self.batch_size, self.grad_accum_steps or 1
+        share, rest = divmod(self.global_batch, world_size)
+        if rest:
+            near = " or ".join(str(images) for images in (share * world_size, (share + 1) * world_size) if images)
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of the {world_size} processes; "
+                f"choose --global-batch {near}"
+            )
+        steps = self.grad_accum_steps or -(-share // self.batch_size)
+        batch, rest = divmod(share, steps)
+        if rest or not 1 <= batch <= self.batch_size or (self.mixes and batch % 2):
+            fit = [b for b in range(1, share + 1) if share % b == 0 and not (self.mixes and b % 2)]
+            near = ", ".join(str(b) for b in fit[-6:]) or "nothing"
+            even = "even " if self.mixes else ""
+            given = f"{steps} batches" if self.grad_accum_steps else f"batches of {self.batch_size}"
+            raise ValueError(
+                f"global_batch {self.global_batch} gives each of {world_size} processes {share} images per update, "
+                f"which cannot be cut into {given}: equal {even}batches of at most {self.batch_size} images. "
+                f"Give --batch-size one of {near}, and leave out --grad-accum-steps"
+            )
+        return batch, steps
+
+    def peak_lr(self, images: int) -> float:
+        """Return the peak learning rate for so many images per update: `lr`, or `lr_base` scaled as timm does."""
+        if self.lr is not None:
+            return self.lr
+        ratio = images / self.lr_base_size
+        return self.lr_base * (math.sqrt(ratio) if self.lr_scale == "sqrt" else ratio)
+
+    @property
+    def lr_scale(self) -> str:
+        """How the rate grows with the images per update: as given, or timm's choice for the optimizer."""
+        adaptive = any(part in self.opt.lower() for part in ("ada", "lamb"))
+        return self.lr_base_scale or ("sqrt" if adaptive else "linear")
+
     def _check_numbers(self) -> None:
         at_least_1 = ("num_classes", "img_size", "patch_size", "num_blocks", "embed_dim", "hidden_layers", "epochs")
         for name in (
@@ -236,7 +303,10 @@ class TrainingConfig:
             "batch_size",
             "validation_batch_size",
             "grad_accum_steps",
+            "global_batch",
+            "lr_base_size",
             "log_interval",
+            "report_interval",
             "max_nonfinite",
         ):
             value = getattr(self, name)
@@ -254,8 +324,10 @@ class TrainingConfig:
         for name in ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability, from 0 to 1, not {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, not {self.lr}")
+        for name in ("lr", "lr_base"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {value}")
 
     def _check_names(self) -> None:
         choices: dict[str, Collection[str]] = {
@@ -267,3 +339,6 @@ class TrainingConfig:
             if value is not None and value not in known:
                 near = difflib.get_close_matches(value, known, n=5) if len(known) > 10 else []
                 raise ValueError(f"{name} {value!r} is unknown; known are {', '.join(near or known)}")
+        for name in self.log_with:
+            if name not in TRACKERS and self.log_with != ("none",):
+                raise ValueError(f"log_with {name!r} is unknown; known are {', '.join(TRACKERS)}, or none alone")

@@ -4,13 +4,13 @@ The processes come from ``torchrun`` or ``accelerate launch``; nothing here star
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor, distributed, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from imixer.training.config import AMP_DTYPES, TrainingConfig
 
-OPTIMIZER_SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
+OPTIMIZER_SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "eps", "momentum", "fused", "capturable")
 
 
 def choose_device(name: str) -> torch.device:
@@ -117,21 +117,3 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
         # What is no setting is state that some optimizers keep here.
         group.update({name: saved[name] for name in group if name in saved and name not in OPTIMIZER_SETTINGS})
     set_optimizer_state_dict(model, optimizer, {**state, "param_groups": groups}, options=options)
-
-
-def adder(accelerator: Accelerator) -> Callable[[list[float]], list[float]]:
-    """A function that adds up a few numbers over all processes.
-
-    The hosts talk to each other over gloo, so that no GPU has to wait for it.
-    """
-    if accelerator.num_processes == 1:
-        return lambda numbers: numbers
-    group = cast(distributed.ProcessGroup, distributed.new_group(backend="gloo"))
-
-    def add(numbers: list[float]) -> list[float]:
-        sums: Tensor = torch.tensor(numbers, dtype=torch.float64)
-        distributed.all_reduce(sums, group=group)
-        found: list[float] = sums.tolist()
-        return found
-
-    return add

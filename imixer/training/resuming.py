@@ -12,13 +12,14 @@ from imixer.training.model import model_arguments
 
 def identity(config: TrainingConfig, data: ImageData, world_size: int) -> dict[str, Any]:
     """What a run cannot change: its model, its images, how many of them make an update, and what an optimizer keeps."""
+    batch_size, grad_accum_steps = config.batches(world_size)
     return {
         "model": config.model,
         "model_args": model_arguments(config, data),
         "classes": list(data.classes),
         "training_images": len(data.train),
-        "global_batch": config.batch_size * world_size,
-        "grad_accum_steps": config.grad_accum_steps,
+        "global_batch": batch_size * world_size,
+        "grad_accum_steps": grad_accum_steps,
         "opt": config.opt,
         "layer_decay": config.layer_decay,
     }
