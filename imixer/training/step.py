@@ -5,7 +5,6 @@ device; an update that is not leaves the weights, the optimizer, the average and
 """
 
 import gc
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -16,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 GRAPH_WARM_UP = 3  # updates that run one kernel at a time before they are captured
 
@@ -47,11 +46,12 @@ def make_optimizer(
     Raises:
         ValueError: It cannot be captured.
     """
-    takes = inspect.signature(get_optimizer_class(opt, bind_defaults=False)).parameters
-    if "fused" in takes:
+    kind = get_optimizer_class(opt, bind_defaults=False)
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if kind in (Adam, AdamW) or (kind is SGD and not sharded):  # those that leave steps out where found_inf says so
         own["fused"] = True
     if capturable:
-        if not {"fused", "capturable"} <= takes.keys():
+        if kind not in (Adam, AdamW):
             raise ValueError(f"--cuda-graph needs an optimizer that can be captured, adam or adamw, not {opt}")
         own["capturable"] = True
     return create_optimizer_v2(
