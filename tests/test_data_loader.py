@@ -234,6 +234,9 @@ class WatchedFiles:
     def describe(self, index: int) -> str:
         return self.files.describe(index)
 
+    def fingerprint(self) -> str:
+        return self.files.fingerprint()
+
 
 def watched(tree: Path, before: Callable[[str], None]) -> Images:
     dataset = load_dataset("", tree, img_size=16, transforms=PAPER).train

@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from imixer.data.erasing import BoxErasing, Erased
+from imixer.data.fingerprint import digest
 from imixer.data.random_streams import generator_of, restored_global_generators, seed_global_generators
 from imixer.data.sources import ImageSource
 from imixer.data.transforms import TimmTransforms
 from imixer.random_affine import RandomAffine
 
 ImageBatch: TypeAlias = tuple[Tensor, Tensor]
+HASHED_BYTES = 2**28  # a fingerprint takes every image up to this size of them all, and fewer above
 
 
 class BatchKey(NamedTuple):
@@ -113,6 +115,10 @@ class Images(Dataset[ImageBatch], ABC):
             images = self.erasing(images, batch.erased)
         return images, targets
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a digest that other images would most likely not have; see `ImageData.fingerprint`."""
+
     def describe(self, index: int) -> str:
         """Say which image this is, for error messages: its file if it has one."""
         return f"image {index}"
@@ -160,6 +166,10 @@ class InMemoryImages(Images):
             self._draws = {epoch: self.augment.draw(len(self), generator_of("augment", *epoch))}  # (N, NUM_DRAWS)
         return RawBatch(key, self.images[chosen], self.targets[chosen], moves=self._draws[epoch][chosen])
 
+    def fingerprint(self) -> str:
+        some = self.images[:: max(1, -(-self.images.nbytes // HASHED_BYTES))]
+        return digest([tuple(self.images.shape), some.numpy().tobytes(), self.targets.numpy().tobytes()])
+
 
 class TransformedImages(Images):
     """Images read anew each time they are asked for, under timm's transforms.
@@ -197,6 +207,9 @@ class TransformedImages(Images):
             return batch
         boxes, starts = zip(*erased.values(), strict=True)
         return batch._replace(erased=Erased(torch.tensor(list(erased)), torch.tensor(boxes), torch.tensor(starts)))
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
