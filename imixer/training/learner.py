@@ -13,7 +13,7 @@ from imixer.data import ImageData
 from imixer.training.config import TrainingConfig
 from imixer.training.distributed import accumulating, load_optimizer, shard, whole_state
 from imixer.training.model import build_model, catch_up_norms
-from imixer.training.objective import make_loss, make_mixup
+from imixer.training.objective import make_loss
 from imixer.training.step import TrainingStep, compile_blocks, make_optimizer
 
 
@@ -76,7 +76,6 @@ class Learner:
             load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])
             if scaler is not None and checkpoint["scaler"] is not None:
                 scaler.load_state_dict(checkpoint["scaler"])
-        self._mixup = make_mixup(config, len(data.classes))
         self.step = TrainingStep(
             self._model,
             make_loss(config).to(accelerator.device),
@@ -90,16 +89,12 @@ class Learner:
             cuda_graph=config.cuda_graph,
         )
 
-    def start_epoch(self, epoch: int) -> None:
+    def start_epoch(self) -> None:
         """Make ready for the training part of an epoch."""
         self._model.train()
-        if self._mixup is not None:
-            self._mixup.mixup_enabled = not self.config.mixup_off_epoch or epoch < self.config.mixup_off_epoch
 
     def add_gradient(self, images: Tensor, targets: Tensor, *, share: float, last: bool) -> None:
         """Add the gradient of ``share`` of a batch's loss; see :meth:`TrainingStep.add_gradient`."""
-        if self._mixup is not None:
-            images, targets = self._mixup(images, targets)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         self.step.add_gradient(images, targets, share=share, last=last)

@@ -28,7 +28,7 @@ from imixer.training.evaluation import evaluate
 from imixer.training.imlp_report import look_at_imlps
 from imixer.training.interruption import StopSignals, TrainingInterruptedError
 from imixer.training.learner import Learner
-from imixer.training.objective import seed_step
+from imixer.training.objective import make_mixup, seed_step
 from imixer.training.plots import plot_curves
 from imixer.training.progress import Progress, write_results
 from imixer.training.reporting import Report
@@ -106,7 +106,14 @@ def train(
     lr = config.peak_lr(batch_size * world_size * group)
     learner = Learner(config, data, accelerator, checkpoint, lr=lr)
     loader = partial(make_loader, workers=config.workers, seed=config.seed, rank=rank, world_size=world_size)
-    train_loader = loader(data.train, batch_size=batch_size, training=True, device=device)
+    train_loader = loader(
+        data.train,
+        batch_size=batch_size,
+        training=True,
+        device=device,
+        mixup=make_mixup(config, len(data.classes)),
+        mixup_off_epoch=config.mixup_off_epoch,
+    )
     test_batch = config.validation_batch_size or config.batch_size
     test_loader = loader(data.test, batch_size=test_batch, training=False, device=device)
     num_steps = len(train_loader)
@@ -240,7 +247,7 @@ class _Run:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         _, group = config.batches(world_size)
         max_updates, max_seconds = config.checkpoint_every
-        learner.start_epoch(epoch)
+        learner.start_epoch()
         self.epoch_started, self.images_seen, num_images = time.monotonic(), 0, 0
         with self.report.timing("steps"):
             for step, (images, targets) in enumerate(batches, start=at.step):
