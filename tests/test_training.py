@@ -107,7 +107,15 @@ def test_settings_versions_and_results_are_kept(run: TrainingResult) -> None:
 
 
 def test_each_imlp_is_looked_at_in_some_epochs_and_the_last(digits: ImageData, tmp_path: Path) -> None:
-    changes = {"num_blocks": 2, "epochs": 3, "report_interval": 2, "solver": "anderson", "n_iter": 30, "rtol": 1e-4, "backward": "implicit"}
+    changes = {
+        "num_blocks": 2,
+        "epochs": 3,
+        "report_interval": 2,
+        "solver": "anderson",
+        "n_iter": 30,
+        "rtol": 1e-4,
+        "backward": "implicit",
+    }
     train(replace(TINY, **changes, output=str(tmp_path)), digits, progress=False)  # type: ignore[arg-type]
     with (tmp_path / "convergence.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""The training step: updates that are left out leave no trace, gradients are what they should be, blocks compile once."""
+"""The training step: updates that are left out leave no trace, gradients are right, and blocks compile once."""
 
 from __future__ import annotations
 
@@ -154,9 +154,7 @@ def test_biases_have_no_weight_decay_and_matrices_have() -> None:
     assert set(decay.values()) == {0, 0.1}
 
 
-@pytest.mark.parametrize(
-    ("opt", "message"), [("lion", "adam or adamw, not lion"), ("sgd", "adam or adamw, not sgd")]
-)
+@pytest.mark.parametrize(("opt", "message"), [("lion", "adam or adamw, not lion"), ("sgd", "adam or adamw, not sgd")])
 def test_optimizers_that_cannot_be_captured_are_refused(opt: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_optimizer(small(), opt, lr=1e-2, weight_decay=0, capturable=True)
@@ -207,7 +205,9 @@ def test_a_model_without_blocks_compiles_as_a_whole() -> None:
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "batch"}, {"backward": "implicit", "n_iter": 30, "rtol": 1e-5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "batch"}, {"backward": "implicit", "n_iter": 30, "rtol": 1e-5}], ids=str
+)
 @compiling
 def test_compiled_blocks_train_as_the_others_do(options: dict[str, Any]) -> None:
     """Singular vectors too: they advance once per forward pass."""
@@ -218,6 +218,6 @@ def test_compiled_blocks_train_as_the_others_do(options: dict[str, Any]) -> None
     for _ in range(3):
         images, targets = batch()
         losses = [step(images, targets)[0] for step in steps]
-        assert torch.allclose(*losses, rtol=1e-5)
+        assert torch.allclose(losses[0], losses[1], rtol=1e-5)
     for (name, a), b in zip(steps[0].model.state_dict().items(), steps[1].model.state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), name

@@ -142,7 +142,11 @@ class TrainingConfig:
         None, "optimization", "batches per update [1, or what --global-batch needs]", metavar="N"
     )
     batch_size: int = setting(
-        64, "optimization", "images per batch of each process; with --global-batch at most", metavar="N", aliases=("-b",)
+        64,
+        "optimization",
+        "images per batch of each process; with --global-batch at most",
+        metavar="N",
+        aliases=("-b",),
     )
     global_batch: int | None = setting(
         None, "optimization", "images per update, of all processes together, however many they are", metavar="N"
@@ -152,7 +156,9 @@ class TrainingConfig:
     )
     epochs: int = setting(60, "optimization", "passes over the images, warm-up included", metavar="N")
     lr: float | None = setting(None, "optimization", "peak learning rate, instead of one from --lr-base", metavar="LR")
-    lr_base: float = setting(3e-3, "optimization", "peak learning rate at --lr-base-size images per update", metavar="LR")
+    lr_base: float = setting(
+        3e-3, "optimization", "peak learning rate at --lr-base-size images per update", metavar="LR"
+    )
     lr_base_size: int = setting(64, "optimization", "images per update that --lr-base is for", metavar="N")
     lr_base_scale: str | None = setting(
         None,

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -263,9 +262,7 @@ class _Run:
                 self.schedule.move_to(epoch, updates)
                 save_is_due = first and time.monotonic() - self.saved_time >= max_seconds
                 numbers = learner.step.update(updates + 1, (self.stop.received is not None, save_is_due))
-                sent = _SentUpdate(
-                    step=step + 1, images=num_images, lr=self.schedule.lr, numbers=OnItsWay(numbers)
-                )
+                sent = _SentUpdate(step=step + 1, images=num_images, lr=self.schedule.lr, numbers=OnItsWay(numbers))
                 self.sent.append(sent)
                 num_images = 0
                 self.read(self.ahead)

@@ -60,7 +60,7 @@ class Report:
     def start(self, images: int, done: int, updates: int) -> None:
         """Begin to show progress: of so many training images in all, ``done`` of them in ``updates`` updates before."""
         # TensorBoard forgets the points after the checkpoint that a run continues from: they did not happen.
-        board = TensorBoardTracker("tensorboard", self.folder, purge_step=updates)
+        board = TensorBoardTracker("tensorboard", self.folder, purge_step=updates + 1)
         run = self.folder.name
         self._accelerator.project_configuration.set_directories(str(self.folder))
         self._accelerator.log_with = [board if name == "tensorboard" else name for name in self._trackers]

@@ -62,9 +62,9 @@ def make_optimizer(
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor", mode: str | None = None) -> None:
     """Compile a model in place: once for all of its repeated blocks, or as a whole if it has none.
 
-    The blocks of timm's mixers and transformers stand in ``model.blocks``. PyTorch gives each parametrized layer a class
-    of its own, for which each block would be compiled anew, so equal layers share one class from here on. Removing a
-    parametrization afterwards (`torch.nn.utils.parametrize.remove_parametrizations`) is an error.
+    The blocks of timm's mixers and transformers stand in ``model.blocks``. PyTorch gives each parametrized layer a
+    class of its own, for which each block would be compiled anew, so equal layers share one class from here on.
+    Removing a parametrization afterwards (`torch.nn.utils.parametrize.remove_parametrizations`) is an error.
     """
     blocks = list(getattr(model, "blocks", nn.ModuleList()).children())
     if len({type(block) for block in blocks}) != 1:
@@ -199,7 +199,7 @@ class TrainingStep:
             with self._autocast():
                 logits = self.model(images)  # (B, classes)
             loss = self._loss(logits.float(), targets) * share
-            (self.scaler.scale(loss) if self.scaler is not None else loss).backward()  # type: ignore[no-untyped-call]
+            (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
         self._loss_sum += loss.detach()
 
     def _update(self) -> tuple[Tensor, Tensor]:
