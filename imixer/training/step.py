@@ -232,7 +232,8 @@ class _Graphs:
     """A step's two CUDA graphs, of the gradient of a batch and of the update.
 
     The first updates run on a side stream without them: they make the optimizer's state and the gradients, which the
-    graphs then use in place. Capturing computes nothing, so that no update is done twice.
+    graphs then use in place. Capturing computes nothing, so that no update is done twice. Meanwhile the threads of the
+    loader may pin memory, hence the capture is of this thread alone.
     """
 
     def __init__(self, device: torch.device, world_size: int) -> None:
@@ -252,7 +253,7 @@ class _Graphs:
             self._share = torch.full((), share, device=images.device)
             gc.collect()  # graphs of autograd that are left over accumulate on their own stream, which capture forbids
             self._gradient = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._gradient):
+            with torch.cuda.graph(self._gradient, capture_error_mode="thread_local"):
                 step._add_gradient(self._images, self._targets, self._share, True)
         if images.shape != self._images.shape or targets.shape != self._targets.shape:
             self._beside(lambda: step._add_gradient(images, targets, share, True))
@@ -277,7 +278,7 @@ class _Graphs:
             for group, rate in zip(groups, self._rates, strict=True):
                 group["lr"] = rate
             try:
-                with torch.cuda.graph(self._updating):
+                with torch.cuda.graph(self._updating, capture_error_mode="thread_local"):
                     self._found = step._update()
             finally:
                 for group, number in zip(groups, rates, strict=True):
