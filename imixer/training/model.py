@@ -31,7 +31,7 @@ def check_model_name(name: str) -> None:
 
 
 def refused_arguments(model: str, arguments: Mapping[str, Any]) -> set[str]:
-    """Which of these keyword arguments of ``timm.create_model`` a model does not take.
+    """Which of these keyword arguments of ``timm.create_model`` a model does not take, or sets itself.
 
     Each attempt includes one that no model takes. So Python refuses to call the constructor, and names an argument that
     the model does not take; nothing is built. A model that takes any argument is built, and takes them all.
@@ -43,7 +43,7 @@ def refused_arguments(model: str, arguments: Mapping[str, Any]) -> set[str]:
         try:
             timm.create_model(model, **asked)
         except TypeError as error:
-            complaint = str(error).partition("unexpected keyword argument")[2]
+            complaint = str(error).partition("keyword argument")[2]  # unexpected, or given multiple values
             named = set(re.findall(r"'(\w+)'", re.split("did you mean", complaint, flags=re.IGNORECASE)[0]))
             if not named & left.keys():
                 return refused
