@@ -19,9 +19,9 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from imixer.data.decoding import UnreadableImageError
 from imixer.data.images import BatchKey, ImageBatch, Images, InMemoryImages, RawBatch
 from imixer.data.random_streams import generator_of
-from imixer.data.sources import UnreadableImageError
 
 POLL_SECONDS = 5.0  # between looks at whether the workers are alive, while a batch is waited for
 GRACE_SECONDS = 60  # that a worker goes on for after a SIGTERM
