@@ -241,7 +241,7 @@ def test_fixed_steps_can_be_captured_in_a_graph(backward):
 def training_step(*, cuda_graph=False, scaler=None, **options):
     torch.manual_seed(0)
     model = small(**options).cuda().train()
-    optimizer = make_optimizer(model, "adamw", lr=1e-2, weight_decay=0.1, capturable=cuda_graph)
+    optimizer = make_optimizer(model, opt="adamw", lr=1e-2, weight_decay=0.1, capturable=cuda_graph)
     return TrainingStep(
         model,
         nn.CrossEntropyLoss(),

@@ -34,7 +34,7 @@ def batch(size: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def make_step(model: nn.Module, opt: str = "adamw", *, ema: bool = False, **options: Any) -> TrainingStep:
-    optimizer = make_optimizer(model, opt, lr=1e-2, weight_decay=0.1)
+    optimizer = make_optimizer(model, opt=opt, lr=1e-2, weight_decay=0.1)
     average = ModelEmaV3(model, decay=0.5) if ema else None
     return TrainingStep(model.train(), nn.CrossEntropyLoss(), optimizer, ema=average, **options)
 
@@ -144,7 +144,7 @@ def test_the_average_follows_the_weights() -> None:
 
 def test_biases_have_no_weight_decay_and_matrices_have() -> None:
     model = small()
-    optimizer = make_optimizer(model, "adamw", lr=1e-2, weight_decay=0.1)
+    optimizer = make_optimizer(model, opt="adamw", lr=1e-2, weight_decay=0.1)
     names = {parameter: name for name, parameter in model.named_parameters()}
     decay = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay.keys() == set(names.values())
@@ -154,10 +154,12 @@ def test_biases_have_no_weight_decay_and_matrices_have() -> None:
     assert set(decay.values()) == {0, 0.1}
 
 
-@pytest.mark.parametrize(("opt", "message"), [("lion", "adam or adamw, not lion"), ("sgd", "adam or adamw, not sgd")])
+@pytest.mark.parametrize(
+    ("opt", "message"), [("lion", "fused adam or adamw, not lion"), ("sgd", "fused adam or adamw, not sgd")]
+)
 def test_optimizers_that_cannot_be_captured_are_refused(opt: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_optimizer(small(), opt, lr=1e-2, weight_decay=0, capturable=True)
+        make_optimizer(small(), opt=opt, lr=1e-2, weight_decay=0, capturable=True)
 
 
 def test_graphs_need_cuda() -> None:

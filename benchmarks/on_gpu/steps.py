@@ -66,7 +66,7 @@ class Step:
             training_step = TrainingStep(
                 model,
                 self.loss,
-                make_optimizer(model, "adamw", lr=5e-4, weight_decay=0.05, capturable=graphs),
+                make_optimizer(model, opt="adamw", lr=5e-4, weight_decay=0.05, capturable=graphs),
                 autocast=lambda: torch.autocast(**self.autocast),
                 scaler=torch.amp.GradScaler(setup.device.type) if scaled else None,
                 cuda_graph=graphs,

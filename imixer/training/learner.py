@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_map_only
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig
 from imixer.training.distributed import accumulating, load_optimizer, shard, whole_state
-from imixer.training.model import build_model, catch_up_norms
+from imixer.training.model import build_model, build_optimizer, catch_up_norms
 from imixer.training.objective import make_loss
-from imixer.training.step import TrainingStep, compile_blocks, make_optimizer
+from imixer.training.step import TrainingStep, compile_blocks
 
 
 class Learner:
@@ -60,17 +60,7 @@ class Learner:
         if config.torchcompile:
             compile_blocks(self.plain, config.torchcompile, config.torchcompile_mode)
         self._model = shard(self.plain, accelerator) if config.fsdp else accelerator.prepare_model(self.plain)
-        given: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas}
-        self.optimizer = make_optimizer(
-            self.plain,
-            config.opt,
-            lr=lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            layer_decay=config.layer_decay,
-            capturable=config.cuda_graph,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        self.optimizer = build_optimizer(config, self.plain, lr=lr)
         scaler = accelerator.scaler
         if checkpoint is not None:
             load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])

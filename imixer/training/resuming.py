@@ -21,6 +21,7 @@ def identity(config: TrainingConfig, data: ImageData, world_size: int) -> dict[s
         "global_batch": batch_size * world_size,
         "grad_accum_steps": grad_accum_steps,
         "opt": config.opt,
+        "opt_kwargs": config.opt_kwargs,
         "layer_decay": config.layer_decay,
     }
 

@@ -20,43 +20,27 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 GRAPH_WARM_UP = 3  # updates that run one kernel at a time before they are captured
 
 
-def make_optimizer(
-    model: nn.Module,
-    opt: str,
-    *,
-    lr: float,
-    weight_decay: float,
-    momentum: float = 0.9,
-    layer_decay: float | None = None,
-    capturable: bool = False,
-    **own: Any,
-) -> Optimizer:
-    """Create timm's optimizer of this name, fused where PyTorch has a fused form of it.
+def make_optimizer(model: nn.Module, *, opt: str, capturable: bool = False, **arguments: Any) -> Optimizer:
+    """Create timm's optimizer of this name, fused where it then leaves updates out by itself.
 
     Args:
         model: Its parameters are grouped by timm: biases and other vectors have no weight decay.
         opt: timm's name.
-        lr: Learning rate.
-        weight_decay: Weight decay of matrices.
-        momentum: Momentum of optimizers that have one.
-        layer_decay: Factor of the rate from layer to layer, or None.
         capturable: Whether its steps will be captured in a CUDA graph.
-        **own: Further arguments of the optimizer, such as ``betas``.
+        **arguments: Further arguments of ``timm.optim.create_optimizer_v2``, such as ``lr`` and ``betas``.
 
     Raises:
         ValueError: It cannot be captured.
     """
     kind = get_optimizer_class(opt, bind_defaults=False)
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if kind in (Adam, AdamW) or (kind is SGD and not sharded):  # those that leave steps out where found_inf says so
-        own["fused"] = True
+    if (kind in (Adam, AdamW) or (kind is SGD and not sharded)) and not {"fused", "foreach"} & arguments.keys():
+        arguments["fused"] = True
     if capturable:
-        if kind not in (Adam, AdamW):
-            raise ValueError(f"--cuda-graph needs an optimizer that can be captured, adam or adamw, not {opt}")
-        own["capturable"] = True
-    return create_optimizer_v2(
-        model, opt, lr=lr, weight_decay=weight_decay, momentum=momentum, layer_decay=layer_decay, **own
-    )
+        if kind not in (Adam, AdamW) or not arguments.get("fused"):
+            raise ValueError(f"--cuda-graph needs an optimizer that can be captured, fused adam or adamw, not {opt}")
+        arguments["capturable"] = True
+    return create_optimizer_v2(model, opt, **arguments)
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor", mode: str | None = None) -> None:
