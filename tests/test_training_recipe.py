@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -51,6 +52,30 @@ def test_optimizer_has_the_settings(digits: ImageData) -> None:
     groups = learner_of(digits, layer_decay=0.5, num_blocks=3).optimizer.param_groups
     assert len({group["lr_scale"] for group in groups}) >= 4
     assert {group["lr_scale"] for group in groups} <= {0.5**depth for depth in range(6)}
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e-2])
+def test_gradients_are_clipped_as_they_are_set(digits: ImageData, clip: float) -> None:
+    learner = learner_of(digits, opt="momentum", weight_decay=0.0, clip_grad=clip)
+    before = [parameter.detach().clone() for parameter in learner.plain.parameters()]
+    learner.add_gradient(torch.randn(16, 1, 8, 8), torch.arange(16) % 10, share=1.0, last=True)
+    assert learner.step.update(1)[1] > 2 * clip
+    changes = [old - new.detach() for old, new in zip(before, learner.plain.parameters(), strict=True)]
+    assert float(torch.cat([change.flatten() for change in changes]).norm()) == pytest.approx(0.25 * clip, rel=1e-2)
+
+
+def test_processes_exchange_gradients_in_the_last_batch_alone(digits: ImageData, tmp_path: Path) -> None:
+    told: list[bool] = []
+
+    def noted(model: nn.Module, accelerator: Accelerator, *, only: bool) -> Any:
+        told.append(only)
+        return contextlib.nullcontext()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imixer.training.learner.accumulating", noted)
+        config = replace(TINY, epochs=1, warmup_epochs=0, grad_accum_steps=3, output=str(tmp_path))
+        train(config, digits, progress=False)
+    assert told == [step % 3 != 2 and step != 19 for step in range(20)]
 
 
 def test_vectors_have_no_weight_decay_in_training_either(digits: ImageData) -> None:
