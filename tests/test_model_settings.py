@@ -154,7 +154,9 @@ def test_timm_builds_every_model_with_what_is_left_of_a_preset() -> None:
 
 def test_the_baseline_trains_with_the_preset_and_is_validated(tmp_path: Path) -> None:
     write_digit_tree(tmp_path / "shapes")
-    smaller = "--num-classes 3 --img-size 32 --batch-size 24 --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --no-amp"
+    smaller = (
+        "--num-classes 3 --img-size 32 --global-batch 24 --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --no-amp"
+    )
     where = "--workers 1 --device cpu --output run"
     flags = ["shapes", *MIXER[1:], "--dataset", "", *smaller.split(), *where.split()]
     config = parse(flags).config(say=lambda _: None)
