@@ -10,6 +10,7 @@ from accelerate.utils import LoggerType
 from timm.optim import list_optimizers
 
 from imixer.imlp_options import IMLP_OPTIONS, choices, complete
+from imixer.training.global_batch import cut_into_batches
 from imixer.training.keyword_arguments import plain
 
 SCHEDULERS = ("cosine", "tanh", "poly", "step", "multistep", "constant")
@@ -303,26 +304,9 @@ class TrainingConfig:
         """
         if self.global_batch is None:
             return self.batch_size, self.grad_accum_steps or 1
-        share, rest = divmod(self.global_batch, world_size)
-        if rest:
-            near = " or ".join(str(images) for images in (share * world_size, (share + 1) * world_size) if images)
-            raise ValueError(
-                f"global_batch {self.global_batch} is not a multiple of the {world_size} processes; "
-                f"choose --global-batch {near}"
-            )
-        steps = self.grad_accum_steps or -(-share // self.batch_size)
-        batch, rest = divmod(share, steps)
-        if rest or not 1 <= batch <= self.batch_size or (self.mixes and batch % 2):
-            fit = [b for b in range(1, share + 1) if share % b == 0 and not (self.mixes and b % 2)]
-            near = ", ".join(str(b) for b in fit[-6:]) or "nothing"
-            even = "even " if self.mixes else ""
-            given = f"{steps} batches" if self.grad_accum_steps else f"batches of {self.batch_size}"
-            raise ValueError(
-                f"global_batch {self.global_batch} gives each of {world_size} processes {share} images per update, "
-                f"which cannot be cut into {given}: equal {even}batches of at most {self.batch_size} images. "
-                f"Give --batch-size one of {near}, and leave out --grad-accum-steps"
-            )
-        return batch, steps
+        return cut_into_batches(
+            self.global_batch, world_size, at_most=self.batch_size, batches=self.grad_accum_steps, even=self.mixes
+        )
 
     def peak_lr(self, images: int) -> float:
         """Return the peak learning rate for so many images per update: `lr`, or `lr_base` scaled as timm does."""
