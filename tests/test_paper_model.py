@@ -82,6 +82,9 @@ def test_training_is_the_papers_model_with_every_dropout_in_its_place(rates, che
     options = {"n_iter": 3, "coeff": 0.7, "num_blocks": 3}
     model = small(**options, proj_drop_rate=proj_drop, drop_path_rate=drop_path, drop_rate=drop)
     trained_somewhat(model).train()
+    for name, vector in model.named_buffers():
+        assert name.endswith((".u", ".v"))
+        vector.copy_(F.normalize(torch.randn_like(vector), dim=0))
     model.set_grad_checkpointing(checkpointing)
     images = torch.randn(4, 3, 16, 16)
     torch.manual_seed(1)
