@@ -81,7 +81,9 @@ class TrainingConfig:
     cache_mb: int = setting(
         0, "data", "decode all images once if they fit in this memory; 0: read them in every epoch", metavar="MIB"
     )
-    workers: int = setting(4, "data", "processes that read images from disk", metavar="N", aliases=("-j",))
+    workers: int | None = setting(
+        None, "data", "processes that read images [one per core, less one]", metavar="N", aliases=("-j",)
+    )
 
     no_aug: bool = setting(False, "augmentation", "do not augment the training images")
     train_crop_mode: str | None = setting(
@@ -104,7 +106,7 @@ class TrainingConfig:
     mixup: float = setting(0.0, "augmentation", "alpha of mixup; 0: none", metavar="A")
     cutmix: float = setting(0.0, "augmentation", "alpha of cutmix; 0: none", metavar="A")
     cutmix_minmax: tuple[float, ...] | None = setting(
-        None, "augmentation", "range of cutmix's side, in the place of alpha", metavar="F"
+        None, "augmentation", "range of cutmix's side, instead of alpha", metavar="F"
     )
     mixup_prob: float = setting(1.0, "augmentation", "probability of either on a batch", metavar="P")
     mixup_switch_prob: float = setting(0.5, "augmentation", "probability of cutmix when both are on", metavar="P")
