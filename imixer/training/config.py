@@ -10,6 +10,7 @@ from timm.optim import list_optimizers
 
 SCHEDULERS = ("cosine", "tanh", "poly", "step", "multistep", "constant")
 AMP_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # torch's names and accelerate's
+AUGMENT_ON = ("workers", "device")
 DEVICES = ("auto", "cpu", "cuda")
 # Settings of timm's transforms, which images that are decoded once do not go through.
 READ_EVERY_EPOCH = (
@@ -74,6 +75,9 @@ class TrainingConfig:
     )
 
     no_aug: bool = setting(False, "augmentation", "do not augment the training images")
+    augment_on: str = setting(
+        "workers", "augmentation", "where images that are read in every epoch are augmented", choices=AUGMENT_ON
+    )
     train_crop_mode: str | None = setting(
         None, "augmentation", "how training images are cropped: rrc, rkrc, rkrr", metavar="MODE"
     )
@@ -204,7 +208,7 @@ class TrainingConfig:
             )
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size must be even for mixup and cutmix, which mix pairs, not {self.batch_size}")
-        changed = [item.name for item in fields(self) if item.name in READ_EVERY_EPOCH]
+        changed = [item.name for item in fields(self) if item.name in (*READ_EVERY_EPOCH, "augment_on")]
         changed = [name for name in changed if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if self.cache_mb and changed:
             raise ValueError(
