@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from imixer.data.images import BatchKey
 from imixer.data.random_streams import restored_global_generators, seed_global_generators
 from imixer.data.sources import ImageArrays
 from imixer.random_affine import RandomAffine
-from imixer.training import TrainingConfig
+from imixer.training import TrainingConfig, load_data
 from imixer.training.objective import make_mixup
 
 PAPER = TimmTransforms(aa="rand-m9-mstd0.5-inc1", reprob=0.25)
@@ -95,20 +96,19 @@ class Observed:
             outside = images[images.abs() > 1.001]  # pictures end at 1, erasing noise does not
             top = (targets.amax(dim=1) - OFF) / (ON - OFF)
             largest = images.abs().amax(dim=(1, 2, 3))
-            rows.append(
-                {
-                    "mean": images.mean(),
-                    "deviation": images.std(),
-                    "erased pixels": len(outside) / images.numel(),
-                    "erased images": (largest > 1.001).float().mean(),
-                    "size of the noise": outside.abs().mean() if len(outside) else torch.nan,
-                    "mixed": (top < 0.9999).float().mean(),
-                    "cutmix": ((top * SIZE**2 - (top * SIZE**2).round()).abs() < 1e-3).float().mean(),
-                    "share": top[0],
-                    "roughness": images.diff(dim=3).abs().mean(),
-                    "left and right": (images[..., : SIZE // 2].mean() - images[..., SIZE // 2 :].mean()).abs(),
-                }
-            )
+            row: dict[str, Any] = {
+                "mean": images.mean(),
+                "deviation": images.std(),
+                "erased pixels": len(outside) / images.numel(),
+                "erased images": (largest > 1.001).float().mean(),
+                "size of the noise": outside.abs().mean() if len(outside) else torch.nan,
+                "mixed": (top < 0.9999).float().mean(),
+                "cutmix": ((top * SIZE**2 - (top * SIZE**2).round()).abs() < 1e-3).float().mean(),
+                "share": top[0],
+                "roughness": images.diff(dim=3).abs().mean(),
+                "left and right": (images[..., : SIZE // 2].mean() - images[..., SIZE // 2 :].mean()).abs(),
+            }
+            rows.append(row)
         self.columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
 
     def compare(self, other: Observed) -> dict[str, float]:
@@ -237,7 +237,10 @@ def test_mixed_batches_depend_on_nothing_but_their_place(pictures: np.ndarray, k
         loader.sampler.set_epoch(epoch, start)
         return list(loader)
 
+    random_state = random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
     expected = {epoch: passed(made(0), epoch) for epoch in range(3)}
+    assert (random.getstate(), torch.get_rng_state().tolist()) == random_state[:2]
+    assert np.random.get_state()[1].tolist() == random_state[2]
     other = made(2)
     for epoch, start in ((2, 0), (1, 3), (0, 0), (1, 0)):
         found = passed(other, epoch, start)
@@ -288,3 +291,48 @@ def test_every_setting_of_mixing_reaches_timm() -> None:
     assert mixup is not None
     assert vars(mixup) == vars(expected)
     assert make_mixup(TrainingConfig(), 11) is None
+
+
+def test_every_setting_of_augmentation_reaches_timm(tmp_path: Path) -> None:
+    for number, picture in enumerate(photographs(8, size=40)):
+        path = tmp_path / ("train", "test")[number // 4] / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    settings: dict[str, Any] = {
+        "scale": (0.3, 0.9),
+        "ratio": (0.8, 1.2),
+        "hflip": 0.3,
+        "vflip": 0.2,
+        "color_jitter": 0.3,
+        "color_jitter_prob": 0.7,
+        "grayscale_prob": 0.1,
+        "aa": "v0",
+        "reprob": 0.4,
+        "remode": "rand",
+        "recount": 3,
+        "train_interpolation": "bilinear",
+        "interpolation": "bilinear",
+        "crop_pct": 0.7,
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+    }
+    config = TrainingConfig(data_dir=str(tmp_path), img_size=SIZE, augment_on="device", **settings)
+    data = load_data(config)
+    expected = TimmTransforms(**settings)
+    assert isinstance(data.train, TransformedImages)
+    assert isinstance(data.test, TransformedImages)
+    assert data.train.on_device is not None
+    assert data.train.erasing is not None
+    assert (data.train.mean, data.train.std) == (expected.mean, expected.std)
+    for split, place in ((data.train, "device"), (data.test, "workers")):
+        made = TransformedImages(split.source, expected, img_size=SIZE, training=split is data.train, augment_on=place)
+        for index in range(len(split)):
+            assert torch.equal(split[index][0], made[index][0])
+    others: dict[str, Any] = {"no_aug": True, "gaussian_blur_prob": 0.5, "train_crop_mode": "rkrc"}
+    for name, value in others.items():
+        data = load_data(TrainingConfig(data_dir=str(tmp_path), img_size=SIZE, **{name: value}))
+        assert isinstance(data.train, TransformedImages)
+        made = TransformedImages(data.train.source, TimmTransforms(**{name: value}), img_size=SIZE, training=True)
+        assert torch.equal(
+            torch.stack([data.train[k][0] for k in range(4)]), torch.stack([made[k][0] for k in range(4)])
+        )

@@ -6,7 +6,8 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -38,18 +39,22 @@ class Drawn(NamedTuple):
 
 
 class DrawnBatch(NamedTuple):
-    """What was drawn for a batch.
+    """What was drawn for a batch, in few tensors, since each travels from a worker by itself.
 
     Args:
         crops: (B, 5), or None.
         mirrored: (B, 2).
-        layers: First steps of all images, second steps, and so on: for each kind of step the numbers of the images that
-            it is for, (E,), and its arguments, (E, number of arguments).
+        groups: Images that take the same kind of step at the same time: its name, how many they are, and the number of
+            its arguments.
+        rows: Their numbers in the batch, one group after the other, (N,).
+        arguments: Their arguments, (N, largest number of arguments).
     """
 
     crops: Tensor | None
     mirrored: Tensor
-    layers: list[dict[str, tuple[Tensor, Tensor]]]
+    groups: list[tuple[str, int, int]]
+    rows: Tensor
+    arguments: Tensor
 
 
 class DeviceTransforms:
@@ -104,19 +109,24 @@ class DeviceTransforms:
     @staticmethod
     def collate(drawn: Sequence[Drawn]) -> DrawnBatch:
         """Put what was drawn for the images of a batch together."""
-        layers = []
-        for number in range(max(len(image.steps) for image in drawn)):
-            layer: dict[str, tuple[list[int], list[tuple[float, ...]]]] = {}
-            for row, image in enumerate(drawn):
-                if number < len(image.steps):
-                    name, arguments = image.steps[number]
-                    rows, values = layer.setdefault(name, ([], []))
-                    rows.append(row)
-                    values.append(arguments)
-            layers.append({name: (torch.tensor(rows), torch.tensor(values)) for name, (rows, values) in layer.items()})
+        steps = sorted(
+            (time, name, row, arguments)
+            for row, image in enumerate(drawn)
+            for time, (name, arguments) in enumerate(image.steps)
+        )
+        groups = []
+        for (_, name), members in groupby(steps, key=itemgetter(0, 1)):
+            together = list(members)
+            groups.append((name, len(together), len(together[0][-1])))
+        columns = max((count for *_, count in groups), default=0)
+        padded = [[*arguments, *[0.0] * (columns - len(arguments))] for *_, arguments in steps]
         crops = [image.crop for image in drawn if image.crop is not None]
         return DrawnBatch(
-            torch.tensor(crops) if crops else None, torch.tensor([image.mirrored for image in drawn]), layers
+            crops=torch.tensor(crops) if crops else None,
+            mirrored=torch.tensor([image.mirrored for image in drawn]),
+            groups=groups,
+            rows=torch.tensor([row for *_, row, _ in steps], dtype=torch.int64),
+            arguments=torch.tensor(padded, dtype=torch.float32),
         )
 
     def __call__(self, images: Tensor, drawn: DrawnBatch) -> Tensor:
@@ -124,9 +134,11 @@ class DeviceTransforms:
         images = images.clone() if drawn.crops is None else resized_crop(images, drawn.crops, self.img_size)
         for flip, mirrored in zip((TF.horizontal_flip, TF.vertical_flip), drawn.mirrored.unbind(1), strict=True):
             images = torch.where(mirrored[:, None, None, None], flip(images), images)
-        for layer in drawn.layers:
-            for name, (rows, arguments) in layer.items():
-                images[rows] = STEPS[name](images[rows], *arguments[..., None, None, None].unbind(1))
+        start = 0
+        for name, size, columns in drawn.groups:
+            rows, arguments = drawn.rows[start : start + size], drawn.arguments[start : start + size, :columns]
+            images[rows] = STEPS[name](images[rows], *arguments[..., None, None, None].unbind(1))
+            start += size
         return images
 
     def _check(self, step: Any) -> None:
