@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from digit_images import write_digit_tree
+from image_archives import photographs
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
@@ -131,9 +132,13 @@ def test_global_generators_neither_matter_nor_change(tree: Path, kind: str) -> N
 
 
 @pytest.mark.parametrize("transforms", [EVERYTHING, PAPER], ids=["everything", "paper"])
-def test_images_are_those_of_timms_transforms(tree: Path, transforms: TimmTransforms) -> None:
+def test_images_are_those_of_timms_transforms(tmp_path: Path, transforms: TimmTransforms) -> None:
+    for number, picture in enumerate(photographs(32, size=40)):  # digits would be gray anyway
+        path = tmp_path / ("train" if number < 24 else "test") / str(number % 2) / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
     transforms = replace(transforms, remode="const")  # noise is from a source of our own
-    data = load_dataset("", tree, img_size=16, transforms=transforms)
+    data = load_dataset("", tmp_path, img_size=16, transforms=transforms)
     assert isinstance(data.train, TransformedImages)
     flags: dict[str, Any] = {
         "scale": transforms.scale,

@@ -237,10 +237,12 @@ def test_mixed_batches_depend_on_nothing_but_their_place(pictures: np.ndarray, k
         loader.sampler.set_epoch(epoch, start)
         return list(loader)
 
-    random_state = random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+    def random_state() -> str:
+        return repr((random.getstate(), torch.get_rng_state().tolist(), np.random.get_state(legacy=False)))
+
+    before = random_state()
     expected = {epoch: passed(made(0), epoch) for epoch in range(3)}
-    assert (random.getstate(), torch.get_rng_state().tolist()) == random_state[:2]
-    assert np.random.get_state()[1].tolist() == random_state[2]
+    assert random_state() == before
     other = made(2)
     for epoch, start in ((2, 0), (1, 3), (0, 0), (1, 0)):
         found = passed(other, epoch, start)
