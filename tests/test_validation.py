@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import runpy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,8 @@ from training_runs import TINY, read_curves
 from imixer.confusion_plot import plot_confusion
 from imixer.data import load_digits, make_loader
 from imixer.training import load_data, train
+from imixer.validate_command import main
 from imixer.validation import Validation, find_checkpoint, format_validations, validate
-
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "validate_imixer.py"
-main: Callable[[list[str]], int] = runpy.run_path(str(SCRIPT))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +161,9 @@ def test_wrong_checkpoints_are_refused(run: Path, tmp_path: Path, capsys: pytest
     content = (run / "best.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
     assert f"cut.pt ({len(content) // 2:,} bytes) is damaged or no checkpoint:" in error(str(tmp_path / "cut.pt"))
+    (tmp_path / "flipped.pt").write_bytes(content[:-500] + bytes([content[-500] ^ 1]) + content[-499:])
+    assert "flipped.pt" in (message := error(str(tmp_path / "flipped.pt")))
+    assert "is damaged: its SHA-256 digest is wrong" in message
     torch.save([1, 2], tmp_path / "list.pt")
     assert "list.pt holds a list, not a model's weights" in error(str(tmp_path / "list.pt"))
     torch.save({"head.weight": torch.ones(2)}, tmp_path / "foreign.pt")

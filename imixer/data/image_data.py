@@ -36,6 +36,11 @@ class ImageData:
     std: tuple[float, ...]
     description: str
 
+    @property
+    def fingerprint(self) -> dict[str, str | int]:
+        """What tells these images from others, for a resumed run."""
+        return {"name": self.name, "training images": len(self.train), "test images": len(self.test)}
+
     def some_test_images(self, count: int) -> ImageBatch:
         """Return at most `count` test images, (B, C, H, W), and their classes.
 
