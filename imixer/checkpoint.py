@@ -114,20 +114,14 @@ def _weights(path: Path, use_ema: bool) -> dict[str, Tensor]:
         if isinstance(content, dict) and content.get(entry) is not None:
             content = content[entry]
             break
-    is_state_dict = isinstance(content, dict) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    )
-    if not is_state_dict:
-        raise CheckpointError(f"{path} holds {_kind(content)}, not a model's weights by their names")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a model's weights by their names")
+    for key, value in content.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            found = f"{key!r:.60} is of type {type(value).__name__}"
+            raise CheckpointError(f"{path} does not hold a model's weights by their names: {found}")
     weights: dict[str, Tensor] = clean_state_dict(content)
     return weights
-
-
-def _kind(content: Any) -> str:
-    if not isinstance(content, dict):
-        return f"a {type(content).__name__}"
-    key, value = next((key, value) for key, value in content.items() if not isinstance(value, Tensor))
-    return f"a {type(value).__name__} under {str(key)[:60]!r}"
 
 
 def _in_head(model: nn.Module, key: str) -> bool:

@@ -27,7 +27,7 @@ from imixer.training import (
     loop,
     train,
 )
-from imixer.training.run_folder import new_folder
+from imixer.training.run_folder import claimed_new_folder
 
 RUN_FILES = [
     ".lock",
@@ -254,10 +254,11 @@ def test_folder_of_a_run_is_never_used_again(
         train(replace(TINY, output=str(run.output)), digits)
     monkeypatch.chdir(tmp_path)
     default = "runs/digits-imixer_ti4_32"
-    for name in (default, f"{default}-2", f"{default}-3"):
-        folder = new_folder(TINY, digits.name)
-        assert str(folder) == name
-        folder.mkdir(parents=True)
+    for number, name in enumerate((default, f"{default}-2", f"{default}-3"), start=2):
+        with claimed_new_folder(TINY, digits.name) as folder:
+            assert str(folder) == name
+            with claimed_new_folder(TINY, digits.name) as another:
+                assert another.name == f"digits-imixer_ti4_32-{number}"
         (folder / "last.pt").touch()
 
 

@@ -67,6 +67,12 @@ def difference(found: Any, expected: Any, name: str = "") -> list[str]:
     return [] if found == expected else [f"{name}: {found!r} and {expected!r}"]
 
 
+def last_written(folder: Path) -> int:
+    """When a checkpoint to go on from was last written, in ns; 0 if there is none."""
+    times = [path.stat().st_mtime_ns for path in folder.glob("*.pt") if path.name != "best.pt"]
+    return max(times, default=0)
+
+
 def run(config: TrainingConfig, *, resume: Path | None = None) -> None:
     """Train in a process of its own."""
     torch.set_num_threads(1)

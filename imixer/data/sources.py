@@ -9,13 +9,19 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
 from PIL import Image
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
+from imixer.data.fingerprint import digest, spread
+
 Sample: TypeAlias = tuple[Image.Image, int]
+# How many images a fingerprint looks at, evenly spaced.
+SIZED_FILES = 4096
+READ_IMAGES = 256
 
 
 class UnreadableImageError(ValueError):
@@ -33,6 +39,10 @@ class ImageSource(Protocol):
 
     def describe(self, index: int) -> str:
         """Say which image this is, for error messages."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a digest that other images would most likely not have; quick for a million of them."""
         ...
 
 
@@ -58,6 +68,15 @@ class ImageFiles:
     def describe(self, index: int) -> str:
         return self.samples[index][0]
 
+    def fingerprint(self) -> str:
+        paths = [path for path, _ in self.samples]
+        folder = len(os.path.commonpath([os.path.dirname(min(paths)), os.path.dirname(max(paths))]))
+        names = (f"{path[folder:]} {target}" for path, target in self.samples)
+        sizes = (
+            os.path.getsize(paths[index]) for index in spread(len(paths), SIZED_FILES) if os.path.exists(paths[index])
+        )
+        return digest(chain(names, sizes))
+
 
 class ImageArrays:
     """Pictures that a torchvision data set holds in memory, such as CIFAR-10's.
@@ -81,6 +100,9 @@ class ImageArrays:
 
     def describe(self, index: int) -> str:
         return f"image {index} of {type(self.dataset).__name__} in {self.root}"
+
+    def fingerprint(self) -> str:
+        return _pixels_of_some(self)
 
 
 class ImagesInTar:
@@ -121,6 +143,10 @@ class ImagesInTar:
     def describe(self, index: int) -> str:
         return f"{self.samples[index][0].name} in {self.path}"
 
+    def fingerprint(self) -> str:
+        members = (f"{member.name} {member.size}" for member, *_ in self.samples)
+        return digest(chain(members, map(int, self.targets)))
+
 
 class HuggingFaceImages:
     """One split of a data set of the `datasets` package.
@@ -155,6 +181,15 @@ class HuggingFaceImages:
 
     def describe(self, index: int) -> str:
         return f"image {index} of {self.name}"
+
+    def fingerprint(self) -> str:
+        return _pixels_of_some(self)
+
+
+def _pixels_of_some(source: ImageSource) -> str:
+    samples = [source[index] for index in spread(len(source), READ_IMAGES)]
+    sizes_and_targets = ((image.size, target) for image, target in samples)
+    return digest(chain([len(source)], sizes_and_targets, (image.tobytes() for image, _ in samples)))
 
 
 def open_image(path: str) -> Image.Image:

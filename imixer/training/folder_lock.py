@@ -41,7 +41,9 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if os.getpid() == owner:  # and not in a child that was forked inside, where it is closed
-            _held.discard(file)
+            if file in _held:
+                _held.remove(file)
+                _release(file)
             os.close(file)
 
 
@@ -70,6 +72,14 @@ def _acquire(file: int, folder: Path) -> None:
             "be noticed; start only one",
             stacklevel=2,
         )
+
+
+def _release(file: int) -> None:
+    # Closing is enough, except where a child was forked just now and has not closed its own yet.
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _close_inherited() -> None:

@@ -23,11 +23,11 @@ from imixer.training.evaluation import evaluate
 from imixer.training.imlp_report import look_at_imlps
 from imixer.training.interruption import StopSignals, TrainingInterruptedError
 from imixer.training.learner import Learner
-from imixer.training.objective import seed_step
+from imixer.training.objective import make_mixup, seed_step
 from imixer.training.plots import plot_curves
 from imixer.training.progress import write_results
 from imixer.training.reporting import Report
-from imixer.training.resuming import Start, describe_changes, identity, started
+from imixer.training.resuming import Start, begin, describe_changes, identity
 from imixer.training.run_folder import EpochMetrics, environment
 from imixer.training.schedule import Schedule
 
@@ -70,7 +70,7 @@ def train(
     Args:
         config: The settings.
         data: The images, from `load_data(config)`.
-        resume: Folder of a run to continue, or one of its checkpoints, as `imixer.training.resuming.started` says.
+        resume: Folder of a run to continue, or one of its checkpoints, as `imixer.training.resuming.begin` says.
         allow_other_data: Whether to continue it with images whose `fingerprint` is another, of the same classes.
         progress: Whether the first process shows a progress bar, and prints a line per epoch.
 
@@ -83,7 +83,7 @@ def train(
         TrainingInterruptedError: SIGINT, SIGTERM, SIGHUP or SIGUSR1 came; the run was saved.
     """
     accelerator = make_accelerator(config)
-    with started(config, data, accelerator, resume, allow_other_data=allow_other_data) as start:
+    with begin(config, data, accelerator, resume, allow_other_data=allow_other_data) as start:
         return _train(config, data, accelerator, start, progress)
 
 
@@ -93,13 +93,20 @@ def _train(
     """As `train`, in a folder that is this run's."""
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     first = accelerator.is_main_process
-    this_run = {**identity(config, data, world_size), "data": data.fingerprint}
+    this_run = {**identity(config, data, world_size), "data": start.fingerprint}
     folder, checkpoint, at = start.folder, start.checkpoint, start.progress
 
     set_seed(config.seed)
     learner = Learner(config, data, accelerator, checkpoint)
     loader = partial(make_loader, workers=config.workers, seed=config.seed, rank=rank, world_size=world_size)
-    train_loader = loader(data.train, batch_size=config.batch_size, training=True, device=device)
+    train_loader = loader(
+        data.train,
+        batch_size=config.batch_size,
+        training=True,
+        device=device,
+        mixup=make_mixup(config, len(data.classes)),
+        mixup_off_epoch=config.mixup_off_epoch,
+    )
     test_batch = config.validation_batch_size or config.batch_size
     test_loader = loader(data.test, batch_size=test_batch, training=False, device=device)
     num_steps, group = len(train_loader), config.grad_accum_steps
@@ -133,7 +140,7 @@ def _train(
         report.start(epoch_images * schedule.num_epochs, done, at.updates)
         for epoch in range(at.epoch, schedule.num_epochs):
             train_loader.sampler.set_epoch(epoch, start_batch=at.step)
-            learner.start_epoch(epoch)
+            learner.start_epoch()
             epoch_started, images_seen = time.monotonic(), 0
             loss, num_images = torch.zeros((), device=device), 0
             for step, (images, targets) in enumerate(train_loader, start=at.step):

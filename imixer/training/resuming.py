@@ -25,17 +25,19 @@ class Start:
         folder: Its folder, which this run has claimed.
         checkpoint: What it goes on from; None for a new run.
         progress: Where that stands.
+        fingerprint: Which images it is trained on.
         notes: What to say about that, each one line.
     """
 
     folder: Path
     checkpoint: dict[str, Any] | None
     progress: Progress
+    fingerprint: dict[str, str | int]
     notes: tuple[str, ...]
 
 
 @contextlib.contextmanager
-def started(
+def begin(
     config: TrainingConfig, data: ImageData, accelerator: Accelerator, resume: Path | None, *, allow_other_data: bool
 ) -> Iterator[Start]:
     """Claim the folder of a run, for as long as the context lasts, and read what it goes on from.
@@ -69,13 +71,15 @@ def started(
             raise agreed[0]
         folder, source, notes = agreed[0]
         checkpoint, progress = None, Progress()
+        fingerprint = data.fingerprint()
+        del fingerprint["name"]  # that of the folder, which may move
         if source is not None:
             checkpoint = read_checkpoint(source)
             with restoring("progress"):
                 progress = Progress.from_dict(checkpoint["progress"])
             world_size = accelerator.num_processes
             check_same_run(source, checkpoint, identity(config, data, world_size), world_size)
-            other_data = changes(checkpoint.get("data"), data.fingerprint)
+            other_data = changes(checkpoint.get("data"), fingerprint)
             if other_data and not allow_other_data:
                 raise CheckpointError(
                     f"{source} is of a run on other images ({other_data}); give it the same ones, or go on with these "
@@ -89,7 +93,9 @@ def started(
             if source is not None and folder == source.parent:
                 set_aside_refused(source)
             prepare_folder(folder, config)
-        yield Start(folder=folder, checkpoint=checkpoint, progress=progress, notes=tuple(notes))
+        yield Start(
+            folder=folder, checkpoint=checkpoint, progress=progress, fingerprint=fingerprint, notes=tuple(notes)
+        )
 
 
 def _claim(
