@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-import random
 import resource
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from training_runs import LIVELY, TINY, difference, last_written, read_curves, saved, start
+from training_runs import LIVELY, TINY, difference, read_curves, saved
 
 from imixer.data import ImageData
 from imixer.training import (
@@ -107,30 +106,30 @@ def test_the_state_that_is_compared_is_alive(undisturbed: Path) -> None:
         assert weights[f"{name}.0.u"].norm() == pytest.approx(1, rel=1e-5)  # also of the averaged weights
 
 
-@pytest.mark.long
-def test_killed_run_goes_on_bit_by_bit(undisturbed: Path, tmp_path: Path) -> None:
-    config = replace(LIVELY, output=str(tmp_path), checkpoint_interval="2")
-    moments = random.Random(0)
-    num_kills = 0
-    while num_kills < 4:
-        before = last_written(tmp_path)
-        process = start(config, resume=tmp_path if before else None)
-        while last_written(tmp_path) == before and process.is_alive():
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.3))
-        process.kill()
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-        num_kills += 1
-    assert num_kills >= 2
-    process = start(config, resume=tmp_path)
-    process.join()
-    assert process.exitcode == 0
-    assert difference(saved(tmp_path / "last.pt"), saved(undisturbed / "last.pt")) == []
-    assert difference(saved(tmp_path / "best.pt"), saved(undisturbed / "best.pt")) == []
-    assert not list(tmp_path.glob(".*.tmp"))
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_every_signal_that_stops_a_run_saves_it(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    stop_at(monkeypatch, {(0, 1)}, number)
+    with pytest.raises(TrainingInterruptedError) as stopped:
+        train(replace(LIVELY, output=str(tmp_path)), digits, progress=False)
+    assert stopped.value.signal_number == number
+    assert load_checkpoint(tmp_path)[0]["progress"]["step"] == 3
+    assert signal.getsignal(number) == before
+
+
+def test_hang_up_that_is_ignored_stays_ignored(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_at(monkeypatch, {(0, 1)}, signal.SIGHUP)
+        assert len(train(replace(LIVELY, output=str(tmp_path)), digits, progress=False).metrics) == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("interval", "updates"), [("4", [4, 8, 9, 13, 17, 18]), ("0.000001s", [*range(1, 19)])])
@@ -163,6 +162,106 @@ def test_run_goes_on_from_the_checkpoint_before(
     assert difference(saved(tmp_path / "last.pt"), saved(undisturbed / "last.pt")) == []
     assert checkpoints.read_checkpoint(tmp_path / "previous.pt")["epoch"] == 1  # not the damaged one
     assert (tmp_path / "refused.pt").stat().st_size == 5000
+
+
+@pytest.mark.parametrize("name", ["best.pt", "previous.pt"])
+def test_named_checkpoint_goes_on_in_a_folder_of_its_own(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """One state of a run, the second epoch of which is done otherwise; nothing of the run is changed or renamed."""
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/digits-imixer_ti4_32")
+    run.mkdir(parents=True)
+    for written, original in (("last.pt", "last.pt"), ("previous.pt", "previous.pt"), ("best.pt", "previous.pt")):
+        (run / written).write_bytes((undisturbed / original).read_bytes())
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(ValueError, match=r"imixer_ti4_32 holds a run; continue it with --resume .*ti4_32, or choose"):
+        train(replace(LIVELY, output=str(run)), digits, resume=run / name, progress=False)
+    result = train(LIVELY, digits, resume=run / name)
+    assert result.output == Path("runs/digits-imixer_ti4_32-2")
+    assert difference(saved(result.output / "last.pt"), saved(undisturbed / "last.pt")) == []
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    (run / name).write_bytes(before[name][:-1])
+    with pytest.raises(CheckpointError, match=rf"{name} .* is damaged: the digest at its end is missing"):
+        train(LIVELY, digits, resume=run / name, progress=False)
+
+
+def test_best_checkpoint_is_that_of_the_best_epoch(digits: ImageData, tmp_path: Path) -> None:
+    """Also of a run that was stopped after it, and whose later epochs are worse."""
+    result = train(replace(TINY, epochs=2, output=str(tmp_path)), digits, progress=False)
+    train(replace(TINY, epochs=4, lr=0.3, output=str(tmp_path)), digits, resume=tmp_path, progress=False)
+    rows = read_curves(tmp_path)
+    best = max(range(4), key=lambda index: float(rows[index]["test_top1"]))
+    checkpoint = checkpoints.read_checkpoint(tmp_path / "best.pt")
+    assert checkpoint["epoch"] == best + 1
+    assert len(checkpoint["progress"]["metrics"]) == best + 1
+    assert best < 3, "the test shows nothing"
+    assert len(result.metrics) == 2
+
+
+def test_other_images_are_refused_unless_they_are_allowed(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = copy.deepcopy(digits)
+    other.train.targets[7] = (other.train.targets[7] + 1) % 10  # type: ignore[attr-defined]
+    config = replace(LIVELY, epochs=3, output=str(tmp_path))
+    message = r"last\.pt is of a run on other images \(train_content \w{32} -> \w{32}\); give it the same ones, or"
+    with pytest.raises(CheckpointError, match=message):
+        train(config, other, resume=undisturbed, progress=False)
+    assert not any(tmp_path.glob("*.pt"))
+    train(config, other, resume=undisturbed, allow_other_data=True)
+    assert "the images are others than before: train_content" in capsys.readouterr().out
+    train(replace(config, epochs=4), other, resume=tmp_path)  # which is of these images now
+    assert "others than before" not in capsys.readouterr().out
+
+
+def test_other_versions_and_threads_are_named(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes((undisturbed / name).read_bytes())
+    checkpoint = checkpoints.read_checkpoint(tmp_path / "last.pt")
+    here = checkpoint["environment"]["versions"]
+    assert {"python", "torch", "torchvision", "timm", "numpy", "pillow"} <= here.keys()
+    checkpoint["environment"]["versions"] = {**here, "torch": "1.0", "pillow": "2.0"}
+    checkpoint["environment"]["threads"] = 64
+    checkpoints.save_checkpoint(tmp_path, checkpoint)
+    train(LIVELY, digits, resume=tmp_path)
+    message = (
+        f"results may differ in the last bits: torch 1.0 -> {torch.__version__}, pillow 2.0 -> {here['pillow']}, "
+        "threads 64 -> 1\n"
+    )
+    assert message in capsys.readouterr().out
+    train(LIVELY, digits, resume=undisturbed)
+    assert "last bits" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("state_dict", {"head.weight": torch.zeros(1)}, "the weights of the checkpoint cannot be used: Error"),
+        ("state_dict_ema", {1: 2}, "the averaged weights of the checkpoint cannot be used: "),
+        ("optimizer", {"state": {}, "param_groups": [{}]}, "the optimizer of the checkpoint cannot be used: "),
+        ("optimizer", {"nothing": 1}, "the optimizer of the checkpoint cannot be used: 'param_groups'"),
+        ("progress", {"epoch": 1}, "the progress of the checkpoint cannot be used: 'metrics'"),
+        ("progress", {"metrics": [{"lr": 1}]}, "the progress of the checkpoint cannot be used: .*missing"),
+        ("environment", {"versions": 3}, None),
+        ("data", 3, r"is of a run on other images \(classes None -> "),
+        ("global_batch", "many", r"is of another run: global_batch many there, 48 here"),
+    ],
+)
+def test_checkpoint_of_other_content_is_refused_in_one_line(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, part: str, value: Any, message: str | None
+) -> None:
+    checkpoint = checkpoints.read_checkpoint(undisturbed / "last.pt")
+    checkpoints.save_checkpoint(tmp_path, {**checkpoint, part: value})
+    if message is None:
+        train(LIVELY, digits, resume=tmp_path, progress=False)
+        return
+    with pytest.raises(CheckpointError, match=message) as error:
+        train(LIVELY, digits, resume=tmp_path, progress=False)
+    assert "\n" not in str(error.value)
+    assert checkpoints.read_checkpoint(tmp_path / "last.pt")["epoch"] == 2
 
 
 @pytest.mark.parametrize(
