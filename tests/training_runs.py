@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -71,8 +72,11 @@ def difference(found: Any, expected: Any, name: str = "") -> list[str]:
 
 def last_written(folder: Path) -> int:
     """When a checkpoint to go on from was last written, in ns; 0 if there is none."""
-    times = [path.stat().st_mtime_ns for path in folder.glob("*.pt") if path.name != "best.pt"]
-    return max(times, default=0)
+    times = [0]
+    for name in ("last.pt", "previous.pt"):
+        with contextlib.suppress(FileNotFoundError):
+            times.append((folder / name).stat().st_mtime_ns)
+    return max(times)
 
 
 def run(config: TrainingConfig, *, resume: Path | None = None) -> None:
