@@ -6,26 +6,22 @@ timm's `ImageDataset` does the same for some of them, but puts the next image in
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from PIL import Image
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
+from imixer.data.decoding import UnreadableImageError, decode_image, open_image
 from imixer.data.fingerprint import digest, spread
 
 Sample: TypeAlias = tuple[Image.Image, int]
 # How many images a fingerprint looks at, evenly spaced.
 SIZED_FILES = 4096
 READ_IMAGES = 256
-
-
-class UnreadableImageError(ValueError):
-    """An image cannot be read; the message says which and why, in one line."""
 
 
 class ImageSource(Protocol):
@@ -83,12 +79,13 @@ class ImageArrays:
 
     Args:
         dataset: Gives a PIL image and its class for each index.
+        classes: Class names.
         root: Folder it was read from.
     """
 
-    def __init__(self, dataset: Any, root: Path) -> None:
+    def __init__(self, dataset: Any, classes: Sequence[str], root: Path) -> None:
         self.dataset = dataset
-        self.classes = tuple(dataset.classes)
+        self.classes = tuple(classes)
         self.root = root
 
     def __len__(self) -> int:
@@ -135,10 +132,14 @@ class ImagesInTar:
 
     def __getitem__(self, index: int) -> Sample:
         member, _, inner_tar = self.samples[index]
-        with self.path.open("rb") as file:
-            file.seek(member.offset_data + (inner_tar.offset_data if inner_tar is not None else 0))
-            content = file.read(member.size)
-        return decode_image(io.BytesIO(content), self.describe(index), len(content)), int(self.targets[index])
+        try:
+            with self.path.open("rb") as file:
+                file.seek(member.offset_data + (inner_tar.offset_data if inner_tar is not None else 0))
+                # A size from a damaged header could ask for more memory than there is.
+                content = file.read(min(member.size, os.fstat(file.fileno()).st_size))
+        except OSError as error:
+            raise UnreadableImageError(f"cannot read image {self.describe(index)}: {error}") from error
+        return decode_image(content, self.describe(index)), int(self.targets[index])
 
     def describe(self, index: int) -> str:
         return f"{self.samples[index][0].name} in {self.path}"
@@ -175,9 +176,9 @@ class HuggingFaceImages:
     def __getitem__(self, index: int) -> Sample:
         row = self.dataset[index]
         content, target = row[self.image_column], row[self.target_column]
-        if content["bytes"] is None:
+        if content["bytes"] is None and content["path"] is not None:
             return open_image(content["path"]), target
-        return decode_image(io.BytesIO(content["bytes"]), self.describe(index), len(content["bytes"])), target
+        return decode_image(content["bytes"] or b"", self.describe(index)), target
 
     def describe(self, index: int) -> str:
         return f"image {index} of {self.name}"
@@ -190,26 +191,6 @@ def _pixels_of_some(source: ImageSource) -> str:
     samples = [source[index] for index in spread(len(source), READ_IMAGES)]
     sizes_and_targets = ((image.size, target) for image, target in samples)
     return digest(chain([len(source)], sizes_and_targets, (image.tobytes() for image, _ in samples)))
-
-
-def open_image(path: str) -> Image.Image:
-    """Decode an image file as RGB; the error for one that cannot be decoded names the file."""
-    try:
-        with open(path, "rb") as file:
-            return decode_image(file, path, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise UnreadableImageError(f"cannot read image {path}: {error}; replace or remove it") from error
-
-
-def decode_image(file: BinaryIO, name: str, num_bytes: int) -> Image.Image:
-    """Decode an image as RGB; the error for one that cannot be decoded says which."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(
-            f"cannot read image {name} ({num_bytes} bytes): {error}; replace or remove it"
-        ) from error
 
 
 def _only_column(features: Mapping[str, Any], kind: type, name: str) -> str:

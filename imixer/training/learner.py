@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig
 from imixer.training.distributed import load_optimizer, whole_state
-from imixer.training.model import catch_up_norms, create_model, load_first_weights
+from imixer.training.model import build_optimizer, catch_up_norms, create_model, load_first_weights
 from imixer.training.objective import make_loss
 from imixer.training.resuming import restoring
 
@@ -62,15 +61,7 @@ class Learner:
         if config.torchcompile:
             self.plain.compile(backend=config.torchcompile, mode=config.torchcompile_mode)  # in place, names stay
         self._model = accelerator.prepare_model(self.plain)
-        given: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas, "layer_decay": config.layer_decay}
-        self.optimizer = create_optimizer_v2(
-            self.plain,
-            opt=config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        self.optimizer = build_optimizer(config, self.plain)
         self._scaled_optimizer = accelerator.prepare_optimizer(self.optimizer)
         if checkpoint is not None:
             with restoring("optimizer"):

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # the first process gives the same ones
         command = parse(arguments, epilog=EPILOG)
         saved = load_checkpoint(command.resume, lambda _: None)[0]["config"] if command.resume else None
-        config = command.config(saved)
+        config = command.config(saved, say=print if rank == 0 else lambda _: None)
         data = load_data(config, progress=True)
         result = train(config, data, resume=command.resume, allow_other_data=command.allow_other_data)
         if rank == 0:
