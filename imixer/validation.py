@@ -138,8 +138,8 @@ def load_trained_model(
         data.test.mean, data.test.std = tuple(run["mean"]), tuple(run["std"])
     try:
         model: nn.Module = timm.create_model(name, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"cannot build the {name} of {path}: {error}") from error
+    except Exception as error:  # the arguments may be those of a file
+        raise ValueError(f"cannot build the {name} of {path}: {' '.join(str(error).split())}") from error
     load_checkpoint(model, path, use_ema=use_ema)
     return model
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from small_models import small
+from small_models import Evil, small
 
 from imixer import load_checkpoint as load_weights
 from imixer.checkpoint_file import CheckpointError, read_file, serialize
@@ -38,16 +37,6 @@ def folder(tmp_path: Path) -> Path:
     for epoch in (1, 2):
         save_checkpoint(tmp_path, state(epoch), best=epoch == 1)
     return tmp_path
-
-
-class Evil:
-    """Unpickled, it runs a command that leaves a file."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch {self.trace}",)
 
 
 def test_a_checkpoint_is_a_file_that_torch_and_timm_read(folder: Path) -> None:
