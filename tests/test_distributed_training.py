@@ -17,7 +17,15 @@ import torch
 from accelerate.state import AcceleratorState
 from training_runs import TINY, forkserver, free_port, saved
 
-from imixer.training import NonFiniteError, TrainingInterruptedError, load_checkpoint, load_data, train
+from imixer.training import (
+    NonFiniteError,
+    TrainingInterruptedError,
+    load_checkpoint,
+    load_data,
+    loop,
+    resuming,
+    train,
+)
 from imixer.training.folder_lock import FolderInUseError, locked
 from imixer.training.learner import Learner
 from imixer.training.objective import seed_step
@@ -76,7 +84,14 @@ def work(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     data = load_data(TWO)
     seen: dict[str, Any] = {}
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(out),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        if rank == 1:
+            for module, name in ((loop, "save_checkpoint"), (loop, "write_results"), (resuming, "prepare_folder")):
+                patch.setattr(module, name, lambda *_, **__: pytest.fail("the second process writes"))
         result = train(replace(TWO, output=str(folder / "parallel")), data)
     seen["parallel"] = {"metrics": [asdict(row) for row in result.metrics], "state": result.model.state_dict()}
     seen["printed"] = out.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -20,7 +21,7 @@ MODELS = ["imixer_ti4_32", "mixer_s16_224"]
 
 
 def make(name: str, **changes: int) -> torch.nn.Module:
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "num_classes": 5, **changes}
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "num_classes": 5, **changes}
     if name.startswith("imixer"):
         sizes["num_blocks"] = 2
         return timm.create_model(name, **sizes)
@@ -135,7 +136,7 @@ def test_the_hubs_form_of_a_run_gives_the_same_model(run: Path, tmp_path: Path) 
     checkpoint = torch.load(run / "best.pt", weights_only=True)
     model = timm.create_model(checkpoint["model"], **checkpoint["model_args"])
     imixer.load_checkpoint(model, run / "best.pt")
-    timm.models.save_for_hf(model, tmp_path / "hub", model_args=checkpoint["model_args"], safe_serialization=True)
+    timm.models.save_for_hf(model, str(tmp_path / "hub"), model_args=checkpoint["model_args"], safe_serialization=True)
     assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == ["config.json", "model.safetensors"]
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["architecture"] == "imixer_ti4_32"
     again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()

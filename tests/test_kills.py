@@ -44,7 +44,8 @@ def begin(request: pytest.FixtureRequest) -> Iterator[Start]:
     processes: list[BaseProcess] = []
 
     def started(config: TrainingConfig, resume: Path | None) -> list[BaseProcess]:
-        processes.extend(new := request.param(config, resume))
+        new: list[BaseProcess] = request.param(config, resume)
+        processes.extend(new)
         return new
 
     yield started

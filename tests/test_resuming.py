@@ -30,6 +30,7 @@ from imixer.training import (
     loop,
     train,
 )
+from imixer.training.distributed import make_accelerator
 from imixer.training.learner import Learner
 from imixer.training.objective import seed_step
 
@@ -365,6 +366,26 @@ def test_finished_run_stays_as_it_is(undisturbed: Path, digits: ImageData) -> No
     result = train(LIVELY, digits, resume=undisturbed, progress=False)
     assert [row.epoch for row in result.metrics] == [1, 2]
     assert difference(saved(undisturbed / "last.pt"), before) == []
+
+
+def test_scale_of_the_gradients_is_saved_and_restored(digits: ImageData) -> None:
+    """Of float16 on a GPU; the same class works on the CPU."""
+    accelerator = make_accelerator(TINY)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    state = Learner(TINY, digits, accelerator).state()
+    assert state["scaler"]["scale"] == 8
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    Learner(TINY, digits, accelerator, state)
+    assert accelerator.scaler.get_scale() == 8
+
+
+def test_time_goes_on_where_it_was(undisturbed: Path, digits: ImageData, tmp_path: Path) -> None:
+    checkpoint = checkpoints.read_checkpoint(undisturbed / "previous.pt")
+    checkpoint["progress"]["seconds"] = 1000.0
+    checkpoints.save_checkpoint(tmp_path, checkpoint)
+    assert (
+        train(replace(LIVELY, output=str(tmp_path)), digits, resume=tmp_path, progress=False).metrics[1].seconds > 1000
+    )
 
 
 def test_settings_of_a_run_are_those_it_began_with(undisturbed: Path) -> None:

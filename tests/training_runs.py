@@ -103,7 +103,7 @@ def run_in_parallel(config: TrainingConfig, resume: Path | None, rank: int, port
 def start_parallel(config: TrainingConfig, *, resume: Path | None = None) -> list[BaseProcess]:
     """Start two processes that train together."""
     port = free_port()
-    processes = [
+    processes: list[BaseProcess] = [
         forkserver().Process(target=run_in_parallel, args=(config, resume, rank, port), daemon=True)
         for rank in range(2)
     ]

@@ -24,8 +24,15 @@ from imixer.training.config import AMP_DTYPES, TrainingConfig
 
 OPTIMIZER_SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
 # What srun tells every task of its step.
-SLURM_STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID", "SLURM_STEP_ID")
-SLURM_STEP += ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
+SLURM_STEP = (
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_STEP_TASKS_PER_NODE",
+)
 
 
 def choose_device(name: str) -> torch.device:

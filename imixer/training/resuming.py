@@ -9,8 +9,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from imixer.checkpoint_file import CheckpointError
 from imixer.data import ImageData
-from imixer.training.checkpoints import CheckpointError, is_run, load_checkpoint, read_checkpoint, set_aside_refused
+from imixer.training.checkpoints import is_run, load_checkpoint, read_checkpoint, set_aside_refused
 from imixer.training.config import TrainingConfig
 from imixer.training.model import model_arguments
 from imixer.training.progress import Progress
