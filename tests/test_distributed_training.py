@@ -24,6 +24,7 @@ from imixer.training import (
     load_data,
     loop,
     resuming,
+    run_folder,
     train,
 )
 from imixer.training.folder_lock import FolderInUseError, locked
@@ -118,6 +119,11 @@ def work(rank: int, port: int, folder: Path) -> None:
     seen["in use"] = str(in_use.value)
     with pytest.raises(ValueError, match="holds a run; continue it with --resume"):
         train(replace(TWO, output=str(folder / "parallel")), data, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:  # only there is something written, and both processes hear of it
+            patch.setattr(run_folder, "write_json", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            train(replace(TWO, output=str(folder / "full")), data, progress=False)
 
     add_gradient = Learner.add_gradient
 
@@ -131,6 +137,10 @@ def work(rank: int, port: int, folder: Path) -> None:
     seen["spoiled"] = str(error.value)
     torch.save(seen, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

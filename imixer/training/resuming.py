@@ -61,39 +61,31 @@ def begin(
     first = accelerator.is_main_process
     with contextlib.ExitStack() as claim:
         agreed: list[Any] = [None]
+        checkpoint = None
         if first:
             try:
-                agreed[0] = _claim(claim, config, data.name, resume)
+                folder, source, checkpoint, notes = _claim(claim, config, data.name, resume)
+                fingerprint = data.fingerprint()
+                del fingerprint["name"]  # that of the folder, which may move
+                if source is not None and checkpoint is not None:
+                    world_size = accelerator.num_processes
+                    this_run = identity(config, data, world_size)
+                    check_same_run(source, checkpoint, this_run, world_size)
+                    notes += _differences(source, checkpoint, fingerprint, allow_other_data)
+                    if folder == source.parent:
+                        set_aside_refused(source)
+                prepare_folder(folder, config)
+                agreed[0] = (folder, source, notes, fingerprint)
             except (ValueError, OSError) as error:
                 agreed[0] = error
         if accelerator.num_processes > 1:
             broadcast_object_list(agreed)
         if isinstance(agreed[0], Exception):
             raise agreed[0]
-        folder, source, notes = agreed[0]
-        checkpoint, progress = None, Progress()
-        fingerprint = data.fingerprint()
-        del fingerprint["name"]  # that of the folder, which may move
-        if source is not None:
+        folder, source, notes, fingerprint = agreed[0]
+        if source is not None and not first:
             checkpoint = read_checkpoint(source)
-            with restoring("progress"):
-                progress = Progress.from_dict(checkpoint["progress"])
-            world_size = accelerator.num_processes
-            check_same_run(source, checkpoint, identity(config, data, world_size), world_size)
-            other_data = changes(checkpoint.get("data"), fingerprint)
-            if other_data and not allow_other_data:
-                raise CheckpointError(
-                    f"{source} is of a run on other images ({other_data}); give it the same ones, or go on with these "
-                    "by --allow-other-data"
-                )
-            notes += [f"the images are others than before: {other_data}"] if other_data else []
-            other_versions = changes(*(_versions(place) for place in (checkpoint["environment"], environment())))
-            if other_versions:
-                notes.append(f"not as before, so that results may differ in the last bits: {other_versions}")
-        if first:
-            if source is not None and folder == source.parent:
-                set_aside_refused(source)
-            prepare_folder(folder, config)
+        progress = Progress() if checkpoint is None else Progress.from_dict(checkpoint["progress"])
         yield Start(
             folder=folder, checkpoint=checkpoint, progress=progress, fingerprint=fingerprint, notes=tuple(notes)
         )
@@ -101,20 +93,47 @@ def begin(
 
 def _claim(
     claim: contextlib.ExitStack, config: TrainingConfig, data_name: str, resume: Path | None
-) -> tuple[Path, Path | None, list[str]]:
-    """Claim a folder; return it, the checkpoint to go on from, and what to say."""
+) -> tuple[Path, Path | None, dict[str, Any] | None, list[str]]:
+    """Claim a folder; return it, the checkpoint to go on from with its file, and what to say."""
     if resume is None:
-        return claim.enter_context(claimed_new_folder(config, data_name)), None, []
+        return claim.enter_context(claimed_new_folder(config, data_name)), None, None, []
     notes: list[str] = []
     folder = resume if resume.is_dir() else resume.parent
     elsewhere = config.output is not None and Path(config.output).resolve() != folder.resolve()
     if is_run(resume) and not elsewhere:
         if folder.exists():
             claim.enter_context(claimed(folder))  # before reading, so that no other run changes what is there
-        return folder, load_checkpoint(resume, notes.append)[1], notes
-    source = load_checkpoint(resume, notes.append)[1]
+        checkpoint, source = load_checkpoint(resume, notes.append)
+        return folder, source, checkpoint, notes
+    checkpoint, source = load_checkpoint(resume, notes.append)
     folder = claim.enter_context(claimed_new_folder(config, data_name))
-    return folder, source, [*notes, f"going on from {source} in {folder}; {source.parent} stays as it is"]
+    notes.append(f"going on from {source} in {folder}; {source.parent} stays as it is")
+    return folder, source, checkpoint, notes
+
+
+def _differences(
+    source: Path, checkpoint: dict[str, Any], fingerprint: dict[str, str | int], allow_other_data: bool
+) -> list[str]:
+    """What is not as it was besides the settings, as lines.
+
+    Raises:
+        CheckpointError: The images are others and may not be.
+    """
+    notes = []
+    other_data = changes(checkpoint.get("data"), fingerprint)
+    if other_data and not allow_other_data:
+        raise CheckpointError(
+            f"{source} is of a run on other images ({other_data}); give it the same ones, or go on with these by "
+            "--allow-other-data"
+        )
+    if other_data:
+        notes.append(f"the images are others than before: {other_data}")
+    other_versions = changes(*(_versions(place) for place in (checkpoint["environment"], environment())))
+    if other_versions:
+        notes.append(f"not as before, so that results may differ in the last bits: {other_versions}")
+    with restoring("progress"):
+        Progress.from_dict(checkpoint["progress"])
+    return notes
 
 
 def identity(config: TrainingConfig, data: ImageData, world_size: int) -> dict[str, Any]:
