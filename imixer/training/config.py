@@ -151,6 +151,8 @@ class TrainingConfig:
         None, "model", "other keyword arguments of the model, such as stem_norm=True", metavar="NAME=VALUE"
     )
     initial_checkpoint: str = setting("", "model", "checkpoint from which training starts", metavar="FILE")
+    new_head: bool = setting(False, "model", "leave out its classifier, for other classes")
+    new_token_mixing: bool = setting(False, "model", "leave out its token mixers, for another number of patches")
 
     opt: str = setting("adamw", "optimization", "optimizer, by timm's name", metavar="NAME", argument="opt")
     opt_eps: float | None = setting(None, "optimization", "its epsilon", metavar="EPS", argument="eps")
@@ -209,7 +211,6 @@ class TrainingConfig:
         None, "computation", "compile the model", metavar="BACKEND", const="inductor", aliases=("--compile",)
     )
     torchcompile_mode: str | None = setting(None, "computation", "how: reduce-overhead, max-autotune", metavar="MODE")
-    fsdp: bool = setting(False, "computation", "shard weights and optimizer over the processes (FSDP2)")
 
     seed: int = setting(42, "run", "seed of weights, order and augmentation", metavar="N")
     output: str | None = setting(None, "run", "folder of the results [runs/<data>-<model>]", metavar="DIR")
@@ -246,6 +247,8 @@ class TrainingConfig:
                 f"{', '.join(changed)}: for images that are read in every epoch, not for those that are decoded once; "
                 "add --cache-mb 0, or leave it out"
             )
+        if (self.new_head or self.new_token_mixing) and not self.initial_checkpoint:
+            raise ValueError("new_head and new_token_mixing leave out parts of --initial-checkpoint; give that too")
         self.checkpoint_every  # noqa: B018  raises for what it cannot read
 
     @property
