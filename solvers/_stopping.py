@@ -240,6 +240,8 @@ class Measure:
             sizes = torch.tensor(layout.sizes).to(ones)
             self._rtol = ones * ones.new_tensor(rtol)
             self._atol = ones * ones.new_tensor(atol) * (sizes.sqrt() if stopping.norm == "rms" else 1.0)
+        # The smallest relative tolerance of the whole sample; none is known where leaves have their own.
+        self.least_rtol = self._rtol if isinstance(self._rtol, float) else 0.0
         self._of_start: float | Tensor | None = self._rtol * math.sqrt(eps) if derived else None
 
     def parts(self, x: Tensor) -> Tensor:
@@ -273,10 +275,12 @@ class Measure:
             return torch.addcmul(absolute, scale, self._rtol)
         return torch.add(absolute, scale, alpha=self._rtol)
 
-    def within(self, error: Tensor, bound: Tensor) -> Tensor:
-        """(B,) bool: whether every part of ``error`` is within its bound; False for NaN."""
-        met = error <= bound
-        return met if self._sizes is None else met.all(dim=1)
+    def compared(self, bound: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Two (B,), the first of which is at least the second where every part of ``error`` is within its bound."""
+        if self._sizes is None:
+            return bound, error
+        least = (bound - error).amin(dim=1)
+        return least, torch.zeros_like(least)
 
 
 def _is_tolerance(value: object) -> bool:
