@@ -126,10 +126,11 @@ class ToleranceTest:
                     verdict.num_active = verdict.count.allowed
                 else:  # all may have converged: only a second look tells
                     verdict = self._verdict(news, secant, waited=waited, asked=asked, careful=True)
-            if verdict.num_active < verdict.num_before and not taken_back and not first:
-                self.lost = self._lost(news, verdict)
+            if verdict.num_active < verdict.num_before and not first:
+                self.lost = None if taken_back else self._lost(news, verdict)
                 if self.lost is not None:
                     return False
+                secant = secant or self._secant()  # for the estimate of the error
             taken = self._take_in(news, verdict, secant)
         self._before = self._entries_before = None  # what follows, and the next step, need the room
         self._take_value(taken)

@@ -104,3 +104,15 @@ def test_leaves_with_their_own_tolerances(monkeypatch):
     for name in ("status", "num_steps", "residual", "error_estimate"):
         assert torch.equal(getattr(solutions[0], name), getattr(solutions[1], name))
     assert torch.equal(solutions[0].value["a"], solutions[1].value["a"])
+
+
+def test_the_estimate_for_a_sample_that_diverges_does_not_depend_on_the_others():
+    rate = torch.tensor([[3.0], [0.5], [0.6]], dtype=torch.float64)
+    estimates = [
+        solve(lambda z, rate=rate: rate * z + 1, torch.zeros_like(rate), "picard", on_failure="ignore").error_estimate[
+            0
+        ]
+        for rate in (rate, rate[:1])
+    ]
+    assert estimates[0].isfinite()
+    assert estimates[0] == estimates[1]
