@@ -124,6 +124,8 @@ class Stopping(Hyperparameters):
         Raises:
             ValueError: A tolerance is a pytree of another structure.
         """
+        if all(tolerance is NOT_GIVEN or type(tolerance) in (int, float) for tolerance in (self.rtol, self.atol)):
+            return self
         return dataclasses.replace(
             self, rtol=_flattened(self.rtol, spec, "rtol"), atol=_flattened(self.atol, spec, "atol")
         )
@@ -233,8 +235,8 @@ class Measure:
         self._sizes = layout.sizes if isinstance(rtol, list) or isinstance(atol, list) else None
         self._rtol: float | Tensor = 0.0
         self._atol: float | Tensor = 0.0
-        if isinstance(rtol, float) and isinstance(atol, float):
-            self._rtol, self._atol = rtol, atol * self._unit
+        if self._sizes is None:
+            self._rtol, self._atol = float(rtol), atol * self._unit
         else:
             ones = torch.ones(len(layout.sizes), dtype=layout.dtype, device=layout.device)
             sizes = torch.tensor(layout.sizes).to(ones)

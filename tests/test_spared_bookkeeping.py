@@ -1,4 +1,4 @@
-"""What the stopping test leaves out where nothing has happened: with all of it, every answer is the same bit for bit."""
+"""What the stopping test leaves out where nothing has happened: with it, every answer is the same bit for bit."""
 
 import math
 
