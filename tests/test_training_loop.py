@@ -130,10 +130,10 @@ def test_a_checkpoint_is_of_one_moment(
     stepped = []
     move_to = Schedule.move_to
 
-    def slow(folder: Path, state: dict[str, Any]) -> None:
+    def slow(folder: Path, state: dict[str, Any], *, best: bool = False) -> None:
         if state["progress"]["updates"] == 9:
             assert written.wait(timeout=60)
-        save_checkpoint(folder, state)
+        save_checkpoint(folder, state, best=best)
 
     def moved(self: Any, epoch: int, updates: int) -> None:
         stepped.append(updates)
@@ -183,7 +183,7 @@ def test_an_image_that_cannot_be_read_saves_first(tmp_path: Path, split: str) ->
     data = load_data(config)
     broken = sorted((tmp_path / "shapes" / split / "1").iterdir())[3]
     content = broken.read_bytes()
-    broken.write_bytes(content[:60])
+    broken.write_bytes(content[:60] + bytes(len(content) - 60))
     folder = tmp_path / "run"
     place = r"epoch 1 after step \d+ of 9" if split == "train" else "epoch 1 after step 9 of 9"
     message = (
@@ -306,7 +306,8 @@ def test_resumed_points_replace_those_after_the_checkpoint(digits: ImageData, tm
 
     config = replace(TINY, epochs=2, log_interval=10, output=str(tmp_path))
     train(config, digits, progress=False)
-    train(config, digits, resume=tmp_path / "previous.pt", progress=False)
+    (tmp_path / "last.pt").unlink()
+    train(config, digits, resume=tmp_path, progress=False)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [10, 20, 30, 40]

@@ -65,17 +65,23 @@ def test_gradients_are_clipped_as_they_are_set(digits: ImageData, clip: float) -
 
 
 def test_processes_exchange_gradients_in_the_last_batch_alone(digits: ImageData, tmp_path: Path) -> None:
-    told: list[bool] = []
+    apart: list[bool] = []
+    add_gradient = Learner.add_gradient
 
-    def noted(model: nn.Module, accelerator: Accelerator, *, only: bool) -> Any:
-        told.append(only)
+    def noted(self: Learner, *batch: Tensor, share: float, last: bool) -> None:
+        apart.append(False)
+        add_gradient(self, *batch, share=share, last=last)
+
+    def no_sync(self: Accelerator, model: nn.Module) -> Any:
+        apart[-1] = True
         return contextlib.nullcontext()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("imixer.training.learner.accumulating", noted)
+        patch.setattr(Learner, "add_gradient", noted)
+        patch.setattr(Accelerator, "no_sync", no_sync)
         config = replace(TINY, epochs=1, warmup_epochs=0, grad_accum_steps=3, output=str(tmp_path))
         train(config, digits, progress=False)
-    assert told == [step % 3 != 2 and step != 19 for step in range(20)]
+    assert apart == [step % 3 != 2 and step != 19 for step in range(20)]
 
 
 def test_vectors_have_no_weight_decay_in_training_either(digits: ImageData) -> None:

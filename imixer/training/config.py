@@ -15,6 +15,7 @@ from imixer.training.keyword_arguments import plain
 
 SCHEDULERS = ("cosine", "tanh", "poly", "step", "multistep", "constant")
 AMP_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # torch's names and accelerate's
+AUGMENT_ON = ("workers", "device")
 DEVICES = ("auto", "cpu", "cuda")
 LR_SCALES = ("linear", "sqrt")
 TRACKERS = tuple(str(name) for name in LoggerType.list() if str(name) != "all")
@@ -90,6 +91,9 @@ class TrainingConfig:
     )
 
     no_aug: bool = setting(False, "augmentation", "do not augment the training images")
+    augment_on: str = setting(
+        "workers", "augmentation", "where images that are read in every epoch are augmented", choices=AUGMENT_ON
+    )
     train_crop_mode: str | None = setting(
         None, "augmentation", "how training images are cropped: rrc, rkrc, rkrr", metavar="MODE"
     )
@@ -151,6 +155,8 @@ class TrainingConfig:
         None, "model", "other keyword arguments of the model, such as stem_norm=True", metavar="NAME=VALUE"
     )
     initial_checkpoint: str = setting("", "model", "checkpoint from which training starts", metavar="FILE")
+    new_head: bool = setting(False, "model", "leave out its classifier, for other classes")
+    new_token_mixing: bool = setting(False, "model", "leave out its token mixers, for another number of patches")
 
     opt: str = setting("adamw", "optimization", "optimizer, by timm's name", metavar="NAME", argument="opt")
     opt_eps: float | None = setting(None, "optimization", "its epsilon", metavar="EPS", argument="eps")
@@ -232,16 +238,13 @@ class TrainingConfig:
         None, "computation", "compile the blocks", metavar="BACKEND", const="inductor", aliases=("--compile",)
     )
     torchcompile_mode: str | None = setting(None, "computation", "how: reduce-overhead, max-autotune", metavar="MODE")
-    cuda_graph: bool = setting(
-        False, "computation", "replay updates as CUDA graphs; one GPU, fixed solver steps, adam or adamw"
-    )
-    fsdp: bool = setting(False, "computation", "shard weights and optimizer over the processes (FSDP2)")
+    cuda_graph: bool = setting(False, "computation", "replay updates as CUDA graphs: one GPU, fixed steps, adam(w)")
 
     seed: int = setting(42, "run", "seed of weights, order and augmentation", metavar="N")
     output: str | None = setting(None, "run", "folder of the results [runs/<data>-<model>]", metavar="DIR")
     log_interval: int = setting(50, "run", "updates between points of the training curve", metavar="N")
     log_with: tuple[str, ...] = setting(
-        ("tensorboard",), "run", "trackers: tensorboard, wandb, mlflow ... or none", metavar="NAME"
+        ("tensorboard",), "run", "trackers: tensorboard, wandb ... or none", metavar="NAME"
     )
     report_interval: int = setting(10, "run", "epochs between reports on the iMLPs; the last has one", metavar="N")
     checkpoint_interval: str = setting(
@@ -269,13 +272,15 @@ class TrainingConfig:
             )
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size must be even for mixup and cutmix, which mix pairs, not {self.batch_size}")
-        changed = [item.name for item in fields(self) if item.name in READ_EVERY_EPOCH]
+        changed = [item.name for item in fields(self) if item.name in (*READ_EVERY_EPOCH, "augment_on")]
         changed = [name for name in changed if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if self.cache_mb and changed:
             raise ValueError(
                 f"{', '.join(changed)}: for images that are read in every epoch, not for those that are decoded once; "
                 "add --cache-mb 0, or leave it out"
             )
+        if (self.new_head or self.new_token_mixing) and not self.initial_checkpoint:
+            raise ValueError("new_head and new_token_mixing leave out parts of --initial-checkpoint; give that too")
         self.checkpoint_every  # noqa: B018  raises for what it cannot read
 
     @property
@@ -297,11 +302,7 @@ class TrainingConfig:
         return (math.inf, value) if unit else (value, math.inf)
 
     def batches(self, world_size: int) -> tuple[int, int]:
-        """Return the images per batch of each of so many processes, and the batches per update.
-
-        Raises:
-            ValueError: `global_batch` images cannot be shared out so; the message says what can.
-        """
+        """Return the images per batch of each of so many processes, and the batches per update."""
         if self.global_batch is None:
             return self.batch_size, self.grad_accum_steps or 1
         return cut_into_batches(
@@ -312,8 +313,7 @@ class TrainingConfig:
         """Return the peak learning rate for so many images per update: `lr`, or `lr_base` scaled as timm does."""
         if self.lr is not None:
             return self.lr
-        ratio = images / self.lr_base_size
-        return self.lr_base * (math.sqrt(ratio) if self.lr_scale == "sqrt" else ratio)
+        return self.lr_base * (images / self.lr_base_size) ** (0.5 if self.lr_scale == "sqrt" else 1)
 
     @property
     def lr_scale(self) -> str:

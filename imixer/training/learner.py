@@ -1,5 +1,6 @@
 """The model in training, and everything that follows its weights."""
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch.utils._pytree import tree_map_only
 
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig
-from imixer.training.distributed import accumulating, load_optimizer, shard, whole_state
-from imixer.training.model import build_model, build_optimizer, catch_up_norms
+from imixer.training.distributed import load_optimizer, whole_state
+from imixer.training.model import build_optimizer, catch_up_norms, create_model, load_first_weights
 from imixer.training.objective import make_loss
+from imixer.training.resuming import restoring
 from imixer.training.step import TrainingStep, compile_blocks
 
 
@@ -32,6 +34,7 @@ class Learner:
         optimizer: timm's optimizer.
         ema: timm's average of the weights, or None.
         step: What changes the weights.
+        notes: What to say about the first weights.
     """
 
     def __init__(
@@ -47,25 +50,32 @@ class Learner:
         self.accelerator = accelerator
         self._data = data
         self._looked_into: nn.Module | None = None
-        self.plain = build_model(config, data).to(accelerator.device)
+        self.plain = create_model(config, data).to(accelerator.device)
         if config.channels_last:
             self.plain = self.plain.to(memory_format=torch.channels_last)
+        self.notes: list[str] = []
         if checkpoint is not None:
-            self.plain.load_state_dict(checkpoint["state_dict"])
+            with restoring("weights"):
+                self.plain.load_state_dict(checkpoint["state_dict"])
+        elif config.initial_checkpoint:
+            self.notes.append(load_first_weights(self.plain, config))
         self.ema = None
         if config.model_ema:
             self.ema = ModelEmaV3(self.plain, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
             if checkpoint is not None and checkpoint["state_dict_ema"] is not None:
-                self.ema.module.load_state_dict(checkpoint["state_dict_ema"])
+                with restoring("averaged weights"):
+                    self.ema.module.load_state_dict(checkpoint["state_dict_ema"])
         if config.torchcompile:
             compile_blocks(self.plain, config.torchcompile, config.torchcompile_mode)
-        self._model = shard(self.plain, accelerator) if config.fsdp else accelerator.prepare_model(self.plain)
+        self._model = accelerator.prepare_model(self.plain)
         self.optimizer = build_optimizer(config, self.plain, lr=lr)
         scaler = accelerator.scaler
         if checkpoint is not None:
-            load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])
+            with restoring("optimizer"):
+                load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])
             if scaler is not None and checkpoint["scaler"] is not None:
-                scaler.load_state_dict(checkpoint["scaler"])
+                with restoring("gradient scaler"):
+                    scaler.load_state_dict(checkpoint["scaler"])
         self.step = TrainingStep(
             self._model,
             make_loss(config).to(accelerator.device),
@@ -75,7 +85,7 @@ class Learner:
             scaler=scaler,
             clip_grad=config.clip_grad,
             ema=self.ema,
-            exchange=lambda last: accumulating(self._model, accelerator, only=not last),
+            exchange=lambda last: contextlib.nullcontext() if last else accelerator.no_sync(self._model),
             cuda_graph=config.cuda_graph,
         )
 
@@ -104,19 +114,18 @@ class Learner:
         return averaged
 
     def whole_model(self) -> nn.Module | None:
-        """In the first process the model with whole weights, in float32, not compiled, to be looked into; else None.
+        """In the first process the model in float32, not compiled, to be looked into; else None.
 
-        All processes have to call it. The same model comes back each time, with the weights of the moment.
+        The same model comes back each time, with the weights of the moment.
         """
         first = self.accelerator.is_main_process
-        if not (self.config.fsdp or self.config.torchcompile or self.config.amp):
+        if not (self.config.torchcompile or self.config.amp):
             return self.plain if first else None
-        weights, _ = whole_state(self.plain, self.optimizer) if self.config.fsdp else (self.plain.state_dict(), None)
         if not first:
             return None
         if self._looked_into is None:
-            self._looked_into = build_model(self.config, self._data).to(self.accelerator.device)
-        self._looked_into.load_state_dict(weights)
+            self._looked_into = create_model(self.config, self._data).to(self.accelerator.device)
+        self._looked_into.load_state_dict(self.plain.state_dict())
         return self._looked_into
 
     def state(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from imixer.data import ImageBatch, ImageData, LoaderError, UnreadableImageError, make_loader
 from imixer.training.background import BackgroundWriter
-from imixer.training.checkpoints import LAST, load_checkpoint, save_best, save_checkpoint, set_aside_damaged
+from imixer.training.checkpoints import LAST, save_checkpoint
 from imixer.training.config import TrainingConfig
 from imixer.training.distributed import make_accelerator
 from imixer.training.evaluation import evaluate
@@ -30,9 +30,9 @@ from imixer.training.learner import Learner
 from imixer.training.objective import make_mixup, seed_step
 from imixer.training.plots import plot_curves
 from imixer.training.progress import Progress, write_results
-from imixer.training.reporting import Report
-from imixer.training.resuming import check_same_run, describe_changes, identity
-from imixer.training.run_folder import EpochMetrics, environment, new_folder, prepare_folder
+from imixer.training.reporting import Report, check_trackers
+from imixer.training.resuming import Start, begin, describe_changes, identity
+from imixer.training.run_folder import EpochMetrics, environment
 from imixer.training.schedule import Schedule
 from imixer.training.step import OnItsWay
 
@@ -50,7 +50,7 @@ class TrainingResult:
     """A finished run.
 
     Args:
-        model: The trained model, in evaluation mode, on the device it was trained on; sharded if it was trained so.
+        model: The trained model, in evaluation mode, on the device it was trained on.
         metrics: One entry per epoch.
         output: Folder of the run's files.
     """
@@ -61,7 +61,12 @@ class TrainingResult:
 
 
 def train(
-    config: TrainingConfig, data: ImageData, *, resume: Path | None = None, progress: bool = True
+    config: TrainingConfig,
+    data: ImageData,
+    *,
+    resume: Path | None = None,
+    allow_other_data: bool = False,
+    progress: bool = True,
 ) -> TrainingResult:
     """Train a model, testing and saving it after every epoch.
 
@@ -72,34 +77,36 @@ def train(
     Args:
         config: The settings.
         data: The images, from `load_data(config)`.
-        resume: Folder or checkpoint of a run to continue.
+        resume: Folder of a run to continue, or one of its checkpoints, as `imixer.training.resuming.begin` says.
+        allow_other_data: Whether to continue it with images whose `fingerprint` is another, of the same classes.
         progress: Whether the first process shows a progress bar, and prints a line per epoch.
 
     Raises:
         ValueError: The model or the device does not exist, the output folder holds a run, or the run to resume is of
-            another model or batch.
-        OSError: A file cannot be read or written; what was saved before is still there.
+            another model, batch or data set.
+        OSError: A file cannot be read or written, or another process runs in the folder; what was saved before is
+            still there.
         NonFiniteError: The loss or the gradient was not finite in `config.max_nonfinite` updates in a row.
-        TrainingInterruptedError: SIGINT or SIGTERM came; the run was saved.
+        TrainingInterruptedError: SIGINT, SIGTERM, SIGHUP or SIGUSR1 came; the run was saved.
     """
+    check_trackers(config)
     accelerator = make_accelerator(config)
+    config.batches(accelerator.num_processes)  # raises before the folder is claimed
+    with begin(config, data, accelerator, resume, allow_other_data=allow_other_data) as start:
+        return _train(config, data, accelerator, start, progress)
+
+
+def _train(
+    config: TrainingConfig, data: ImageData, accelerator: Accelerator, start: Start, progress: bool
+) -> TrainingResult:
+    """As `train`, in a folder that is this run's."""
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     first = accelerator.is_main_process
+    this_run = {**identity(config, data, world_size), "data": start.fingerprint}
+    folder, checkpoint, at = start.folder, start.checkpoint, start.progress
+
     batch_size, group = config.batches(world_size)
-    this_run = identity(config, data, world_size)
-    if resume is None:
-        folder, checkpoint, at = new_folder(config, data.name), None, Progress()
-    else:
-        checkpoint, source = load_checkpoint(resume, print if first else lambda _: None)
-        check_same_run(source, checkpoint, this_run, world_size)
-        at = Progress.from_dict(checkpoint["progress"])
-        elsewhere = config.output is not None and Path(config.output).resolve() != source.parent.resolve()
-        folder = new_folder(config, data.name) if elsewhere else source.parent
-        if first and not elsewhere:
-            set_aside_damaged(source)
     report = Report(folder, config, accelerator, progress=progress)
-    if first:
-        prepare_folder(folder, config)
 
     set_seed(config.seed)
     lr = config.peak_lr(batch_size * world_size * group)
@@ -135,6 +142,8 @@ def train(
             described={**this_run, "mean": list(data.mean), "std": list(data.std), "environment": about},
         )
         report.say(f"{data.description}\n{_describe(config, learner, schedule, lr)}; {folder}")
+        for note in (*start.notes, *learner.notes):
+            report.say(note)
         if checkpoint is not None:
             changes = describe_changes(checkpoint, config)
             report.say(f"continuing after epoch {at.epoch}, step {at.step} of {num_steps}{changes}")
@@ -325,7 +334,8 @@ class _Run:
         self.save(wait=True)
         raise type(error)(
             f"{error}; saved {self.folder / LAST} in epoch {self.at.epoch + 1} after step {self.at.step} of "
-            f"{self.num_steps}: when this is mended, --resume {self.folder} goes on from there"
+            f"{self.num_steps}: when this is mended, --resume {self.folder} goes on from there (with "
+            "--allow-other-data if the file now has another size)"
         ) from error
 
     def save(self, *, wait: bool = False) -> None:
@@ -348,10 +358,9 @@ class _Run:
 
 def _write(folder: Path, state: dict[str, Any], at: Progress) -> None:
     """Write a checkpoint, and after an epoch its results."""
-    if at.step == 0 and at.metrics and at.best is at.metrics[-1]:
-        save_best(folder, state)
-    save_checkpoint(folder, state)
-    if at.step == 0 and at.metrics:
+    tested = at.step == 0 and bool(at.metrics)
+    save_checkpoint(folder, state, best=tested and at.best is at.metrics[-1])
+    if tested:
         write_results(folder, at, state["environment"])
 
 
@@ -361,7 +370,7 @@ def _describe(config: TrainingConfig, learner: Learner, schedule: Schedule, lr: 
     batch_size, group = config.batches(world_size)
     images = batch_size * world_size * group
     precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
-    processes = f"{world_size} process{'es' if world_size > 1 else ''}{' (FSDP2)' if config.fsdp else ''}"
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     num_parameters = sum(parameter.numel() for parameter in learner.plain.parameters())
     scaled = "as given"
     if config.lr is None:

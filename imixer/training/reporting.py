@@ -21,6 +21,17 @@ from imixer.training.run_folder import EpochMetrics
 LINE_SECONDS = 60.0  # between lines that say how far a run is, where no bar shows it
 
 
+def check_trackers(config: TrainingConfig) -> None:
+    """Raise a ValueError if a tracker is not installed."""
+    available = {str(name) for name in get_available_trackers()}
+    for name in config.log_with:
+        if name not in available and name != "none":
+            raise ValueError(
+                f"log_with {name} needs a package that is not installed; install it (pip install {name}), or leave it "
+                "out: --log-with none"
+            )
+
+
 class Report:
     """The reports of one process; those of all but the first say nothing.
 
@@ -30,9 +41,6 @@ class Report:
         accelerator: The run's.
         progress: Whether the first process shows a progress bar, and prints lines. Where stderr is no terminal, there
             is no bar, and every line begins with the time.
-
-    Raises:
-        ValueError: A tracker is not installed.
 
     Attributes:
         seconds: How long the parts of the epoch took so far, by name.
@@ -49,13 +57,6 @@ class Report:
         self._bar: Any = None
         self._last_line = time.monotonic()
         self._trackers = [name for name in config.log_with if name != "none"]
-        available = {str(name) for name in get_available_trackers()}
-        for name in self._trackers:
-            if name not in available:
-                raise ValueError(
-                    f"log_with {name} needs a package that is not installed; install it (pip install {name}), or "
-                    "leave it out: --log-with none"
-                )
 
     def start(self, images: int, done: int, updates: int) -> None:
         """Begin to show progress: of so many training images in all, ``done`` of them in ``updates`` updates before."""

@@ -13,7 +13,6 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.utils import ModelEmaV3
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -33,8 +32,7 @@ def make_optimizer(model: nn.Module, *, opt: str, capturable: bool = False, **ar
         ValueError: It cannot be captured.
     """
     kind = get_optimizer_class(opt, bind_defaults=False)
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if (kind in (Adam, AdamW) or (kind is SGD and not sharded)) and not {"fused", "foreach"} & arguments.keys():
+    if kind in (Adam, AdamW, SGD) and not {"fused", "foreach"} & arguments.keys():
         arguments["fused"] = True
     if capturable:
         if kind not in (Adam, AdamW) or not arguments.get("fused"):
@@ -71,7 +69,7 @@ class TrainingStep:
     with them `update` waits for the verdict.
 
     Args:
-        model: In training mode; it may be wrapped for data-parallel training, compiled or sharded.
+        model: In training mode; it may be wrapped for data-parallel training, or compiled.
         loss: Of logits (B, classes) in float32 and targets.
         optimizer: From `make_optimizer`.
         plain: The model without its wrapper, whose buffers are protected and whose weights are averaged.
@@ -190,8 +188,6 @@ class TrainingStep:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
         if self._clip_grad:
             clip_grads_with_norm_(self._parameters, self._clip_grad, norm)
         finite = self._mean_loss.isfinite() & norm.isfinite()
