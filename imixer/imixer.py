@@ -25,6 +25,7 @@ from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import Tensor, nn
 
 from imixer.imlp import IMLP, Contraction, HiddenSolve, Norm, change_solvers
+from imixer.shipped_weights import pretrained_cfgs
 from implicit import Backward, power_iterations_advanced
 from solvers import Solver
 
@@ -199,8 +200,8 @@ default_cfgs = generate_default_cfgs(
         "imixer_b16_224.untrained": _cfg(),
         "imixer_l32_224.untrained": _cfg(),
         "imixer_l16_224.untrained": _cfg(),
-        "imixer_ti4_32.untrained": _cfg_32(),
-        "imixer_s4_32.untrained": _cfg_32(),
+        **pretrained_cfgs("imixer_ti4_32", _cfg_32()),
+        **pretrained_cfgs("imixer_s4_32", _cfg_32()),
     }
 )
 
