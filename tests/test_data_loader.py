@@ -36,7 +36,7 @@ from imixer.data import (
     make_loader,
 )
 from imixer.data.random_streams import restored_global_generators, seed_global_generators
-from imixer.data.sources import Sample, open_image
+from imixer.data.sources import Sample
 
 # Every flag that draws random numbers, so that each generator is used: Python's, NumPy's and PyTorch's.
 EVERYTHING = TimmTransforms(
@@ -128,6 +128,7 @@ def test_global_generators_neither_matter_nor_change(tree: Path, kind: str) -> N
 
 @pytest.mark.parametrize("transforms", [EVERYTHING, PAPER], ids=["everything", "paper"])
 def test_images_are_those_of_timms_transforms(tree: Path, transforms: TimmTransforms) -> None:
+    transforms = replace(transforms, remode="const")  # noise is from a source of our own
     data = load_dataset("", tree, img_size=16, transforms=transforms)
     assert isinstance(data.train, TransformedImages)
     flags: dict[str, Any] = {
@@ -138,7 +139,7 @@ def test_images_are_those_of_timms_transforms(tree: Path, transforms: TimmTransf
         "grayscale_prob": transforms.grayscale_prob,
         "auto_augment": transforms.aa,
         "re_prob": transforms.reprob,
-        "re_mode": "pixel",
+        "re_mode": transforms.remode,
         "re_count": transforms.recount,
         "mean": transforms.mean,
         "std": transforms.std,
@@ -149,9 +150,8 @@ def test_images_are_those_of_timms_transforms(tree: Path, transforms: TimmTransf
         for index in range(len(data.train)):
             seed_global_generators("image", 0, 0, index)
             expected = theirs(data.train.source[index][0])
-            # Noise of random erasing travels as float16.
-            torch.testing.assert_close(data.train[index][0], expected, atol=2e-3, rtol=1e-3)
-            erased += not torch.allclose(data.train[index][0], expected, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(data.train[index][0], expected, atol=2e-6, rtol=1e-5)
+            erased += bool((expected == 0).all(dim=0).any())
         assert erased
         theirs = create_transform(16, interpolation="bicubic", crop_pct=0.875, mean=transforms.mean, std=transforms.std)
         assert isinstance(data.test, TransformedImages)
@@ -234,6 +234,9 @@ class WatchedFiles:
     def describe(self, index: int) -> str:
         return self.files.describe(index)
 
+    def fingerprint(self) -> str:
+        return self.files.fingerprint()
+
 
 def watched(tree: Path, before: Callable[[str], None]) -> Images:
     dataset = load_dataset("", tree, img_size=16, transforms=PAPER).train
@@ -273,13 +276,6 @@ def test_broken_image_is_named_in_one_line(tmp_path: Path, workers: int) -> None
         list(loaders[0])
     with pytest.raises(UnreadableImageError, match=r"^cannot read image .*test/2/001\.png: .*No such file.*[^\n]$"):
         list(loaders[1])
-
-
-def test_image_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_digit_tree(tmp_path)
-    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 20)
-    with pytest.raises(UnreadableImageError, match=r"0/000\.png .*decompression bomb"):
-        open_image(str(tmp_path / "train" / "0" / "000.png"))
 
 
 def test_dying_worker_is_reported_with_its_image(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,14 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+from imixer.data.decoding import open_image
 from imixer.data.image_data import ImageData
 from imixer.data.images import ImageBatch, InMemoryImages, TransformedImages
 from imixer.data.named_datasets import load_sources
-from imixer.data.sources import ImageFiles, ImageSource, open_image
+from imixer.data.sources import ImageFiles, ImageSource
 from imixer.data.transforms import TimmTransforms
 from imixer.random_affine import RandomAffine
 
@@ -203,13 +203,10 @@ def _decode(source: ImageSource, img_size: int, label: str, progress: bool) -> I
 def _check_headers(source: ImageFiles, progress: bool) -> None:
     """Read the head of every file, which finds most broken ones without decoding any."""
 
-    def check(path: str) -> None:
-        try:
-            Image.open(path).close()
-        except OSError:
-            open_image(path)
+    def check(sample: tuple[str, int]) -> None:
+        open_image(sample[0], header_only=True)
 
-    _for_each(check, [path for path, _ in source.samples], "checking images", progress)
+    _for_each(check, source.samples, "checking images", progress)
 
 
 def _for_each(work: Callable[[Item], None], items: Iterable[Item], label: str, progress: bool) -> None:

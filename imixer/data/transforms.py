@@ -10,9 +10,10 @@ from typing import Any, cast
 from PIL import Image
 from timm.data.auto_augment import posterize
 from timm.data.constants import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
+
+from imixer.data.erasing import BoxErasing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +104,11 @@ class TimmTransforms:
         _allow_no_bits(transform)
         return cast(Callable[[Image.Image], Tensor], transform)
 
-    def random_erasing(self) -> RandomErasing | None:
+    def random_erasing(self) -> BoxErasing | None:
         """Return timm's random erasing, which comes after the normalization; None for none."""
         if self.no_aug or not self.reprob:
             return None
-        return RandomErasing(self.reprob, mode=self.remode, max_count=self.recount, device="cpu")
+        return BoxErasing(self.reprob, mode=self.remode, max_count=self.recount)
 
 
 def _allow_no_bits(transform: Any) -> None:

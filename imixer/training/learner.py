@@ -14,7 +14,7 @@ from imixer.data import ImageData
 from imixer.training.config import TrainingConfig
 from imixer.training.distributed import accumulating, load_optimizer, shard, whole_state
 from imixer.training.model import build_model, catch_up_norms
-from imixer.training.objective import make_loss, make_mixup
+from imixer.training.objective import make_loss
 
 
 class Learner:
@@ -69,26 +69,21 @@ class Learner:
             load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])
             if accelerator.scaler is not None and checkpoint["scaler"] is not None:
                 accelerator.scaler.load_state_dict(checkpoint["scaler"])
-        self._mixup = make_mixup(config, len(data.classes))
         self._loss = make_loss(config).to(accelerator.device)
 
-    def start_epoch(self, epoch: int) -> None:
+    def start_epoch(self) -> None:
         """Make ready for the training part of an epoch."""
         self._model.train()
-        if self._mixup is not None:
-            self._mixup.mixup_enabled = not self.config.mixup_off_epoch or epoch < self.config.mixup_off_epoch
 
     def add_gradient(self, images: Tensor, targets: Tensor, *, share: float, last: bool) -> Tensor:
         """Add the gradient of ``share`` of a batch's loss, and return that share of it.
 
         Args:
             images: (B, C, H, W), on the device.
-            targets: (B,) classes.
+            targets: (B,) classes, or (B, classes) soft targets.
             share: One over the number of batches to the update.
             last: Whether the update comes next, so that processes exchange their gradients now.
         """
-        if self._mixup is not None:
-            images, targets = self._mixup(images, targets)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accumulating(self._model, self.accelerator, only=not last):

@@ -22,7 +22,7 @@ from imixer.training.evaluation import evaluate
 from imixer.training.imlp_report import look_at_imlps
 from imixer.training.interruption import StopSignals, TrainingInterruptedError
 from imixer.training.learner import Learner
-from imixer.training.objective import seed_step
+from imixer.training.objective import make_mixup, seed_step
 from imixer.training.plots import plot_curves
 from imixer.training.progress import Progress, write_results
 from imixer.training.reporting import Report
@@ -94,7 +94,14 @@ def train(
     set_seed(config.seed)
     learner = Learner(config, data, accelerator, checkpoint)
     loader = partial(make_loader, workers=config.workers, seed=config.seed, rank=rank, world_size=world_size)
-    train_loader = loader(data.train, batch_size=config.batch_size, training=True, device=device)
+    train_loader = loader(
+        data.train,
+        batch_size=config.batch_size,
+        training=True,
+        device=device,
+        mixup=make_mixup(config, len(data.classes)),
+        mixup_off_epoch=config.mixup_off_epoch,
+    )
     test_batch = config.validation_batch_size or config.batch_size
     test_loader = loader(data.test, batch_size=test_batch, training=False, device=device)
     num_steps, group = len(train_loader), config.grad_accum_steps
@@ -128,7 +135,7 @@ def train(
         report.start(epoch_images * schedule.num_epochs, done, at.updates)
         for epoch in range(at.epoch, schedule.num_epochs):
             train_loader.sampler.set_epoch(epoch, start_batch=at.step)
-            learner.start_epoch(epoch)
+            learner.start_epoch()
             epoch_started, images_seen = time.monotonic(), 0
             loss, num_images = torch.zeros((), device=device), 0
             for step, (images, targets) in enumerate(train_loader, start=at.step):
