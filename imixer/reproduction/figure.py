@@ -1,6 +1,7 @@
 """Figures: for a paper as PDF and PNG, and for the page as SVG that fits light and dark; and what all of them share."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,12 @@ class NamedFigure:
     caption: str
     figure: Figure
 
+    def __post_init__(self) -> None:
+        # The layout is computed once, not again for every kind of file.
+        with mpl.rc_context(STYLE):
+            self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")
+
     def png(self) -> bytes:
         """The figure on white, for a screen."""
         return self._saved("png", dpi=160)
@@ -69,6 +76,8 @@ class NamedFigure:
         text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
         text = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>{self.name}-", text)
         attributes = f'role="img" aria-label="{self.name}" fill="currentColor" stroke-linejoin="round"'
+        width = round(100 * self.figure.get_figwidth())  # pixels, for letters a little smaller than the page's
+        attributes += f' style="max-width: {width}px"'
         return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', attributes, text, count=1)
 
     def _saved(self, kind: str, dpi: int = 100) -> bytes:
@@ -123,7 +132,14 @@ def grid(count: int, *, width: float = 3.3, height: float = 2.6) -> tuple[Figure
 
 
 def band(
-    ax: Axes, x: Sequence[float], values: Sequence[Sequence[float]], color: str, label: str, *, geometric: bool = False
+    ax: Axes,
+    x: Sequence[float],
+    values: Sequence[Sequence[float]],
+    color: str,
+    label: str,
+    *,
+    geometric: bool = False,
+    highest: float = math.inf,
 ) -> None:
     """A line of means over seeds with a band of their 95% intervals.
 
@@ -134,6 +150,7 @@ def band(
         color: Of both.
         label: For the legend; the number of seeds is added.
         geometric: Whether mean and interval are those of the logarithms, for positive values on a logarithmic axis.
+        highest: Where the band ends above, for values that cannot be larger.
     """
     estimates = [estimate(np.log(seeds).tolist() if geometric else seeds) for seeds in values]
     mean, low, high = (np.array([getattr(e, name) for e in estimates]) for name in ("mean", "low", "high"))
@@ -141,4 +158,4 @@ def band(
         mean, low, high = np.exp(mean), np.exp(low), np.exp(high)
     ax.plot(x, mean, color=color, label=f"{label} (n={estimates[0].count})", linewidth=1.5)
     if estimates[0].count > 1:
-        ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        ax.fill_between(x, low, np.minimum(high, highest), color=color, alpha=0.15, linewidth=0)

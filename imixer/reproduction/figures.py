@@ -12,10 +12,15 @@ from imixer.reproduction.measured_figures import FIGURES
 from imixer.reproduction.results import ArmResults
 from imixer.reproduction.statistics import estimate
 
+# Measurements of experiments that are not about the accuracy after training, which Table 2 shows.
+ABOUT_SOMETHING_ELSE = {"iteration", "feature-maps", "inference-steps"}
+
 
 def make_figures(experiment: Experiment, results: Sequence[ArmResults]) -> list[NamedFigure]:
     """The figures of an experiment from what is there; none while nothing is."""
-    makers: list[Callable[[Experiment, Sequence[ArmResults]], NamedFigure | None]] = [curves, accuracies]
+    makers: list[Callable[[Experiment, Sequence[ArmResults]], NamedFigure | None]] = []
+    if not ABOUT_SOMETHING_ELSE.intersection(experiment.measurements):
+        makers += [curves, accuracies]
     makers += [figure for name in experiment.measurements for figure in FIGURES.get(name, ())]
     with mpl.rc_context(STYLE):
         found = [make(experiment, results) for make in makers]

@@ -173,7 +173,15 @@ def _against_k(ax: Axes, curves: Any, color: str, label: str, scale: str) -> Non
     """Draw (seeds, K) values with a band."""
     ax.set_yscale(scale)
     values = np.maximum(curves, 1e-12) if scale == "log" else curves
-    band(ax, range(values.shape[1]), values.T.tolist(), color, label, geometric=scale == "log")
+    band(
+        ax,
+        range(values.shape[1]),
+        values.T.tolist(),
+        color,
+        label,
+        geometric=scale == "log",
+        highest=np.inf if scale == "log" else 1.0,
+    )
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("k")
 

@@ -28,7 +28,7 @@ th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1p
 th, td { white-space: nowrap; }
 details td:last-child { white-space: normal; }
 figure { margin: 1.5rem 0; }
-figure svg { display: block; width: 100%; height: auto; max-width: 60rem; }
+figure svg { display: block; width: 100%; height: auto; }
 figure.pictures svg { image-rendering: pixelated; }
 figcaption, .muted { color: var(--muted); font-size: 0.9rem; max-width: 46rem; }
 pre { background: var(--code); padding: 0.75rem 1rem; overflow-x: auto; font-size: 0.85rem; }

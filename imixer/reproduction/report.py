@@ -28,8 +28,9 @@ from imixer.reproduction.trial import replace_file
 READING = (
     "Numbers are means over seeds of the test accuracy after the last epoch; no epoch was chosen by it. Deviations are "
     "sample standard deviations, intervals 95% intervals of Student's t over seeds, and differences are paired by "
-    "seed. A difference is called better or worse only where its interval excludes 0. Intervals are not corrected for "
-    "the number of comparisons: of twenty differences that do not exist, one is expected to be called so."
+    "seed. A difference is called better or worse only where its interval, of three seeds or more, excludes 0. "
+    "Intervals are not corrected for the number of comparisons: of twenty differences that do not exist, one is "
+    "expected to be called so."
 )
 
 

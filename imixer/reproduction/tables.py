@@ -11,6 +11,8 @@ from imixer.reproduction.experiments import Experiment
 from imixer.reproduction.results import ArmResults
 from imixer.reproduction.statistics import Estimate, estimate, paired_difference
 
+MIN_PAIRS = 3  # seeds without which no difference is called better or worse
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -47,7 +49,7 @@ def make_table(experiment: Experiment, results: Sequence[ArmResults]) -> Table:
     """The table of an experiment from the trials that are complete.
 
     Differences from the baseline are paired by seed. A difference is called better or worse only where its 95% interval
-    excludes 0. Intervals are per row, and not corrected for the number of rows.
+    excludes 0; see :func:`verdict`. Intervals are per row, and not corrected for the number of rows.
 
     Args:
         experiment: The experiment.
@@ -89,8 +91,12 @@ def make_table(experiment: Experiment, results: Sequence[ArmResults]) -> Table:
 
 
 def verdict(difference: Estimate) -> str:
-    """What an interval says: "better", "worse", or nothing."""
-    if not difference.excludes_zero:
+    """What an interval says: "better", "worse", or nothing.
+
+    Differences of two seeds say nothing, and equal ones neither: accuracies are multiples of one image, and where a few
+    agree by chance, the interval has no width.
+    """
+    if difference.count < MIN_PAIRS or difference.deviation == 0 or not difference.excludes_zero:
         return ""
     return "better" if difference.mean > 0 else "worse"
 
@@ -169,7 +175,7 @@ def _difference_cells(difference: Estimate | None) -> list[str]:
         return ["-", "-"]
     said = verdict(difference)
     interval = _interval(difference, sign="+") + f" (n={difference.count})" + (f" {said}" if said else "")
-    return [f"{difference.mean:+.2f}", interval]
+    return [f"{round(difference.mean, 2) + 0.0:+.2f}", interval]  # + 0.0, for no -0.00
 
 
 def _interval(value: Estimate, sign: str = "") -> str:
