@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from imixer.reproduction.experiments import Experiment
 from imixer.reproduction.figure import COLORS, MARKERS, NamedFigure, band, new_figure
@@ -144,11 +144,11 @@ def costs(experiment: Experiment, results: Sequence[ArmResults]) -> NamedFigure 
         ax.set_ylabel(label)
         ax.set_xscale("log")
         ax.set_yscale(scale)
-        ax.xaxis.set_minor_formatter("{x:g}")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.tick_params(axis="x", which="minor", labelsize=6)
+        ax.xaxis.set_minor_locator(NullLocator())
     handles = [
-        axes[0].plot([], [], "s", color=COLORS[i % len(COLORS)], label=name)[0] for i, name in enumerate(solvers)
+        axes[0].plot([], [], color=COLORS[i % len(COLORS)], label=name, linewidth=5)[0] for i, name in enumerate(solvers)
     ]
     handles += [
         axes[0].plot([], [], MARKERS[i % len(MARKERS)], color="gray", label=name)[0] for i, name in enumerate(backwards)

@@ -9,7 +9,7 @@ from imixer.reproduction.scales import SIZES, Scale
 # Top-1 accuracies of iMixers on CIFAR-10 in Table 1, h_ratio 2 and two steps.
 PUBLISHED = {"S": 88.56, "B": 89.07, "L": 87.48}
 # The value of the model's `norm` for batch normalization with statistics of its own in every step of the solve.
-BATCH_NORM_IN_EVERY_STEP = "batch"
+BATCH_NORM_IN_EVERY_STEP = "batch_per_step"
 NORMS = {"SpecNorm": "spectral", "none": "none", "BatchNorm in every step": BATCH_NORM_IN_EVERY_STEP}
 
 
