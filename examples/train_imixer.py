@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse(arguments, epilog=EPILOG)
         saved = load_checkpoint(command.resume, lambda _: None)[0]["config"] if command.resume else None
-        config = command.config(saved)
+        config = command.config(saved, say=print if RANK == 0 else lambda _: None)
         data = load_data(config, progress=True)
         result = train(config, data, resume=command.resume)
         if RANK == 0:

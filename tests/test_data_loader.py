@@ -215,6 +215,18 @@ def test_impossible_batches_are_refused() -> None:
         EpochBatches(9, batch_size=4, training=True, seed=0).set_epoch(0, 3)
 
 
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 1), (8, 1, 7), (8, 4, 1), (64, 8, 7)])
+def test_workers_are_the_cores_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, tree: Path, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert loader.default_workers() == workers
+    for dataset, given, expected in (("paper", None, workers), ("paper", 0, 0), ("paper", 1, 1), ("memory", None, 0)):
+        made = make_loader(dataset_of(dataset, tree), batch_size=4, training=True, workers=given, seed=0)
+        assert made._batches.num_workers == expected
+
+
 class WatchedFiles:
     """Image files; `before` is called with the path of each that is read."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from image_archives import digit_pictures
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -15,7 +16,6 @@ import imixer  # noqa: F401  registers the models
 from imixer.reproduction.release import MAX_BYTES, main, release, round_to_half
 from imixer.shipped_weights import FOLDER, pretrained_cfgs
 from imixer.training import PRESETS, TrainingConfig, load_data, train
-from image_archives import digit_pictures
 
 CLASSES = ["cat", "dog"]
 
@@ -84,9 +84,7 @@ def test_without_a_file_pretrained_weights_are_refused(tmp_path: Path) -> None:
                 timm.create_model(name, pretrained=True)
 
 
-def test_a_model_that_its_name_does_not_describe_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_its_name_does_not_describe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(tmp_path, n_iter=4)
     assert main([str(run), "--output", str(tmp_path / "weights")]) == 2
     assert "trained with other arguments" in capsys.readouterr().err

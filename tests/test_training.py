@@ -201,7 +201,7 @@ def test_bfloat16_trains(digits: ImageData, tmp_path: Path) -> None:
         ({"model": "nothing like it"}, r"unknown model 'nothing like it'; the iMixers are imixer_"),
         (
             {"model": "resnet18"},
-            r"cannot build resnet18 with num_classes=10, .*img_size=8.*unexpected keyword",
+            r"cannot build resnet18 with num_classes=10, .*num_blocks=1.*unexpected keyword",
         ),
         ({"solver": "picrad"}, r"cannot build imixer_ti4_32 with .*solver='picrad'"),
     ],

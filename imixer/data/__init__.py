@@ -10,7 +10,7 @@ from imixer.data.image_data import ImageData
 from imixer.data.images import BatchKey, ImageBatch, Images, InMemoryImages, RawBatch, TransformedImages
 from imixer.data.loader import EpochBatches, ImageLoader, LoaderError, make_loader
 from imixer.data.loading import load_dataset, load_digits, load_image_folder
-from imixer.data.named_datasets import TORCHVISION_LAYOUTS, load_sources
+from imixer.data.named_datasets import load_sources
 from imixer.data.sources import ImageSource
 from imixer.data.transforms import TimmTransforms
 
@@ -26,7 +26,6 @@ __all__ = [
     "LoaderError",
     "RawBatch",
     "TEST_FOLDERS",
-    "TORCHVISION_LAYOUTS",
     "TimmTransforms",
     "TransformedImages",
     "UnreadableImageError",

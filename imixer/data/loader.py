@@ -254,7 +254,7 @@ def make_loader(
     *,
     batch_size: int,
     training: bool,
-    workers: int,
+    workers: int | None = None,
     seed: int,
     rank: int = 0,
     world_size: int = 1,
@@ -272,7 +272,8 @@ def make_loader(
         dataset: What to batch.
         batch_size: Largest number of images in a batch of one process.
         training: Whether the batches are for training.
-        workers: Worker processes that read images. Images in memory are served without any.
+        workers: Worker processes that read images; None takes `default_workers()`. Images in memory are served without
+            any.
         seed: Seed of the order and of the augmentation.
         rank: Number of this process, of `world_size`.
         world_size: Number of processes that share the images.
@@ -296,13 +297,22 @@ def make_loader(
     return ImageLoader(
         dataset,
         sampler,
-        workers=0 if isinstance(dataset, InMemoryImages) else workers,
+        workers=0 if isinstance(dataset, InMemoryImages) else default_workers() if workers is None else workers,
         persistent=training,
         device=torch.device(device),
         timeout=timeout,
         mixup=mixup,
         mixup_off_epoch=mixup_off_epoch,
     )
+
+
+def default_workers() -> int:
+    """Return this process's share of the cores that it may run on, less one for itself, and at least 1.
+
+    `torchrun` and `accelerate launch` say how many processes share a machine, by the variable LOCAL_WORLD_SIZE.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
 
 
 def _iterate(batches: DataLoader[Any]) -> Iterator[Any]:

@@ -79,12 +79,13 @@ class ImageArrays:
 
     Args:
         dataset: Gives a PIL image and its class for each index.
+        classes: Class names.
         root: Folder it was read from.
     """
 
-    def __init__(self, dataset: Any, root: Path) -> None:
+    def __init__(self, dataset: Any, classes: Sequence[str], root: Path) -> None:
         self.dataset = dataset
-        self.classes = tuple(dataset.classes)
+        self.classes = tuple(classes)
         self.root = root
 
     def __len__(self) -> int:

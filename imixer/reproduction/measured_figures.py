@@ -148,7 +148,8 @@ def costs(experiment: Experiment, results: Sequence[ArmResults]) -> NamedFigure 
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_locator(NullLocator())
     handles = [
-        axes[0].plot([], [], color=COLORS[i % len(COLORS)], label=name, linewidth=5)[0] for i, name in enumerate(solvers)
+        axes[0].plot([], [], color=COLORS[i % len(COLORS)], label=name, linewidth=5)[0]
+        for i, name in enumerate(solvers)
     ]
     handles += [
         axes[0].plot([], [], MARKERS[i % len(MARKERS)], color="gray", label=name)[0] for i, name in enumerate(backwards)

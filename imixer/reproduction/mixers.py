@@ -12,6 +12,7 @@ def _cfg() -> dict[str, Any]:
         "input_size": (3, 32, 32),
         "crop_pct": 1.0,
         "interpolation": "bicubic",
+        "fixed_input_size": True,
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
         "first_conv": "stem.proj",

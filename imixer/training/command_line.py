@@ -3,14 +3,16 @@
 import argparse
 import difflib
 import types
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
 from imixer.training.config import TrainingConfig
+from imixer.training.keyword_arguments import ReadKeywordArguments
+from imixer.training.model import settings_for_model
 from imixer.training.presets import PRESETS
 
 HEADINGS = {
@@ -30,23 +32,31 @@ class Command:
 
     Args:
         settings: The settings that a file or a flag names.
+        flags: Names of the settings that a flag names.
         preset: The settings below them, by name.
         resume: A run's folder, or a checkpoint, to continue.
     """
 
     settings: dict[str, Any]
+    flags: frozenset[str] = frozenset()
     preset: str | None = None
     resume: Path | None = None
 
-    def config(self, saved: dict[str, Any] | None = None) -> TrainingConfig:
-        """The whole configuration: defaults, then the preset or ``saved`` settings of a run, then what was named."""
+    def config(self, saved: dict[str, Any] | None = None, say: Callable[[str], None] = print) -> TrainingConfig:
+        """The whole configuration: defaults, then the preset or ``saved`` settings of a run, then what was named.
+
+        Settings that the model does not take are left out, which ``say`` is told, unless a flag names them.
+
+        Raises:
+            ValueError: A value is not valid, or a flag names what the model does not take.
+        """
         below = {name: value for name, value in (saved or {}).items() if name in TYPES and name != "output"}
         preset = self.preset
         if preset is None and saved is None and not (self.settings.get("data_dir") or self.settings.get("dataset")):
             preset = "digits"
         if preset is not None:
             below |= PRESETS[preset]
-        return TrainingConfig(**(below | self.settings))
+        return TrainingConfig(**settings_for_model(below | self.settings, explicit=self.flags, say=say))
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,7 +91,8 @@ def parse(arguments: Sequence[str] | None = None, *, epilog: str = "") -> Comman
         settings = read_settings(Path(file))
         preset = preset or settings.pop("preset", None)
         _check_known("preset", [preset] if preset else [], PRESETS, file)
-    return Command(settings=settings | options, preset=preset, resume=Path(resume) if resume else None)
+    settings |= options
+    return Command(settings=settings, flags=frozenset(options), preset=preset, resume=Path(resume) if resume else None)
 
 
 def build_parser(epilog: str = "") -> Parser:
@@ -146,7 +157,10 @@ def _add_flag(group: argparse._ArgumentGroup, item: "Field[Any]") -> None:
         options |= {
             option: item.metadata[option] for option in ("choices", "const", "metavar") if option in item.metadata
         }
-        options |= {"type": kind, "nargs": "?" if "const" in options else "+" if several else None}
+        if kind is dict:
+            options |= {"action": ReadKeywordArguments, "nargs": "*"}
+        else:
+            options |= {"type": kind, "nargs": "?" if "const" in options else "+" if several else None}
     group.add_argument(f"--{flag}", *item.metadata.get("aliases", ()), **options)
     if "_" in item.name:
         group.add_argument(f"--{item.name}", **{**options, "help": argparse.SUPPRESS})
@@ -157,6 +171,8 @@ def _kind(name: str) -> tuple[type, bool]:
     hint = TYPES[name]
     if isinstance(hint, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Mapping:
+        return dict, False
     if get_args(hint):
         return get_args(hint)[0], True
     return hint, False
@@ -170,7 +186,11 @@ def _converted(name: str, value: Any, path: Path) -> Any:
     try:
         if several:
             return tuple(kind(entry) for entry in value)
-        if isinstance(value, bool) != (kind is bool) or isinstance(value, (list, dict)):
+        if (
+            isinstance(value, bool) != (kind is bool)
+            or isinstance(value, list)
+            or isinstance(value, dict) != (kind is dict)
+        ):
             raise TypeError
         converted = kind(value)
         if kind is int and converted != float(value):

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig
 from imixer.training.distributed import accumulating, load_optimizer, shard, whole_state
-from imixer.training.model import build_model, catch_up_norms
+from imixer.training.model import build_model, build_optimizer, catch_up_norms
 from imixer.training.objective import make_loss
 
 
@@ -55,15 +54,7 @@ class Learner:
         if config.torchcompile:
             self.plain.compile(backend=config.torchcompile, mode=config.torchcompile_mode)  # in place, names stay
         self._model = shard(self.plain, accelerator) if config.fsdp else accelerator.prepare_model(self.plain)
-        given: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas, "layer_decay": config.layer_decay}
-        self.optimizer = create_optimizer_v2(
-            self.plain,
-            opt=config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        self.optimizer = build_optimizer(config, self.plain)
         self._scaled_optimizer = accelerator.prepare_optimizer(self.optimizer)
         if checkpoint is not None:
             load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])

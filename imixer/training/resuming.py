@@ -20,6 +20,7 @@ def identity(config: TrainingConfig, data: ImageData, world_size: int) -> dict[s
         "global_batch": config.batch_size * world_size,
         "grad_accum_steps": config.grad_accum_steps,
         "opt": config.opt,
+        "opt_kwargs": config.opt_kwargs,
         "layer_decay": config.layer_decay,
     }
 
