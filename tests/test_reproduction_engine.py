@@ -11,14 +11,29 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 from tiny_trials import tiny_tasks, tiny_trial
 
-from imixer.reproduction import SCALES, Ending, Sweep, Task, run_here, run_in_processes, run_on_ray, run_trial, shard
+from imixer.reproduction import (
+    EXPERIMENTS,
+    SCALES,
+    Ending,
+    Sweep,
+    Task,
+    Trial,
+    run_here,
+    run_in_processes,
+    run_on_ray,
+    run_trial,
+    shard,
+    tables_of,
+)
 from imixer.reproduction.command_line import main
 from imixer.reproduction.trial import FAILED, TRAINED, folder_of
 
@@ -31,7 +46,7 @@ def run_all(tasks: list[Task], output: Path, sweep: str = "one") -> dict[int, En
     return endings
 
 
-def training(task: Task, output: Path) -> dict:
+def training(task: Task, output: Path) -> Any:
     return folder_of(task.trial, output).read(TRAINED)
 
 
@@ -41,7 +56,8 @@ def top1(task: Task, output: Path) -> list[float]:
 
 def test_a_trial_is_its_settings_wherever_it_runs() -> None:
     trial = tiny_trial(3)
-    elsewhere = type(trial)(data=trial.data, settings=dict(reversed(trial.settings.items())), place={"device": "cuda"})
+    turned = dict(reversed(list(trial.settings.items())))
+    elsewhere = Trial(data=trial.data, settings=turned, place={"device": "cuda"})
     assert elsewhere.name == trial.name
     names = {tiny_trial(3).name, tiny_trial(4).name, tiny_trial(3, n_iter=4).name, tiny_trial(3, n_iter=4.5).name}
     assert len(names) == 4
@@ -123,7 +139,7 @@ def start(tasks: list[Task], output: Path, report: Path) -> subprocess.Popen[byt
     return subprocess.Popen([sys.executable, "-c", program, argument], cwd=ROOT)
 
 
-def wait_for(condition, *, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], *, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -173,7 +189,7 @@ def test_processes_share_the_trials_and_report_one_that_dies(tmp_path: Path) -> 
 def test_a_killed_process_fails_its_trial_alone(tmp_path: Path) -> None:
     tasks = [Task(trial=tiny_trial(0, epochs=200)), *tiny_tasks(2)]
     endings: list[tuple[int, Ending]] = []
-    killed = []
+    killed: list[int] = []
 
     def on_ending(number: int, ending: Ending) -> None:
         endings.append((number, ending))
@@ -273,3 +289,34 @@ def test_a_trial_that_another_process_runs_is_busy(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)  # a minute or two on cores that do nothing else
+def test_everything_runs_at_smoke_scale(tmp_path: Path) -> None:
+    command = ["examples/reproduce.py", "all", "--scale", "smoke", "--jobs", "2", "--output", str(tmp_path)]
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    sweep = Sweep(output=tmp_path, scale="smoke", names=tuple(EXPERIMENTS))
+    assert not any(task.missing(tmp_path) for task in sweep.tasks())
+    tables = tables_of(sweep)
+    for experiment, results, table in tables:
+        assert experiment.title in result.stdout
+        for arm in results:
+            assert len(arm.top1) == len(sweep.seeds)
+            assert all(0 <= accuracy <= 100 for accuracy in arm.top1.values())
+        assert "-" not in [cell for row in table.rows for cell in row], experiment.name
+    (ablation,) = (results for experiment, results, _ in tables if experiment.name == "solvers")
+    # One block: the calls of its map that the method fixes.
+    more_calls = {"unrolled": 0, "checkpointed": 1, "implicit": 1, "neumann": 1, "jfb": 1, "phantom": 5}
+    for arm in ablation:
+        solver, backward = arm.arm.labels["solver"], arm.arm.labels["backward"]
+        points = arm.measured["step"][0]["points"]
+        assert [point["point"] for point in points] == ["before", "during", "after"]
+        assert all(point["exact_converged"] > 0.99 for point in points)
+        after = points[-1]
+        if solver == "picard, 2 steps":
+            assert after["calls"] == 2 + more_calls[backward]
+        elif backward in ("unrolled", "checkpointed", "implicit"):
+            assert after["cosine"] > 1 - 1e-5
+        assert (after["products"] > 0) == (backward in ("implicit", "neumann", "shine"))

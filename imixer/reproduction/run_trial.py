@@ -1,16 +1,15 @@
 """Running one trial: claim it, train or go on training, measure, and say how it ended."""
 
-import functools
 import os
 import platform
 import time
 import traceback
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import timm
 from filelock import FileLock, Timeout
 
 import imixer.reproduction.mixers  # noqa: F401  registers the models
@@ -19,20 +18,10 @@ from imixer.reproduction.measurements import MEASUREMENTS, TrainedRun
 from imixer.reproduction.trial import FAILED, STARTED, TRAINED, Trial, TrialFolder, folder_of, measurement_file
 from imixer.training import TrainingConfig, TrainingInterruptedError, load_data, train
 
-OF_THE_IMAGES = (
-    "model",
-    "data_dir",
-    "dataset",
-    "img_size",
-    "cache_mb",
-    "no_aug",
-    "hflip",
-    "interpolation",
-    "crop_pct",
-    "aa",
-    "reprob",
-    "remode",
-)
+# Settings that the images of a run depend on, besides the model's own size and interpolation.
+OF_THE_IMAGES = ("data_dir", "dataset", "img_size", "cache_mb", "no_aug", "hflip", "crop_pct", "aa", "reprob", "remode")
+KEPT = 2  # data sets that a process keeps in memory
+_loaded: dict[tuple[Any, ...], ImageData] = {}
 
 
 class Ending(StrEnum):
@@ -112,7 +101,7 @@ def record_failure(folder: TrialFolder, sweep: str, reason: str, details: str = 
 
 def _train_and_measure(task: Task, folder: TrialFolder) -> None:
     config = task.trial.config(folder.run)
-    data = load_images(*(getattr(config, name) for name in OF_THE_IMAGES))
+    data = load_images(config)
     if "step" in task.measurements:  # which looks at weights from the middle of the training, if there are no others
         updates = -(-len(data.train) // config.batch_size)
         if config.epochs == 1:
@@ -136,12 +125,18 @@ def has_checkpoint(run: Path) -> bool:
     return any((run / name).is_file() for name in ("last.pt", "previous.pt"))
 
 
-@functools.lru_cache(maxsize=1)
-def load_images(*values: Any) -> ImageData:
-    """The images of a run, kept until those of another data set are asked for.
+def load_images(config: TrainingConfig) -> ImageData:
+    """The images of a run, which are kept for the next trials of this process.
 
     Args:
-        *values: The settings :data:`OF_THE_IMAGES`.
+        config: The settings.
     """
-    settings: Mapping[str, Any] = dict(zip(OF_THE_IMAGES, values, strict=True))
-    return load_data(TrainingConfig(**settings))
+    cfg = timm.get_pretrained_cfg(config.model)
+    key = tuple(getattr(config, name) for name in OF_THE_IMAGES)
+    if cfg is not None:
+        key += (cfg.input_size, cfg.interpolation, cfg.crop_pct, cfg.mean, cfg.std)
+    if key not in _loaded:
+        while len(_loaded) >= KEPT:
+            del _loaded[next(iter(_loaded))]
+        _loaded[key] = load_data(config)
+    return _loaded[key]
