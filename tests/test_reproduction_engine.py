@@ -35,6 +35,8 @@ from imixer.reproduction import (
     tables_of,
 )
 from imixer.reproduction.command_line import main
+from imixer.reproduction.data_sets import find_data_sets
+from imixer.reproduction.sweep import read_sweep
 from imixer.reproduction.trial import FAILED, TRAINED, folder_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -320,3 +322,39 @@ def test_everything_runs_at_smoke_scale(tmp_path: Path) -> None:
         elif backward in ("unrolled", "checkpointed", "implicit"):
             assert after["cosine"] > 1 - 1e-5
         assert (after["products"] > 0) == (backward in ("implicit", "neumann", "shine"))
+
+
+def test_images_may_move_and_other_images_are_refused(tmp_path: Path) -> None:
+    def folder(name: str, *classes: str) -> Path:
+        for split in ("train", "test"):
+            for label in classes:
+                (tmp_path / name / "pets" / split / label).mkdir(parents=True)
+        return tmp_path / name
+
+    output = tmp_path / "out"
+    Sweep(output=output, scale="cpu", names=("depth",), data_dir=folder("here", "cat", "dog")).save()
+    moved = Sweep(output=output, scale="cpu", names=("table1",), data_dir=folder("there", "cat", "dog"))
+    moved.save()
+    found = read_sweep(output)
+    assert found is not None
+    assert (found.names, found.data_dir) == (("table1", "depth"), moved.data_dir)
+    with pytest.raises(ValueError, match=r"holds results with data_sets \['pets'\], not \['digits'\]"):
+        Sweep(output=output, scale="cpu", names=("depth",)).save()
+    (output / "sweep.json").write_text("{")
+    with pytest.raises(ValueError, match="sweep.json is damaged"):
+        read_sweep(output)
+
+
+def test_data_sets_are_found_where_they_are(tmp_path: Path) -> None:
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    for split in ("train", "val"):
+        for label in classes:
+            (tmp_path / "jpegs" / split / label).mkdir(parents=True)
+    for name in ("cifar-100-python", "FashionMNIST", "nothing"):
+        (tmp_path / name).mkdir()
+    found = {data.name: data for data in find_data_sets(tmp_path)}
+    assert list(found) == ["cifar10", "cifar100", "fashion_mnist"]
+    assert found["cifar10"].data_dir == str(tmp_path / "jpegs")
+    assert found["cifar100"].reading == {"dataset": "torch/cifar100"}
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert find_data_sets(tmp_path)[0].reading == {"dataset": "torch/cifar10"}

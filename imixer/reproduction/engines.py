@@ -81,6 +81,9 @@ def run_in_processes(tasks: Sequence[Task], output: Path, sweep: str, on_ending:
         sweep: Identifier of the sweep.
         on_ending: Told of every trial.
         jobs: Number of processes.
+
+    Raises:
+        ChildProcessError: A process died that was not at a trial.
     """
     context = multiprocessing.get_context("spawn")
     endings: Any = context.Queue()
@@ -92,7 +95,7 @@ def run_in_processes(tasks: Sequence[Task], output: Path, sweep: str, on_ending:
     with _terminating(processes):
         for process in processes:
             process.start()
-        alive = list(processes)
+        alive, accident = list(processes), ""
         while alive:
             try:
                 while True:
@@ -103,9 +106,11 @@ def run_in_processes(tasks: Sequence[Task], output: Path, sweep: str, on_ending:
             alive = [process for process in alive if process not in ended]
             for process in ended:
                 if process.exitcode and process.exitcode != -signal.SIGTERM:
-                    _report_death(process, tasks, output, sweep, on_ending)
+                    accident = _report_death(process, tasks, output, sweep, on_ending) or accident
         while not endings.empty():
             on_ending(*endings.get(timeout=1))
+    if accident:
+        raise ChildProcessError(accident)
 
 
 def _work(tasks: Sequence[Task], output: Path, sweep: str, endings: Any, threads: int, first: int) -> None:
@@ -116,18 +121,20 @@ def _work(tasks: Sequence[Task], output: Path, sweep: str, endings: Any, threads
     run_here([tasks[i] for i in order], output, sweep, lambda number, ending: endings.put((order[number], ending)))
 
 
-def _report_death(process: BaseProcess, tasks: Sequence[Task], output: Path, sweep: str, on_ending: OnEnding) -> None:
-    """Find the trial that a process was at when it died, and note that it failed."""
+def _report_death(process: BaseProcess, tasks: Sequence[Task], output: Path, sweep: str, on_ending: OnEnding) -> str:
+    """Find the trial that a process was at when it died, and note that it failed; else return what happened."""
+    code = process.exitcode or 0
+    how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
     for number, task in enumerate(tasks):
         folder = folder_of(task.trial, output)
         started = folder.read(STARTED)
         if started is None or (started["sweep"], started["pid"]) != (sweep, process.pid):
             continue
         if task.missing(output) and not folder.failed_in(sweep):
-            code = process.exitcode or 0
-            how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
             record_failure(folder, sweep, f"its process ended with {how}; too little memory?")
             on_ending(number, Ending.FAILED)
+            return ""
+    return f"a process ended with {how}, and not in a trial; the same command goes on from here"
 
 
 @contextmanager

@@ -109,33 +109,49 @@ class Sweep:
         """Note in the output folder what belongs to it, together with the experiments that were run there before.
 
         Raises:
-            ValueError: The folder holds results at another scale or on other images.
+            ValueError: The folder holds results at another scale or on other data sets.
         """
-        before = read_sweep(self.output)
+        before = read_settings(self.output)
         names = self.names
+        here = {"scale": self.scale, "data_sets": [data.name for data in find_data_sets(self.data_dir)]}
         if before is not None:
-            for what in ("scale", "data_dir"):
-                if getattr(before, what) != getattr(self, what):
+            for what, value in here.items():
+                if before[what] != value:
                     raise ValueError(
-                        f"{self.output} holds results with {what} {getattr(before, what)}, not {getattr(self, what)}; "
-                        "choose another --output"
+                        f"{self.output} holds results with {what} {before[what]}, not {value}; choose another --output"
                     )
-            names = tuple(name for name in EXPERIMENTS if name in {*before.names, *self.names})
-        content = asdict(self) | {"names": names, "output": None, "identifier": None}
+            names = tuple(name for name in EXPERIMENTS if name in {*before["names"], *self.names})
+        content = asdict(self) | here | {"names": names}
         content["data_dir"] = None if self.data_dir is None else str(self.data_dir)
+        del content["output"], content["identifier"]
         replace_file(self.output / SETTINGS, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def read_sweep(output: Path) -> Sweep | None:
     """The sweep of an output folder, with all experiments that were run there; None if there is none."""
-    path = output / SETTINGS
-    if not path.is_file():
+    content = read_settings(output)
+    if content is None:
         return None
-    content = json.loads(path.read_text("utf-8"))
     content["data_dir"] = None if content["data_dir"] is None else Path(content["data_dir"])
     content["names"] = tuple(content["names"])
-    del content["identifier"]
-    return Sweep(**{**content, "output": output})
+    del content["data_sets"]
+    return Sweep(**content, output=output)
+
+
+def read_settings(output: Path) -> dict[str, Any] | None:
+    """What :meth:`Sweep.save` wrote, as plain values; None if it has written nothing.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = output / SETTINGS
+    try:
+        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and give the data and the scale again") from error
+    return content
 
 
 def names_of(words: Sequence[str]) -> tuple[str, ...]:
