@@ -114,14 +114,14 @@ def test_tables_say_what_is_in_the_files(written: Sweep) -> None:
             records = list(csv.DictReader(file))
         assert len(records) == len(table.rows) == len(experiment.arms)
         for record, row, result, arm in zip(records, table.rows, results, experiment.arms, strict=True):
-            trials = arm.trials(written.seeds, written.place)
+            trials = arm.trials(written.seeds(experiment), written.place)
             values = [
                 folder_of(trial, written.output).read(TRAINED)["metrics"][-1]["test_top1"] for trial in trials.values()
             ]
             assert list(result.top1.values()) == values
             assert float(record["top1_mean"]) == pytest.approx(sum(values) / len(values))
             assert row[len(arm.labels) : len(arm.labels) + 2] == [str(len(values)), f"{sum(values) / len(values):.2f}"]
-            assert int(record["top1_count"]) == len(written.seeds)
+            assert int(record["top1_count"]) == len(written.seeds(experiment))
 
 
 def test_only_intervals_that_exclude_zero_are_claims(tmp_path: Path) -> None:

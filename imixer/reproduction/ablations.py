@@ -49,6 +49,7 @@ def solvers(scale: Scale, data_sets: Sequence[DataSet]) -> Experiment:
         arms=tuple(arms),
         measurements=("step",),
         left_out=tuple(left_out),
+        num_seeds=scale.solver_seeds,
     )
 
 

@@ -1,7 +1,7 @@
 """What an experiment is: arms that differ in one thing, trained with the same seeds, and what is measured on them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from imixer.reproduction.data_sets import DataSet
@@ -50,6 +50,7 @@ class Experiment:
         arms: The rows.
         measurements: What is measured on every trained model; see :mod:`imixer.reproduction.measurements`.
         left_out: Arms that cannot run, with the reason.
+        num_seeds: Number of seeds, if not the scale's.
     """
 
     name: str
@@ -57,4 +58,5 @@ class Experiment:
     question: str
     arms: tuple[Arm, ...]
     measurements: tuple[str, ...] = ()
-    left_out: tuple[tuple[str, str], ...] = field(default=())
+    left_out: tuple[tuple[str, str], ...] = ()
+    num_seeds: int | None = None

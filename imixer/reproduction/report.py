@@ -38,7 +38,7 @@ def tables_of(sweep: Sweep) -> list[tuple[Experiment, list[ArmResults], Table]]:
     """The experiments of a sweep with their results and tables, as far as they are there."""
     found = []
     for experiment in sweep.experiments():
-        results = read_results(experiment, sweep.output, sweep.seeds, sweep.place)
+        results = read_results(experiment, sweep.output, sweep.seeds(experiment), sweep.place)
         found.append((experiment, results, make_table(experiment, results)))
     return found
 
@@ -87,7 +87,6 @@ def write_report(sweep: Sweep) -> Path:
     about = [
         ("scale", sweep.scale),
         ("images", str(sweep.data_dir or "scikit-learn's digits")),
-        ("seeds", ", ".join(map(str, sweep.seeds))),
         ("device", sweep.device),
         *versions(),
     ]

@@ -30,6 +30,7 @@ class Scale:
         h_ratios: The grid of Table 2.
         n_iters: Numbers of steps of Tables 2 and 3, Figure 3 and the inference steps.
         solver_training: Settings on top in the ablation of solvers, which has many arms.
+        solver_seeds: Number of seeds in that ablation.
         fixed_steps: Numbers of Picard steps in that ablation.
         solvers: Its solvers that go on to a tolerance.
         test_steps: Numbers of steps that trained models are tested with.
@@ -47,6 +48,7 @@ class Scale:
     h_ratios: tuple[float, ...]
     n_iters: tuple[int, ...]
     solver_training: Mapping[str, Any]
+    solver_seeds: int
     fixed_steps: tuple[int, ...] = (1, 2, 4, 8)
     solvers: tuple[str, ...] = ("picard", "anderson", "broyden", "auto")
     test_steps: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 16)
@@ -110,6 +112,7 @@ SCALES = {
         h_ratios=(1.0, 2.0),
         n_iters=(1, 2, 4),
         solver_training={"num_blocks": 1},
+        solver_seeds=2,
         fixed_steps=(2,),
         solvers=("picard", "broyden"),
         test_steps=(1, 2, 4, 8),
@@ -127,7 +130,8 @@ SCALES = {
         seeds=4,
         h_ratios=(1.0, 2.0, 4.0),
         n_iters=(1, 2, 4),
-        solver_training={"num_blocks": 2, "patch_size": 8, "epochs": 1},
+        solver_training={"num_blocks": 2, "embed_dim": 32, "patch_size": 8, "epochs": 1},
+        solver_seeds=3,
         digits={"epochs": 60, "patch_size": 2, "batch_size": 64},
     ),
     "paper": Scale(
@@ -141,6 +145,7 @@ SCALES = {
         h_ratios=(0.5, 1.0, 2.0, 4.0),
         n_iters=(1, 2, 4, 8),
         solver_training={},
+        solver_seeds=3,
         digits_in_table4=False,
     ),
 }

@@ -38,7 +38,7 @@ class Sweep:
         scale: Name in :data:`imixer.reproduction.scales.SCALES`.
         names: Names of the experiments.
         data_dir: Folder of the images; None for scikit-learn's digits.
-        num_seeds: Number of seeds, from 0; None for the scale's.
+        num_seeds: Number of seeds, from 0; None for those of the scale.
         device: As :class:`imixer.training.TrainingConfig` takes it.
         workers: Processes of each trial that read images, where they are not held in memory.
         identifier: The same in all processes of the sweep.
@@ -67,10 +67,9 @@ class Sweep:
         """The scale itself."""
         return SCALES[self.scale]
 
-    @property
-    def seeds(self) -> range:
-        """The seeds."""
-        return range(self.num_seeds or self.sizes.seeds)
+    def seeds(self, experiment: Experiment) -> range:
+        """The seeds of an experiment."""
+        return range(self.num_seeds or experiment.num_seeds or self.sizes.seeds)
 
     @property
     def place(self) -> dict[str, Any]:
@@ -94,8 +93,10 @@ class Sweep:
         measurements: dict[str, set[str]] = {}
         trials: dict[str, Trial] = {}
         experiments = self.experiments()
-        for seed in self.seeds:
+        for seed in range(max(len(self.seeds(experiment)) for experiment in experiments)):
             for experiment in experiments:
+                if seed not in self.seeds(experiment):
+                    continue
                 for arm in experiment.arms:
                     trial = arm.trials(range(seed, seed + 1), self.place)[seed]
                     trials.setdefault(trial.name, trial)
