@@ -168,9 +168,9 @@ class IMLP(nn.Module):
         self.register_load_state_dict_pre_hook(_translate_on_load)  # type: ignore[no-untyped-call]
 
     def init_weights(self) -> None:
-        """timm's scheme where timm's own initialization does not reach.
+        """Initialize what timm's initialization does not reach, by timm's scheme.
 
-        That is Xavier-uniform for parametrized weights, of which timm would write to computed copies.
+        That is Xavier-uniform for parametrized weights, where timm would write to computed copies.
         """
         for layer in self.normalized_layers:
             if parametrize.is_parametrized(layer):
@@ -181,12 +181,12 @@ class IMLP(nn.Module):
 
     @property
     def normalized_layers(self) -> tuple[nn.Linear, ...]:
-        """The linear layers of the map: ``sn1``, ``sn2``, ...; of tied ones the upward, ``sn1``, ``sn3``, ..."""
+        """The linear layers of the map: ``sn1``, ``sn2``, ...; if tied, only ``sn1``, ``sn3``, ..."""
         return tuple(getattr(self, f"fc_sn{number}") for number in self._numbers)
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """Exact spectral norms of the weights of these layers, where they are spectrally normalized before that."""
+        """Exact spectral norms of the weights of these layers, before spectral normalization where there is one."""
         found = []
         for layer in self.normalized_layers:
             weight = layer.weight
@@ -206,11 +206,11 @@ class IMLP(nn.Module):
         return self
 
     def couplings(self, y: Tensor | None = None) -> tuple[Coupling, ...]:
-        """The weights of the map, from the lowest coupling on.
+        """The weights of the map, from the lowest coupling upwards.
 
         Args:
-            y: (rows, D) the injection, of which batch normalization in training mode takes its statistics;
-                without it they are the running ones.
+            y: (rows, D) the injection, from which batch normalization in training mode takes its statistics. Without
+                it, the running statistics are used.
         """
         layers = self.normalized_layers
         pairs = self._folded(layers, y) if self.norm in _BATCH else [(layer.weight, layer.bias) for layer in layers]
@@ -267,7 +267,7 @@ class IMLP(nn.Module):
 
 
 class TiedLinear(nn.Module):
-    """A linear layer with the weight of another: its own is the bias alone."""
+    """A linear layer with the weight of another layer, and a bias of its own."""
 
     bias: Tensor | None
 

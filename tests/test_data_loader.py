@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from digit_images import write_digit_tree
+from image_archives import photographs
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
@@ -41,7 +42,11 @@ from imixer.data.sources import Sample
 # Every flag that draws random numbers, so that each generator is used: Python's, NumPy's and PyTorch's.
 EVERYTHING = TimmTransforms(
     scale=(0.5, 1.0),
+    ratio=(0.4, 2.5),
+    hflip=0.4,
     vflip=0.3,
+    gaussian_blur_prob=0.2,
+    crop_pct=0.7,
     aa="3a",
     color_jitter=0.3,
     color_jitter_prob=0.8,
@@ -127,12 +132,19 @@ def test_global_generators_neither_matter_nor_change(tree: Path, kind: str) -> N
 
 
 @pytest.mark.parametrize("transforms", [EVERYTHING, PAPER], ids=["everything", "paper"])
-def test_images_are_those_of_timms_transforms(tree: Path, transforms: TimmTransforms) -> None:
+def test_images_are_those_of_timms_transforms(tmp_path: Path, transforms: TimmTransforms) -> None:
+    for number, picture in enumerate(photographs(32, size=40)):  # digits would be gray anyway
+        path = tmp_path / ("train" if number < 24 else "test") / str(number % 2) / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
     transforms = replace(transforms, remode="const")  # noise is from a source of our own
-    data = load_dataset("", tree, img_size=16, transforms=transforms)
+    data = load_dataset("", tmp_path, img_size=16, transforms=transforms)
     assert isinstance(data.train, TransformedImages)
     flags: dict[str, Any] = {
         "scale": transforms.scale,
+        "ratio": transforms.ratio,
+        "hflip": transforms.hflip,
+        "gaussian_blur_prob": transforms.gaussian_blur_prob,
         "vflip": transforms.vflip,
         "color_jitter": transforms.color_jitter,
         "color_jitter_prob": transforms.color_jitter_prob,
@@ -153,7 +165,9 @@ def test_images_are_those_of_timms_transforms(tree: Path, transforms: TimmTransf
             torch.testing.assert_close(data.train[index][0], expected, atol=2e-6, rtol=1e-5)
             erased += bool((expected == 0).all(dim=0).any())
         assert erased
-        theirs = create_transform(16, interpolation="bicubic", crop_pct=0.875, mean=transforms.mean, std=transforms.std)
+        theirs = create_transform(
+            16, interpolation="bicubic", crop_pct=transforms.crop_pct, mean=transforms.mean, std=transforms.std
+        )
         assert isinstance(data.test, TransformedImages)
         for index in range(len(data.test)):
             torch.testing.assert_close(data.test[index][0], theirs(data.test.source[index][0]), atol=1e-6, rtol=1e-6)

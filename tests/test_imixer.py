@@ -29,7 +29,7 @@ from solvers import Anderson, Status
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# PAPER.md's table: model, parameters with h_ratio 1 and 2, ten classes.
+# PAPER.md's table, and that of the README for small images: parameters with h_ratio 1 and 2, ten classes.
 PARAMETERS = {
     "imixer_s16_224": (19_073_066, 20_123_690),
     "imixer_b16_224": (62_667_322, 66_210_874),
@@ -37,11 +37,14 @@ PARAMETERS = {
     "imixer_s32_224": (19_649_426, 20_700_050),
     "imixer_b32_224": (63_080_278, 66_623_830),
     "imixer_l32_224": (218_532_002, 231_127_202),
+    "imixer_s4_32": (4_625_162, 4_888_330),
+    "imixer_ti4_32": (162_506, 170_826),
 }
 
 
 @pytest.mark.parametrize(
-    "name", [name if "_s" in name else pytest.param(name, marks=pytest.mark.long) for name in PARAMETERS]
+    "name",
+    [name if "_s" in name or "_ti" in name else pytest.param(name, marks=pytest.mark.long) for name in PARAMETERS],
 )
 def test_parameter_counts(name):
     for h_ratio, expected in zip((1.0, 2.0), PARAMETERS[name], strict=True):
@@ -269,6 +272,17 @@ def test_imlp_without_bias_and_with_other_shapes():
     assert imlp(torch.randn(2, 3, 6, 5)).shape == (2, 3, 6, 3)
     assert imlp(torch.randn(0, 5)).shape == (0, 3)
     assert all(not name.endswith("bias") for name, _ in imlp.named_parameters())
+
+
+def test_the_worst_residual_is_that_of_the_worst_row():
+    model = trained_somewhat(small(n_iter=3)).eval()
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad(), record_solutions(model) as record:
+        model(images)
+    for row in measure_convergence(model, images):
+        residual = record[f"{row.name}.fixed_point"][0].residual
+        assert row.worst_residual == residual.amax().item()
+        assert row.median_residual == residual.median().item()
 
 
 def test_more_steps_tend_to_the_fixed_point():

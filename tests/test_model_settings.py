@@ -70,6 +70,17 @@ def test_values_of_options_are_checked_before_anything_is_read(changes: dict[str
         TrainingConfig(**changes)
 
 
+def test_batch_statistics_in_every_step_train_and_are_refused_with_a_tolerance(tmp_path: Path) -> None:
+    config = replace(TINY, norm="batch_per_step", epochs=1, output=str(tmp_path / "run"))
+    data = load_data(config)
+    model = train(config, data, progress=False).model
+    assert model.get_buffer("blocks.0.mlp_tokens.bn2.num_batches_tracked") == 2 * 20  # steps times updates
+    with pytest.raises(
+        ValueError, match=r'cannot build .*rtol=0\.1.*"batch_per_step" makes each training step another'
+    ):
+        build_model(replace(config, rtol=0.1), data)
+
+
 # Presets for other models
 
 

@@ -190,6 +190,20 @@ class TestBatch:
         imlp.eval()(torch.randn(1, 7))
 
 
+@pytest.mark.parametrize(("norm", "updates"), [("batch", 1), ("batch_per_step", 3)])
+def test_gradient_checkpointing_updates_running_statistics_again(norm, updates):
+    """As in any model with batch normalization; the gradients are those without it."""
+    plain = trained_somewhat(small(norm=norm, n_iter=3)).train()
+    again = copy.deepcopy(plain)
+    again.set_grad_checkpointing()
+    x = torch.randn(2, 3, 16, 16)
+    for model, times in ((plain, 1), (again, 2)):
+        model(x).square().sum().backward()
+        assert model.blocks[1].mlp_tokens.bn2.num_batches_tracked == times * updates
+    for ours, theirs in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
 class Published:
     """The published forward pass in training mode with batch normalization in each step, written out.
 

@@ -18,11 +18,13 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
+from torchvision.transforms import Compose
 
+from imixer.data.device_transforms import DeviceTransforms, DrawnBatch
 from imixer.data.erasing import BoxErasing, Erased
 from imixer.data.fingerprint import digest
 from imixer.data.random_streams import generator_of, restored_global_generators, seed_global_generators
-from imixer.data.sources import ImageSource
+from imixer.data.sources import ImageArrays, ImageSource
 from imixer.data.transforms import TimmTransforms
 from imixer.random_affine import RandomAffine
 
@@ -52,6 +54,7 @@ class RawBatch(NamedTuple):
         images: uint8, (B, C, H, W).
         targets: int64, (B,).
         moves: What moves the images, (B, `RandomAffine.NUM_DRAWS`), if anything does.
+        drawn: What augments them on the device, if anything does.
         erased: What erases parts of them, if anything does.
     """
 
@@ -59,6 +62,7 @@ class RawBatch(NamedTuple):
     images: Tensor
     targets: Tensor
     moves: Tensor | None = None
+    drawn: DrawnBatch | None = None
     erased: Erased | None = None
 
 
@@ -71,6 +75,7 @@ class Images(Dataset[ImageBatch], ABC):
     """
 
     augment: RandomAffine | None = None
+    on_device: DeviceTransforms | None = None
     erasing: BoxErasing | None = None
 
     def __init__(self, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -102,7 +107,10 @@ class Images(Dataset[ImageBatch], ABC):
         Returns:
             Normalized images, float32 (B, C, H, W), and int64 targets (B,); with `mixup`, float32 ones (B, classes).
         """
-        images, targets = batch.images.float(), batch.targets
+        images, targets = batch.images, batch.targets
+        if self.on_device is not None and batch.drawn is not None:
+            images = self.on_device(images, batch.drawn)
+        images = images.float()
         if self.augment is not None and batch.moves is not None:
             images = self.augment(images, batch.moves)
         if mixup is not None:
@@ -179,19 +187,38 @@ class TransformedImages(Images):
         transforms: timm's settings.
         img_size: Side of the returned images, in pixels.
         training: Whether they are augmented.
+        augment_on: "workers", or "device" to augment batches where the model is. Then the workers only draw random
+            numbers, and decode and crop files, whose sizes differ; pictures that the source holds in memory at one size
+            are cropped on the device, too.
+
+    Raises:
+        ValueError: `transforms` asks for something that is not done on the device; see `DeviceTransforms`.
     """
 
-    def __init__(self, source: ImageSource, transforms: TimmTransforms, *, img_size: int, training: bool) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        transforms: TimmTransforms,
+        *,
+        img_size: int,
+        training: bool,
+        augment_on: str = "workers",
+    ) -> None:
         super().__init__(mean=transforms.mean, std=transforms.std)
-        self.source = source
+        self.source, self.img_size = source, img_size
         self.transform = transforms.create(img_size, training=training)
+        if training and augment_on == "device":
+            in_memory = isinstance(source, ImageArrays)
+            self.on_device = DeviceTransforms(self.transform, img_size=img_size, crops=in_memory)
+            steps = transforms.create(img_size, training=True).transforms
+            self.transform = Compose([*([] if in_memory else steps[:1]), steps[-1]])
         self.erasing = transforms.random_erasing() if training else None
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, key: BatchKey, on_image: Callable[[int], None] = lambda index: None) -> RawBatch:
-        samples, targets, erased = [], [], {}
+        samples, targets, drawn, erased = [], [], [], {}
         with restored_global_generators():
             for row, index in enumerate(key.indices):
                 on_image(index)
@@ -199,14 +226,18 @@ class TransformedImages(Images):
                 seed_global_generators("image", key.seed, key.epoch, index)
                 samples.append(self.transform(image))
                 targets.append(target)
-                if self.erasing is not None and (drawn := self.erasing.draw(*samples[-1].shape[1:])):
-                    erased[row] = drawn
+                if self.on_device is not None:
+                    drawn.append(self.on_device.draw(samples[-1]))
+                if self.erasing is not None and (boxes := self.erasing.draw(self.img_size, self.img_size)):
+                    erased[row] = boxes
         # In a worker process, default_collate stacks into shared memory.
         batch = RawBatch(key, default_collate(samples), torch.tensor(targets))
-        if not erased:
-            return batch
-        boxes, starts = zip(*erased.values(), strict=True)
-        return batch._replace(erased=Erased(torch.tensor(list(erased)), torch.tensor(boxes), torch.tensor(starts)))
+        if drawn:
+            batch = batch._replace(drawn=DeviceTransforms.collate(drawn))
+        if erased:
+            parts = (torch.tensor(part) for part in zip(*erased.values(), strict=True))
+            batch = batch._replace(erased=Erased(torch.tensor(list(erased)), *parts))
+        return batch
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()

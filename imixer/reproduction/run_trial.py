@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from filelock import FileLock, Timeout
 
 import imixer.reproduction.mixers  # noqa: F401  registers the models
 from imixer.data import ImageData
 from imixer.reproduction.measurements import MEASUREMENTS, TrainedRun
 from imixer.reproduction.trial import FAILED, STARTED, TRAINED, Trial, TrialFolder, folder_of, measurement_file
 from imixer.training import TrainingConfig, TrainingInterruptedError, load_data, train
+from imixer.training.folder_lock import FolderInUseError, locked
 
 # Settings that the images of a run depend on, besides the model's own size and interpolation.
 OF_THE_IMAGES = ("data_dir", "dataset", "img_size", "cache_mb", "no_aug", "hflip", "crop_pct", "aa", "reprob", "remode")
@@ -71,32 +71,34 @@ def run_trial(task: Task, output: Path, sweep: str) -> Ending:
     """
     folder = folder_of(task.trial, output)
     folder.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.path / ".lock")
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
+        with locked(folder.path):
+            return _run_claimed(task, folder, sweep)
+    except FolderInUseError:
         return Ending.BUSY
-    with lock:
-        if not task.missing(output):
-            return Ending.ALREADY
-        if folder.failed_in(sweep):
-            return Ending.FAILED
-        folder.write(STARTED, {"sweep": sweep, "pid": os.getpid(), "host": platform.node()})
-        folder.write("trial.json", {"data": task.trial.data, "settings": dict(task.trial.settings)})
-        try:
-            _train_and_measure(task, folder)
-        except TrainingInterruptedError:
-            return Ending.INTERRUPTED
-        except Exception as error:  # whatever is wrong with one trial leaves the others alone
-            record_failure(folder, sweep, f"{type(error).__name__}: {error}", traceback.format_exc())
-            return Ending.FAILED
-        (folder.path / FAILED).unlink(missing_ok=True)
-        return Ending.COMPLETE
 
 
 def record_failure(folder: TrialFolder, sweep: str, reason: str, details: str = "") -> None:
     """Leave a note of why a trial failed."""
     folder.write(FAILED, {"sweep": sweep, "reason": reason, "details": details})
+
+
+def _run_claimed(task: Task, folder: TrialFolder, sweep: str) -> Ending:
+    if not folder.missing(task.measurements):
+        return Ending.ALREADY
+    if folder.failed_in(sweep):
+        return Ending.FAILED
+    folder.write(STARTED, {"sweep": sweep, "pid": os.getpid(), "host": platform.node()})
+    folder.write("trial.json", {"data": task.trial.data, "settings": dict(task.trial.settings)})
+    try:
+        _train_and_measure(task, folder)
+    except TrainingInterruptedError:
+        return Ending.INTERRUPTED
+    except Exception as error:  # whatever is wrong with one trial leaves the others alone
+        record_failure(folder, sweep, f"{type(error).__name__}: {error}", traceback.format_exc())
+        return Ending.FAILED
+    (folder.path / FAILED).unlink(missing_ok=True)
+    return Ending.COMPLETE
 
 
 def _train_and_measure(task: Task, folder: TrialFolder) -> None:

@@ -13,6 +13,7 @@ from imixer.training.keyword_arguments import plain
 
 SCHEDULERS = ("cosine", "tanh", "poly", "step", "multistep", "constant")
 AMP_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # torch's names and accelerate's
+AUGMENT_ON = ("workers", "device")
 DEVICES = ("auto", "cpu", "cuda")
 # Settings of timm's transforms, which images that are decoded once do not go through.
 READ_EVERY_EPOCH = (
@@ -86,6 +87,9 @@ class TrainingConfig:
     )
 
     no_aug: bool = setting(False, "augmentation", "do not augment the training images")
+    augment_on: str = setting(
+        "workers", "augmentation", "where images that are read in every epoch are augmented", choices=AUGMENT_ON
+    )
     train_crop_mode: str | None = setting(
         None, "augmentation", "how training images are cropped: rrc, rkrc, rkrr", metavar="MODE"
     )
@@ -147,6 +151,8 @@ class TrainingConfig:
         None, "model", "other keyword arguments of the model, such as stem_norm=True", metavar="NAME=VALUE"
     )
     initial_checkpoint: str = setting("", "model", "checkpoint from which training starts", metavar="FILE")
+    new_head: bool = setting(False, "model", "leave out its classifier, for other classes")
+    new_token_mixing: bool = setting(False, "model", "leave out its token mixers, for another number of patches")
 
     opt: str = setting("adamw", "optimization", "optimizer, by timm's name", metavar="NAME", argument="opt")
     opt_eps: float | None = setting(None, "optimization", "its epsilon", metavar="EPS", argument="eps")
@@ -205,7 +211,6 @@ class TrainingConfig:
         None, "computation", "compile the model", metavar="BACKEND", const="inductor", aliases=("--compile",)
     )
     torchcompile_mode: str | None = setting(None, "computation", "how: reduce-overhead, max-autotune", metavar="MODE")
-    fsdp: bool = setting(False, "computation", "shard weights and optimizer over the processes (FSDP2)")
 
     seed: int = setting(42, "run", "seed of weights, order and augmentation", metavar="N")
     output: str | None = setting(None, "run", "folder of the results [runs/<data>-<model>]", metavar="DIR")
@@ -235,13 +240,15 @@ class TrainingConfig:
             )
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size must be even for mixup and cutmix, which mix pairs, not {self.batch_size}")
-        changed = [item.name for item in fields(self) if item.name in READ_EVERY_EPOCH]
+        changed = [item.name for item in fields(self) if item.name in (*READ_EVERY_EPOCH, "augment_on")]
         changed = [name for name in changed if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if self.cache_mb and changed:
             raise ValueError(
                 f"{', '.join(changed)}: for images that are read in every epoch, not for those that are decoded once; "
                 "add --cache-mb 0, or leave it out"
             )
+        if (self.new_head or self.new_token_mixing) and not self.initial_checkpoint:
+            raise ValueError("new_head and new_token_mixing leave out parts of --initial-checkpoint; give that too")
         self.checkpoint_every  # noqa: B018  raises for what it cannot read
 
     @property

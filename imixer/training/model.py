@@ -4,6 +4,8 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import timm
@@ -13,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import imixer.imixer  # noqa: F401  registers the models
+from imixer.checkpoint import load_checkpoint
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig, arguments_of_group
 
@@ -97,8 +100,42 @@ def model_arguments(config: TrainingConfig, data: ImageData) -> dict[str, Any]:
     return arguments
 
 
+def check_model_arguments(source: Path | str, name: str, arguments: Mapping[str, Any]) -> None:
+    """Check what a checkpoint says of its model before a model is built by it.
+
+    `timm.create_model` also takes arguments that name files and addresses to load weights from. A checkpoint may give
+    only plain values, and only for what the constructor of the model's class takes.
+
+    Raises:
+        ValueError: There is no such model, or an argument is of another kind.
+    """
+    check_model_name(name)
+    kind = inspect.signature(timm.model_entrypoint(name)).return_annotation
+    taken = {parameter for cls in getattr(kind, "__mro__", ()) for parameter in inspect.signature(cls).parameters}
+    for argument, value in arguments.items():
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if argument not in taken or not all(isinstance(entry, (int, float, str, NoneType)) for entry in entries):
+            raise ValueError(
+                f"{source} asks for {name} with {argument}={str(value)[:80]!r}, which is not taken from a checkpoint; "
+                "give it yourself, by --model-kwargs or timm.create_model"
+            )
+
+
 def build_model(config: TrainingConfig, data: ImageData) -> nn.Module:
     """Create the model with fresh weights, or those of `config.initial_checkpoint`.
+
+    Raises:
+        ValueError: The model does not exist, or does not take the arguments, or the checkpoint does not fit.
+        OSError: The checkpoint cannot be read.
+    """
+    model = create_model(config, data)
+    if config.initial_checkpoint:
+        load_first_weights(model, config)
+    return model
+
+
+def create_model(config: TrainingConfig, data: ImageData) -> nn.Module:
+    """Create the model with fresh weights.
 
     Raises:
         ValueError: The model does not exist, or does not take the arguments.
@@ -106,7 +143,7 @@ def build_model(config: TrainingConfig, data: ImageData) -> nn.Module:
     check_model_name(config.model)
     arguments = model_arguments(config, data)
     try:
-        return timm.create_model(config.model, checkpoint_path=config.initial_checkpoint or None, **arguments)
+        return timm.create_model(config.model, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ValueError(f"cannot build {config.model} with {_listed(arguments)}: {error}") from error
 
@@ -130,6 +167,21 @@ def build_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.Opt
 
 def _listed(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def load_first_weights(model: nn.Module, config: TrainingConfig) -> str:
+    """Load `config.initial_checkpoint`, and return one line that says so, and what was left out of it.
+
+    Raises:
+        ValueError: The checkpoint is damaged or does not fit.
+        OSError: It cannot be read.
+    """
+    path = config.initial_checkpoint
+    fresh = load_checkpoint(model, path, new_head=config.new_head, new_token_mixing=config.new_token_mixing)
+    if not fresh:
+        return f"the first weights are those of {path}"
+    shown = ", ".join(fresh if len(fresh) <= 4 else [*fresh[:4], "..."])
+    return f"the first weights are those of {path}, except {len(fresh)} tensors that start anew: {shown}"
 
 
 @torch.no_grad()
