@@ -1,4 +1,4 @@
-"""The console commands `imixer-reproduce`, `imixer-train` and `imixer-validate`: what has to happen before PyTorch is imported."""
+"""The console commands `imixer-reproduce`, `imixer-train`, `imixer-validate`: what comes before PyTorch is imported."""
 
 import importlib
 import os

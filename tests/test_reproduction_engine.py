@@ -221,6 +221,7 @@ def test_ray_is_asked_for_where_it_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.timeout(900)  # Ray starts servers, and a process for each core
 def test_ray_runs_every_trial_once(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     tasks = [*tiny_tasks(2), Task(trial=tiny_trial(0, h_ratio=-1.0))]
