@@ -177,3 +177,22 @@ def test_all_arms_of_an_experiment_have_one_budget(tmp_path: Path) -> None:
                 group = f"{arm.labels.get('size')} {arm.data.name}"
                 groups.setdefault(group, set()).add(tuple(arm.settings.get(name) for name in budget))
             assert all(len(budgets) == 1 for budgets in groups.values()), experiment.name
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
+def test_every_trial_is_a_valid_configuration(scale: str, tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    sweep = Sweep(output=tmp_path, scale=scale, names=tuple(EXPERIMENTS), data_dir=tmp_path, num_seeds=1)
+    tasks = sweep.tasks()
+    for task in tasks:
+        config = task.trial.config(tmp_path / "run")
+        assert config.dataset == ("torch/cifar10" if task.trial.data == "cifar10" else "")
+        assert config.device == "auto"
+    models = {task.trial.settings["model"] for task in tasks}
+    if scale == "paper":
+        assert models == {f"{kind}_{size}16_224" for kind in ("mixer", "imixer") for size in "sbl"}
+        small = next(task.trial.settings for task in tasks if task.trial.settings["model"] == "mixer_s16_224")
+        assert (small["epochs"], small["batch_size"], small["drop_path"]) == (300, 512, 0.1)
+        assert not {"h_ratio", "n_iter", "n_power"} & small.keys()
+    else:
+        assert models == {"mixer_ti4_32", "imixer_ti4_32"}
