@@ -101,7 +101,7 @@ def test_a_failed_trial_says_why_and_leaves_the_others_alone(tmp_path: Path) -> 
     tasks.insert(1, Task(trial=tiny_trial(0, h_ratio=-1.0)))
     assert run_all(tasks, tmp_path) == {0: Ending.COMPLETE, 1: Ending.FAILED, 2: Ending.COMPLETE}
     failure = folder_of(tasks[1].trial, tmp_path).read(FAILED)
-    assert "h_ratio=-1.0" in failure["reason"]
+    assert "h_ratio must be a positive number, got -1.0" in failure["reason"]
     assert "Traceback" in failure["details"]
     # In the same sweep it is not tried again; in the next one it is, and its note goes when it succeeds.
     assert run_trial(tasks[1], tmp_path, "one") is Ending.FAILED

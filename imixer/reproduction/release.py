@@ -67,7 +67,7 @@ def release(run_folder: Path, output: Path, *, data_dir: Path | None = None) -> 
     run = read_run(checkpoint)
     if run is None:
         raise ValueError(f"{checkpoint} does not say which run it is of; give the folder of a training run")
-    config = settings_of(run, {"amp": False, "fsdp": False} | ({} if data_dir is None else {"data_dir": str(data_dir)}))
+    config = settings_of(run, {"amp": False} | ({} if data_dir is None else {"data_dir": str(data_dir)}))
     data = load_data(config)
     model = load_trained_model(checkpoint, run, config, data).eval()
     rounded = {name: round_to_half(tensor) for name, tensor in model.state_dict().items()}
