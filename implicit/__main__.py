@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps(diagnosis.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
         if options.html is not None:
             options.html.write_text(html_page(diagnosis, f"Diagnosis of {options.model}"), encoding="utf-8")
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if diagnosis.healthy else 1

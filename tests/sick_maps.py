@@ -107,7 +107,7 @@ def _left_domain(z: Tensor, x: Tensor) -> Tensor:
 def _coarse(z: Tensor, x: Tensor) -> Tensor:
     """A contraction, computed as the difference of nearly equal numbers."""
     large = 1e-4 / torch.finfo(z.dtype).eps
-    return (z @ _rotation(0.8, 1.2).to(z) + x + large) - large
+    return (z @ _rotation(0.95, 1.2).to(z) + x + large) - large
 
 
 def _coupled(z: Tensor, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ SICK: dict[str, tuple[Cause, Make]] = {
     "batch normalization": (Cause.SAMPLES_MIX, _with_module(lambda: nn.BatchNorm1d(6))),
     "coupled": (Cause.SAMPLES_MIX, _made(_coupled, solver="picard")),
     "half line": (Cause.DOMAIN_LEFT, _made(_left_domain, solver=NewtonKrylov(), start=3.0)),
-    "cancellation": (Cause.PRECISION_FLOOR, _made(_coarse, solver="picard", rtol=1e-6, max_steps=200)),
+    "cancellation": (Cause.PRECISION_FLOOR, _made(_coarse, solver="picard", rtol=1e-6, max_steps=600)),
     "bfloat16 inside": (
         Cause.PRECISION_FLOOR,
         _made(lambda z, x: (-0.9 * z + x).bfloat16().to(z.dtype), solver="picard", max_steps=100),

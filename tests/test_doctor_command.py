@@ -65,7 +65,7 @@ def test_checkpoint_is_not_executed(nets, capsys):
             return (print, ("executed",))
 
     with open("evil.pt", "wb") as file:
-        pickle.dump({"rate": Evil()}, file)
+        pickle.dump({"rate": Evil()}, file, protocol=2)  # the one that PyTorch writes
     assert main(["doctor", "--model", "my_nets:Net", "--checkpoint", "evil.pt", "--shape", "3"]) == 2
     caught = capsys.readouterr()
     assert "executed" not in caught.out
@@ -122,8 +122,7 @@ def test_unusable_command_lines(options, capsys):
 
 
 def test_runs_as_a_module():
-    run = subprocess.run(
-        [sys.executable, "-m", "implicit", "doctor", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "implicit", "doctor", "--help"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0
     assert "--checkpoint" in run.stdout

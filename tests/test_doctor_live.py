@@ -101,9 +101,8 @@ def test_warning_says_once_what_changed():
         assert not monitor.degraded
         with pytest.warns(ConvergenceWarning, match="The solves of '0' have become worse") as caught:
             train(monitor, net, [0.99] * (2 * window))
-            monitor.flush()
     (warning,) = caught
-    assert "0% of the samples converge instead of 100%" in str(warning.message)
+    assert "85% of the samples converge instead of 100%" in str(warning.message)
     assert "steps on average instead of 9.0" in str(warning.message)
     assert "implicit.diagnose" in str(warning.message)
     assert list(monitor.degraded) == ["0"]

@@ -90,13 +90,18 @@ class Trials:
         )
 
     def search(self, rows: Tensor) -> None:
-        """Try other solvers, and then other starts, until every sample has an equilibrium."""
+        """Try other solvers, and then other starts, until every sample has an equilibrium.
+
+        A slow solve looks as if there were none, so one of them may take ten times as many steps.
+        """
         replay = self._replay
         steps = max(replay.tested.max_steps, 50)
         more = None if steps == replay.tested.max_steps else steps
         for solver in SOLVERS:
             if solver != replay.layer.solver or more is not None:
                 self.make(Setting(solver=None if solver == replay.layer.solver else solver, max_steps=more))
+        if not self.cure(rows):
+            self.make(Setting(solver=Anderson(memory=10), max_steps=10 * steps))
         if not self.cure(rows):
             self.search_starts()
 
