@@ -79,11 +79,12 @@ def leading_eigenvalues(f: FlatMapping, z: Tensor, generator: torch.Generator) -
 def _transposed_product(f: FlatMapping, z: Tensor) -> Callable[[Tensor], Tensor]:
     with torch.enable_grad():
         argument = z.detach().requires_grad_()
-        image = None
+        image, differentiable = argument, False
         with contextlib.suppress(RuntimeError, NotImplementedError):  # the map supports no autograd
             image = f(argument)
             torch.autograd.grad(image, argument, torch.zeros_like(image), retain_graph=True)
-    if image is None or not image.requires_grad:
+            differentiable = True
+    if not differentiable:
         base, size = f(z), rms_norm(z) + rms_norm(f(z))
         eps = torch.finfo(z.dtype).eps
 
@@ -102,7 +103,8 @@ def _transposed_product(f: FlatMapping, z: Tensor) -> Callable[[Tensor], Tensor]
 
 def _largest_power(hessenberg: Tensor) -> Tensor:
     """(B, m, m) -> (B,) the largest spectral norm among the powers."""
-    power, largest = hessenberg, torch.linalg.matrix_norm(hessenberg, 2)
+    power = hessenberg
+    largest: Tensor = torch.linalg.matrix_norm(hessenberg, 2)
     for _ in range(GROWTH_STEPS):
         power = (power @ hessenberg).clamp(-1e100, 1e100)
         largest = torch.maximum(largest, torch.linalg.matrix_norm(power, 2))

@@ -59,7 +59,7 @@ class Trials:
         try:
             with self._replay.restored():
                 solution = self._replay.run(setting)
-        except (RuntimeError, NotImplementedError):  # such as products that the map does not support
+        except Exception:  # products that the map does not support, or a start that it refuses: no cure
             return None
         converged = solution.converged.flatten().cpu()
         if len(converged) != len(self._failed):  # batch_dims=0
