@@ -71,6 +71,13 @@ def _rotation(radius: float, angle: float) -> Tensor:
     return turned
 
 
+def _rotations(radius: float) -> Tensor:
+    """Six dimensions turned in three planes, so that rounding keeps every entry in motion."""
+    blocks = [torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]) for a in (0.7, 1.2, 2.0)]
+    turned: Tensor = _basis(6) @ torch.block_diag(*blocks).double() @ _basis(6).T
+    return radius * turned
+
+
 def _non_normal() -> Tensor:
     return 0.6 * torch.eye(8, dtype=torch.float64) + torch.diag(torch.full((7,), 3.0, dtype=torch.float64), 1)
 
@@ -161,7 +168,7 @@ SICK: dict[str, tuple[Cause, Make]] = {
     ),
     "tight": (
         Cause.TOLERANCE_TOO_TIGHT,
-        _linear(lambda: _rotation(0.9, 1.2), rtol=1e-18, max_steps=600, solver="picard"),
+        _linear(lambda: _rotations(0.95), rtol=1e-18, max_steps=1500, solver="picard"),
     ),
     "loose": (
         Cause.TOLERANCE_TOO_LOOSE,
