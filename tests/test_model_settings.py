@@ -23,7 +23,7 @@ from imixer.imlp_options import IMLP_OPTIONS, IMLPOptions, choices
 from imixer.training import TrainingConfig, build_model, load_checkpoint, load_data, parse, train
 from imixer.training.command_line import read_settings, write_settings
 from imixer.training.keyword_arguments import read_keyword_arguments
-from imixer.training.model import build_optimizer, refused_arguments
+from imixer.training.model import build_optimizer, catch_up_norms, refused_arguments
 from imixer.validation import load_trained_model, read_run, settings_of
 
 MIXER = ["cifar10", "--preset", "paper-small", "--model", "mixer_s16_224"]
@@ -315,6 +315,18 @@ def test_keyword_arguments_reach_model_and_optimizer_and_are_saved(tmp_path: Pat
     load_trained_model(Path("run/best.pt"), run, settings_of(run, {}), data)
 
 
+def test_settings_of_the_optimizer_reach_it() -> None:
+    changes: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.25, "opt_eps": 1e-3, "opt_betas": (0.5, 0.75)}
+    model = build_model(TINY, load_data(TINY))
+    groups = build_optimizer(replace(TINY, **changes), model).param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.25}
+    assert all((group["lr"], group["eps"], group["betas"]) == (0.5, 1e-3, (0.5, 0.75)) for group in groups)
+    decayed = build_optimizer(replace(TINY, layer_decay=0.5), model).param_groups
+    assert {group["lr_scale"] for group in decayed} == {1.0, 0.5, 0.25}
+    momentum = build_optimizer(replace(TINY, opt="momentum", momentum=0.7), model).param_groups
+    assert {group["momentum"] for group in momentum} == {0.7}
+
+
 def test_keyword_arguments_that_do_not_exist_are_named() -> None:
     data = load_data(TINY)
     with pytest.raises(ValueError, match="cannot build imixer_ti4_32 with .*stem=1.*'stem'; did you mean 'stem_norm"):
@@ -324,3 +336,13 @@ def test_keyword_arguments_that_do_not_exist_are_named() -> None:
         build_optimizer(replace(TINY, opt_kwargs={"amsgard": 1}), model)
     with pytest.raises(ValueError, match="cannot make the optimizer adamw with .*eps=-1.0.*: Invalid epsilon"):
         build_optimizer(replace(TINY, opt_eps=-1.0), model)
+
+
+def test_norms_of_averaged_weights_catch_up_and_stay_in_eval_mode() -> None:
+    model = build_model(TINY, load_data(TINY)).eval()
+    layer = model.get_submodule("blocks.0.mlp_tokens.fc_sn1")
+    original = layer.get_parameter("parametrizations.weight.original")
+    torch.nn.init.normal_(original)  # the singular vectors are those of other weights now
+    catch_up_norms(model)
+    assert not any(module.training for module in model.modules())
+    assert torch.linalg.matrix_norm(layer.weight.detach(), 2) < 1.2 < torch.linalg.matrix_norm(original.detach(), 2)  # type: ignore[operator]
