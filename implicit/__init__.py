@@ -11,7 +11,14 @@ from implicit.backward import (
     Unrolled,
     get_backward,
 )
-from implicit.diagnostics import check_map, checked_maps, record_solutions
+from implicit.diagnostics import (
+    audit_gradients,
+    check_map,
+    checked_maps,
+    diagnose,
+    monitor_solves,
+    record_solutions,
+)
 from implicit.functional import fixed_point
 from implicit.invertible_residual import InvertibleResidual
 from implicit.layer import FixedPointLayer
@@ -40,14 +47,17 @@ __all__ = [
     "SpectralNorm",
     "Unrolled",
     "WarmStart",
+    "audit_gradients",
     "check_map",
     "checked_maps",
+    "diagnose",
     "dropout_mask",
     "fixed_point",
     "get_backward",
     "iterates",
     "jacobian_regularization",
     "lipschitz_bound",
+    "monitor_solves",
     "power_iterations_advanced",
     "record_solutions",
     "spectral_norm",
