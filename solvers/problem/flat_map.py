@@ -53,6 +53,11 @@ class FlatMap:
         """
         self._done, self._value = done.unsqueeze(1), value
 
+    @property
+    def frozen(self) -> Tensor | None:
+        """(B,) bool, the samples for which f is called with another value than is asked for; None without any."""
+        return None if self._done is None else self._done.squeeze(1)
+
     def check_in_dims(self, in_dims: InDims) -> None:
         """Raise a ValueError unless every argument has the samples where ``in_dims`` says."""
         for number, (arg, dim) in enumerate(zip(self._args, self._dims(in_dims), strict=True)):
