@@ -99,6 +99,7 @@ class ToleranceTest:
             self._before = None if first else self.latest
         # Without what else the solver remembers.
         self.latest, self.lost = State(state.z, state.fz), None
+        self._image_is_nearer = state.image_is_nearer
         with torch.no_grad():
             errors, scales = self._measure.parts(state.displacement), self._measure.parts(state.fz)
             if first:
@@ -185,7 +186,10 @@ class ToleranceTest:
 
     def _secant(self) -> Secant:
         assert self._before is not None
-        return Secant.between(self._before, self.latest)
+        secant = Secant.between(self._before, self.latest)
+        if self._image_is_nearer:
+            secant.contracts = torch.ones_like(secant.contracts)
+        return secant
 
     def _verdict(self, news: News, secant: Secant | None, *, waited: bool) -> Verdict:
         """What becomes of the samples, by one look; none is idle unless one can have ``waited`` long enough.

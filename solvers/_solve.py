@@ -281,7 +281,7 @@ class Iteration(Generic[S]):
             num_evals=num_evals,
             history=unpack(outcome.history),
             state=self.state,
-            scaling=None if self._map.scaling is None else unpack(self._map.scaling.squeeze(1)),
+            scaling=unpack(self._map.scaling_of_all),
         )
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Iteration[S]":

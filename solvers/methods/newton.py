@@ -50,6 +50,10 @@ class NewtonState(State):
         return self.newton if self.of_root else self.residual
 
     @property
+    def image_is_nearer(self) -> bool:
+        return self.of_root
+
+    @property
     def num_stuck(self) -> int:
         """How many samples are where the matrix is singular, without a solution."""
         return int((self.singular & (self.error > 0)).sum())

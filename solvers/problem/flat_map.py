@@ -20,10 +20,12 @@ class FlatMap:
     Attributes:
         called: What messages call the user's function.
         scaling: (B, 1) what the user's function is multiplied by, for one whose roots are sought; else None.
+        scaling_of_all: (B,) the same, of the samples that have been taken out as well.
     """
 
     called = "f"
     scaling: Tensor | None = None
+    scaling_of_all: Tensor | None = None
 
     def __init__(self, f: Callable[..., Any], args: tuple[Any, ...], layout: Layout) -> None:
         self._f = f
