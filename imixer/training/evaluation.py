@@ -35,7 +35,7 @@ def evaluate(model: nn.Module, loader: Iterable[ImageBatch], accelerator: Accele
 
     Args:
         model: A classifier, without the wrapper of data-parallel training.
-        loader: This process's share of the images; as many batches as in the others, if weights are sharded.
+        loader: This process's share of the images.
         accelerator: The run's, for its precision and its processes; None is one process in the model's precision.
     """
     model.eval()

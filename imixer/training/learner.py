@@ -1,20 +1,20 @@
 """The model in training, and everything that follows its weights."""
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig
-from imixer.training.distributed import accumulating, load_optimizer, shard, whole_state
-from imixer.training.model import build_model, catch_up_norms
-from imixer.training.objective import make_loss, make_mixup
+from imixer.training.distributed import load_optimizer, whole_state
+from imixer.training.model import build_optimizer, catch_up_norms, create_model, load_first_weights
+from imixer.training.objective import make_loss
+from imixer.training.resuming import restoring
 
 
 class Learner:
@@ -30,6 +30,7 @@ class Learner:
         plain: The model without the wrapper of data-parallel training; what is tested and saved.
         optimizer: timm's.
         ema: timm's average of the weights, or None.
+        notes: What to say about the first weights.
     """
 
     def __init__(
@@ -42,56 +43,50 @@ class Learner:
         self.config = config
         self.accelerator = accelerator
         self._data = data
-        self.plain = build_model(config, data).to(accelerator.device)
+        self.plain = create_model(config, data).to(accelerator.device)
         if config.channels_last:
             self.plain = self.plain.to(memory_format=torch.channels_last)
+        self.notes: list[str] = []
         if checkpoint is not None:
-            self.plain.load_state_dict(checkpoint["state_dict"])
+            with restoring("weights"):
+                self.plain.load_state_dict(checkpoint["state_dict"])
+        elif config.initial_checkpoint:
+            self.notes.append(load_first_weights(self.plain, config))
         self.ema = None
         if config.model_ema:
             self.ema = ModelEmaV3(self.plain, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
             if checkpoint is not None and checkpoint["state_dict_ema"] is not None:
-                self.ema.module.load_state_dict(checkpoint["state_dict_ema"])
+                with restoring("averaged weights"):
+                    self.ema.module.load_state_dict(checkpoint["state_dict_ema"])
         if config.torchcompile:
             self.plain.compile(backend=config.torchcompile, mode=config.torchcompile_mode)  # in place, names stay
-        self._model = shard(self.plain, accelerator) if config.fsdp else accelerator.prepare_model(self.plain)
-        given: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas, "layer_decay": config.layer_decay}
-        self.optimizer = create_optimizer_v2(
-            self.plain,
-            opt=config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        self._model = accelerator.prepare_model(self.plain)
+        self.optimizer = build_optimizer(config, self.plain)
         self._scaled_optimizer = accelerator.prepare_optimizer(self.optimizer)
         if checkpoint is not None:
-            load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])
+            with restoring("optimizer"):
+                load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])
             if accelerator.scaler is not None and checkpoint["scaler"] is not None:
-                accelerator.scaler.load_state_dict(checkpoint["scaler"])
-        self._mixup = make_mixup(config, len(data.classes))
+                with restoring("gradient scaler"):
+                    accelerator.scaler.load_state_dict(checkpoint["scaler"])
         self._loss = make_loss(config).to(accelerator.device)
 
-    def start_epoch(self, epoch: int) -> None:
+    def start_epoch(self) -> None:
         """Make ready for the training part of an epoch."""
         self._model.train()
-        if self._mixup is not None:
-            self._mixup.mixup_enabled = not self.config.mixup_off_epoch or epoch < self.config.mixup_off_epoch
 
     def add_gradient(self, images: Tensor, targets: Tensor, *, share: float, last: bool) -> Tensor:
         """Add the gradient of ``share`` of a batch's loss, and return that share of it.
 
         Args:
             images: (B, C, H, W), on the device.
-            targets: (B,) classes.
+            targets: (B,) classes, or (B, classes) soft targets.
             share: One over the number of batches to the update.
             last: Whether the update comes next, so that processes exchange their gradients now.
         """
-        if self._mixup is not None:
-            images, targets = self._mixup(images, targets)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with accumulating(self._model, self.accelerator, only=not last):
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self._model):
             with self.accelerator.autocast():
                 logits = self._model(images)  # (B, classes)
             loss: Tensor = self._loss(logits.float(), targets) * share
@@ -104,8 +99,6 @@ class Learner:
         The norm is that of the gradient of all processes, and the same in each.
         """
         norm = self.accelerator.clip_grad_norm_(self._model.parameters(), self.config.clip_grad or math.inf)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
         values = torch.stack([loss.float(), norm.float()]).tolist()  # the one wait for the device in an update
         return values[0], values[1]
 
@@ -143,12 +136,12 @@ class Learner:
         All processes have to call it.
         """
         first = self.accelerator.is_main_process
-        if not (self.config.fsdp or self.config.torchcompile or self.config.amp):
+        if not (self.config.torchcompile or self.config.amp):
             return self.plain if first else None
         weights, _ = whole_state(self.plain, self.optimizer)
         if not first:
             return None
-        model = build_model(self.config, self._data).to(self.accelerator.device)
+        model = create_model(self.config, self._data).to(self.accelerator.device)
         model.load_state_dict(weights)
         return model
 

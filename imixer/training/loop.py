@@ -11,23 +11,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
 from imixer.data import ImageData, make_loader
-from imixer.training.checkpoints import LAST, load_checkpoint, save_best, save_checkpoint, set_aside_damaged
+from imixer.training.checkpoints import LAST, save_checkpoint
 from imixer.training.config import TrainingConfig
 from imixer.training.distributed import adder, make_accelerator
 from imixer.training.evaluation import evaluate
 from imixer.training.imlp_report import look_at_imlps
 from imixer.training.interruption import StopSignals, TrainingInterruptedError
 from imixer.training.learner import Learner
-from imixer.training.objective import seed_step
+from imixer.training.objective import make_mixup, seed_step
 from imixer.training.plots import plot_curves
-from imixer.training.progress import Progress, write_results
+from imixer.training.progress import write_results
 from imixer.training.reporting import Report
-from imixer.training.resuming import check_same_run, describe_changes, identity
-from imixer.training.run_folder import EpochMetrics, environment, new_folder, prepare_folder
+from imixer.training.resuming import Start, begin, describe_changes, identity
+from imixer.training.run_folder import EpochMetrics, environment
 from imixer.training.schedule import Schedule
 
 IMLP_IMAGES = 16  # test images that the iMLPs are looked at on, after every epoch
@@ -42,7 +43,7 @@ class TrainingResult:
     """A finished run.
 
     Args:
-        model: The trained model, in evaluation mode, on the device it was trained on; sharded if it was trained so.
+        model: The trained model, in evaluation mode, on the device it was trained on.
         metrics: One entry per epoch.
         output: Folder of the run's files.
     """
@@ -53,7 +54,12 @@ class TrainingResult:
 
 
 def train(
-    config: TrainingConfig, data: ImageData, *, resume: Path | None = None, progress: bool = True
+    config: TrainingConfig,
+    data: ImageData,
+    *,
+    resume: Path | None = None,
+    allow_other_data: bool = False,
+    progress: bool = True,
 ) -> TrainingResult:
     """Train a model, testing and saving it after every epoch.
 
@@ -64,37 +70,43 @@ def train(
     Args:
         config: The settings.
         data: The images, from `load_data(config)`.
-        resume: Folder or checkpoint of a run to continue.
+        resume: Folder of a run to continue, or one of its checkpoints, as `imixer.training.resuming.begin` says.
+        allow_other_data: Whether to continue it with images whose `fingerprint` is another, of the same classes.
         progress: Whether the first process shows a progress bar, and prints a line per epoch.
 
     Raises:
         ValueError: The model or the device does not exist, the output folder holds a run, or the run to resume is of
-            another model or batch.
-        OSError: A file cannot be read or written; what was saved before is still there.
+            another model, batch or data set.
+        OSError: A file cannot be read or written, or another process runs in the folder; what was saved before is
+            still there.
         NonFiniteError: The loss or the gradient was not finite in `config.max_nonfinite` updates in a row.
-        TrainingInterruptedError: SIGINT or SIGTERM came; the run was saved.
+        TrainingInterruptedError: SIGINT, SIGTERM, SIGHUP or SIGUSR1 came; the run was saved.
     """
     accelerator = make_accelerator(config)
+    with begin(config, data, accelerator, resume, allow_other_data=allow_other_data) as start:
+        return _train(config, data, accelerator, start, progress)
+
+
+def _train(
+    config: TrainingConfig, data: ImageData, accelerator: Accelerator, start: Start, progress: bool
+) -> TrainingResult:
+    """As `train`, in a folder that is this run's."""
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     first = accelerator.is_main_process
-    this_run = identity(config, data, world_size)
-    if resume is None:
-        folder, checkpoint, at = new_folder(config, data.name), None, Progress()
-    else:
-        checkpoint, source = load_checkpoint(resume, print if first else lambda _: None)
-        check_same_run(source, checkpoint, this_run, world_size)
-        at = Progress.from_dict(checkpoint["progress"])
-        elsewhere = config.output is not None and Path(config.output).resolve() != source.parent.resolve()
-        folder = new_folder(config, data.name) if elsewhere else source.parent
-        if first and not elsewhere:
-            set_aside_damaged(source)
-    if first:
-        prepare_folder(folder, config)
+    this_run = {**identity(config, data, world_size), "data": start.fingerprint}
+    folder, checkpoint, at = start.folder, start.checkpoint, start.progress
 
     set_seed(config.seed)
     learner = Learner(config, data, accelerator, checkpoint)
     loader = partial(make_loader, workers=config.workers, seed=config.seed, rank=rank, world_size=world_size)
-    train_loader = loader(data.train, batch_size=config.batch_size, training=True, device=device)
+    train_loader = loader(
+        data.train,
+        batch_size=config.batch_size,
+        training=True,
+        device=device,
+        mixup=make_mixup(config, len(data.classes)),
+        mixup_off_epoch=config.mixup_off_epoch,
+    )
     test_batch = config.validation_batch_size or config.batch_size
     test_loader = loader(data.test, batch_size=test_batch, training=False, device=device)
     num_steps, group = len(train_loader), config.grad_accum_steps
@@ -113,13 +125,13 @@ def train(
             state = {**learner.state(), **this_run, "progress": at.as_dict(), "epoch": at.epoch}
             state |= {"mean": list(data.mean), "std": list(data.std), "config": asdict(config), "environment": about}
             if first:
-                if at.step == 0 and at.best is at.metrics[-1]:
-                    save_best(folder, state)
-                save_checkpoint(folder, state)
+                save_checkpoint(folder, state, best=at.step == 0 and at.best is at.metrics[-1])
             accelerator.wait_for_everyone()
             saved_time, saved_updates = time.monotonic(), at.updates
 
         report.say(f"{data.description}\n{_describe(config, learner, schedule, world_size)}; {folder}")
+        for note in (*start.notes, *learner.notes):
+            report.say(note)
         if checkpoint is not None:
             changes = describe_changes(checkpoint, config)
             report.say(f"continuing after epoch {at.epoch}, step {at.step} of {num_steps}{changes}")
@@ -128,7 +140,7 @@ def train(
         report.start(epoch_images * schedule.num_epochs, done, at.updates)
         for epoch in range(at.epoch, schedule.num_epochs):
             train_loader.sampler.set_epoch(epoch, start_batch=at.step)
-            learner.start_epoch(epoch)
+            learner.start_epoch()
             epoch_started, images_seen = time.monotonic(), 0
             loss, num_images = torch.zeros((), device=device), 0
             for step, (images, targets) in enumerate(train_loader, start=at.step):
@@ -217,7 +229,7 @@ def _describe(config: TrainingConfig, learner: Learner, schedule: Schedule, worl
     """One line of what is trained, and how."""
     accelerator, group = learner.accelerator, config.grad_accum_steps
     precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
-    processes = f"{world_size} process{'es' if world_size > 1 else ''}{' (FSDP2)' if config.fsdp else ''}"
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     num_parameters = sum(parameter.numel() for parameter in learner.plain.parameters())
     return (
         f"{config.model}: {num_parameters:,} parameters, {precision}, {processes} on {accelerator.device.type}; "
