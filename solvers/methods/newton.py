@@ -123,7 +123,8 @@ class Newton(Solver):
             state = self._at(f, state.z, state.radius, state.way)
         eps = torch.finfo(state.error.dtype).eps
         trial = self._at(f, state.z + state.newton, None, state.way)
-        enough = trial.error <= (1 - SUFFICIENT) * state.error
+        # Where the matrix is singular, a plain step that does no harm may lead to where it is not.
+        enough = trial.error <= torch.where(state.singular, 1.0, 1 - SUFFICIENT) * state.error
         # A full step at the level of rounding is as good as any.
         tiny = state.newton.abs().amax(dim=1) <= 4 * eps * state.z.abs().amax(dim=1) if state.z.shape[1] else enough
         rejected = ~(enough | tiny | (state.error == 0)) & state.error.isfinite()
