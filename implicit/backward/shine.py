@@ -85,10 +85,9 @@ class SHINE(Backward):
         return _Estimate(shine=self, inverses=[solution.state.inverse], factors=[_factor(solution)])
 
 
-def _factor(solution: Solution) -> Tensor:
-    """(B, 1) what H is to be multiplied by: -1, or for a root the c of ``z - c F(z)``, whose operator is -F'."""
-    like = solution.state.z[:, :1]
-    return torch.full_like(like, -1.0) if solution.scaling is None else solution.scaling.reshape(like.shape)
+def _factor(solution: Solution) -> Tensor | float:
+    """What H is to be multiplied by: -1, or for a root the c (B, 1) of ``z - c F(z)``, because the operator is -F'."""
+    return -1.0 if solution.scaling is None else solution.scaling.reshape(-1, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +105,7 @@ class _Estimate(LinearSolver):
         return dataclasses.replace(self, shine=shine)
 
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
-        (inverse,), (factor,) = self.inverses, self.factors or (-1.0,)
+        (inverse,), (factor,) = self.inverses, self.factors
         norm_b = rms_norm(b)
 
         def residual_of(x: Tensor) -> tuple[Tensor, Tensor]:
