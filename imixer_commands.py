@@ -1,4 +1,4 @@
-"""The console commands `imixer-train` and `imixer-validate`: what has to happen before PyTorch is imported."""
+"""The console commands `imixer-reproduce`, `imixer-train`, `imixer-validate`: what comes before PyTorch is imported."""
 
 import importlib
 import os
@@ -8,6 +8,11 @@ from collections.abc import Sequence
 # PyTorch's threads wait for each other in a busy loop. On cores that do other work too, that can make a step twenty
 # times slower; a short loop costs little on idle ones. It has to be set before PyTorch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def reproduce(arguments: Sequence[str] | None = None) -> int:
+    """Run experiments of the paper; return the exit code."""
+    return _run("imixer.reproduction.command_line", arguments)
 
 
 def train(arguments: Sequence[str] | None = None) -> int:

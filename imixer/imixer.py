@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from imixer.imlp import IMLP, change_solvers
 from imixer.imlp_options import IMLP_OPTIONS, IMLPOptions, SolverChanges, check_names, lists_options
+from imixer.shipped_weights import pretrained_cfgs
 from implicit import power_iterations_advanced
 
 __all__ = ["IMixer", "IMixerBlock"]
@@ -181,8 +182,8 @@ default_cfgs = generate_default_cfgs(
         "imixer_b16_224.untrained": _cfg(),
         "imixer_l32_224.untrained": _cfg(),
         "imixer_l16_224.untrained": _cfg(),
-        "imixer_ti4_32.untrained": _cfg_32(),
-        "imixer_s4_32.untrained": _cfg_32(),
+        **pretrained_cfgs("imixer_ti4_32", _cfg_32()),
+        **pretrained_cfgs("imixer_s4_32", _cfg_32()),
     }
 )
 

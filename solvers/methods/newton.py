@@ -165,7 +165,7 @@ class Newton(Solver):
             residual, matrix, way = with_jacobian(f.residual, z, way)
             if f.scaling is None:
                 direction = direction_of(residual)
-                f.set_scaling(z, residual, direction, (matrix @ direction.unsqueeze(2)).squeeze(2))
+                f.set_scaling(z, residual, direction, (matrix * direction.unsqueeze(1)).sum(dim=2))
             residual = -residual
             fz = z
         else:
