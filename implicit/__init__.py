@@ -19,10 +19,13 @@ from implicit.diagnostics import (
     monitor_solves,
     record_solutions,
 )
+from implicit.differentiable import differentiable
 from implicit.functional import fixed_point
 from implicit.invertible_residual import InvertibleResidual
 from implicit.layer import FixedPointLayer
 from implicit.log_determinant import ExactLogDet, PowerSeriesLogDet
+from implicit.optima import projected_gradient, proximal_gradient, stationary
+from implicit.root import root
 from implicit.spectral.lipschitz import lipschitz_bound
 from implicit.spectral.parametrization import SpectralNorm
 from implicit.spectral.power_iteration import power_iterations_advanced
@@ -51,6 +54,7 @@ __all__ = [
     "check_map",
     "checked_maps",
     "diagnose",
+    "differentiable",
     "dropout_mask",
     "fixed_point",
     "get_backward",
@@ -59,6 +63,10 @@ __all__ = [
     "lipschitz_bound",
     "monitor_solves",
     "power_iterations_advanced",
+    "projected_gradient",
+    "proximal_gradient",
     "record_solutions",
+    "root",
     "spectral_norm",
+    "stationary",
 ]

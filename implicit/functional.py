@@ -18,7 +18,7 @@ from solvers import (
     get_solver,
     stop_rule,
 )
-from solvers.problem import InDims, OnFailure, S
+from solvers.problem import InDims, OnFailure, S, names_options
 
 
 @overload
@@ -63,6 +63,7 @@ def fixed_point(
 ) -> tuple[S, Solution[S]]: ...
 
 
+@names_options
 def fixed_point(
     f: Callable[..., Any],
     z0: S,

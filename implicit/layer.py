@@ -10,7 +10,7 @@ from implicit.backward import Backward
 from implicit.implicit_layer import ImplicitLayer
 from implicit.training.iterates import iterates
 from solvers import NOT_GIVEN, NotGiven, Solution, Solver, StopRule, Tolerance, stop_rule
-from solvers.problem import InDims, OnFailure, S
+from solvers.problem import InDims, OnFailure, S, names_options
 
 
 class FixedPointLayer(ImplicitLayer, Generic[S]):
@@ -114,6 +114,7 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         on_failure: OnFailure = ...,
     ) -> None: ...
 
+    @names_options
     def __init__(
         self,
         f: Callable[..., Any],
@@ -145,6 +146,7 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         self.f = f
         self.init = init
 
+    @names_options
     def forward(
         self,
         *inputs: Any,

@@ -8,6 +8,7 @@ from solvers._stopping import NOT_GIVEN, NotGiven, Steps, Stopping, StopRule, To
 from solvers.methods.anderson import Anderson
 from solvers.methods.auto import Auto
 from solvers.methods.broyden import Broyden
+from solvers.methods.newton import Newton
 from solvers.methods.newton_krylov import NewtonKrylov
 from solvers.methods.picard import Picard
 from solvers.methods.solver import Solver, State
@@ -21,6 +22,7 @@ __all__ = [
     "ConvergenceWarning",
     "Iteration",
     "NOT_GIVEN",
+    "Newton",
     "NewtonKrylov",
     "NotGiven",
     "Picard",

@@ -18,6 +18,7 @@ def report_failure(
     on_failure: OnFailure,
     what: str = "The fixed-point solve",
     *,
+    failed: str = "did not converge",
     goal: str = "",
     advice: Callable[[], str] | None = None,
 ) -> None:
@@ -30,6 +31,7 @@ def report_failure(
         solution: The solution.
         on_failure: "warn", "raise" or "ignore".
         what: What was solved, as the beginning of a sentence.
+        failed: What the failed samples did, as the end of a sentence.
         goal: The tolerance.
         advice: Gives a further sentence. It is called only if there is something to report.
 
@@ -38,9 +40,9 @@ def report_failure(
     """
     if on_failure == "ignore" or not bool(solution.failed.any()):
         return
-    failed, total = int(solution.failed.sum()), solution.failed.numel()
+    number, total = int(solution.failed.sum()), solution.failed.numel()
     to = f" to {goal}" if goal else ""
-    lines = [f"{what} did not converge{to} for {failed} of {total} samples.", solution.summary()]
+    lines = [f"{what} {failed}{to} for {number} of {total} samples.", solution.summary()]
     if advice is not None and (extra := advice()):
         lines.append(extra)
     message = "\n".join(lines)

@@ -17,19 +17,14 @@ from solvers.problem.norms import FLOOR, underflow
 
 # Steps without a smaller residual after which a sample that is at the floor ends there.
 FLOOR_PATIENCE = 10
-
 # A residual this many times its minimum is growing or wild, and not stagnant.
 WILD = 1e3
-
 # Growth of the residual since the start from which a sample that is out of steps counts as diverged.
 FAR = 1e6
-
 # A residual that gets beyond the limit in so many steps from its smallest value has not grown there step by step.
 SUDDEN = 10
-
 # How often in a row a sample is taken back without a smaller residual in between.
 MOST_TAKEN_BACK = 10
-
 # The part of its bound below which the residual of a single iterate counts as convergence.
 TINY = 1e-2
 
@@ -104,6 +99,7 @@ class ToleranceTest:
             self._before, self._entries_before = self.latest, self._entries
         # Without what else the solver remembers.
         self.latest, self._entries, self.lost = State(state.z, state.fz), None, None
+        self._image_is_nearer = state.image_is_nearer
         with torch.no_grad():
             errors, scales = self._measure.parts(state.displacement), self._measure.parts(state.fz)
             if first:
@@ -145,6 +141,7 @@ class ToleranceTest:
     def _news(self, errors: Tensor, scales: Tensor, secant: Secant | None) -> News:
         changes = None if secant is None else (secant.most, secant.df)
         news = self._samples.news(self._measure, errors, scales, self._eps, changes)
+        self._slack = self._measure.slack(errors, scales, self._samples.absolute)
         if self._step == 1:
             # One iterate tells nothing of the error, so that the residual has to.
             bound, error = self._measure.compared(TINY * self._measure.bound(scales, self._samples.absolute), errors)
@@ -157,7 +154,8 @@ class ToleranceTest:
         assert self._before is not None
         self._entries = some_entries(self.latest)
         before = self._entries_before or some_entries(self._before)
-        return Secant.between(before, self._entries, complete=self._entries is self.latest)
+        complete = self._entries is self.latest
+        return Secant.between(before, self._entries, complete=complete, contracts=self._image_is_nearer)
 
     def _verdict(self, news: News, secant: Secant | None, *, waited: bool, asked: bool, careful: bool) -> Verdict:
         """What becomes of the samples, by one look; none is idle unless one can have ``waited`` long enough.
@@ -214,6 +212,8 @@ class ToleranceTest:
         # Where squares lose digits to underflow, norms tell nothing.
         tenfold = torch.add(10 * underflow(news.rounded), news.rounded, alpha=10)
         near = tenfold * secant.df < torch.maximum(news.scale, samples.start_size) * secant.dg
+        if self._slack is not None:
+            near = near & (secant.dz <= self._slack * secant.dg)
         if not grown:
             return near
         fallen = torch.add(tenfold, news.scale, alpha=10 * FLOOR * torch.finfo(tenfold.dtype).eps)

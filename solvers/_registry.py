@@ -12,6 +12,7 @@ from solvers.adapters.torchdeq import (
 from solvers.methods.anderson import Anderson
 from solvers.methods.auto import Auto
 from solvers.methods.broyden import Broyden
+from solvers.methods.newton import Newton
 from solvers.methods.newton_krylov import NewtonKrylov
 from solvers.methods.picard import Picard
 from solvers.methods.solver import Solver
@@ -22,6 +23,7 @@ _SOLVERS: dict[str, type[Solver]] = {
     "picard": Picard,
     "anderson": Anderson,
     "broyden": Broyden,
+    "newton": Newton,
     "newton_krylov": NewtonKrylov,
     "squarem": Squarem,
     "auto": Auto,
@@ -41,9 +43,9 @@ def get_solver(solver: Solver | str, **options: Any) -> Solver:
     """The solver of that name with these options; a solver object passes through.
 
     Args:
-        solver: ``"picard"``, ``"anderson"``, ``"broyden"``, ``"newton_krylov"``, ``"squarem"`` or ``"auto"``, or one of
-            another package, such as ``"torchdeq:anderson"`` or ``"scipy:krylov"`` (see :mod:`solvers.adapters`), or a
-            solver object.
+        solver: ``"picard"``, ``"anderson"``, ``"broyden"``, ``"newton"``, ``"newton_krylov"``, ``"squarem"`` or
+            ``"auto"``, or one of another package, such as ``"torchdeq:anderson"`` or ``"scipy:krylov"`` (see
+            :mod:`solvers.adapters`), or a solver object.
         **options: The hyperparameters of the named solver.
 
     Raises:

@@ -68,7 +68,7 @@ class Samples:
     @classmethod
     def at_start(cls, state: State, measure: Measure, scales: Tensor, errors: Tensor, max_growth: float) -> "Samples":
         """What is known before the first step is taken in, given the norms of its parts."""
-        starts = torch.maximum(measure.parts(state.z), scales)
+        starts = measure.sizes_at_start(state.z, scales)
         error, scale, size = (measure.whole(parts) for parts in (errors, scales, starts))  # (B,)
         zero, true = torch.zeros_like(error, dtype=torch.int64), torch.ones_like(error, dtype=torch.bool)
         infinite = torch.full_like(error, math.inf)

@@ -39,11 +39,15 @@ class Secant:
     most: Tensor
 
     @classmethod
-    def between(cls, before: State, after: State, *, complete: bool) -> "Secant":
-        """The changes from one state to another, whose entries are all there or, if not ``complete``, some."""
+    def between(cls, before: State, after: State, *, complete: bool, contracts: bool) -> "Secant":
+        """The changes from one state to another, whose entries are all there or, if not ``complete``, some.
+
+        Every step counts as contracting if ``contracts``.
+        """
         dz, df = after.z - before.z, after.fz - before.fz
         size_z, size_f, size_g = (torch.linalg.vector_norm(change, dim=1) for change in (dz, df, df - dz))
-        return cls(size_z, size_f, size_g, (CONTRACTION if complete else CONTRACTION_OF_SOME) * size_z)
+        most = math.inf if contracts else CONTRACTION if complete else CONTRACTION_OF_SOME
+        return cls(size_z, size_f, size_g, torch.full_like(size_z, most) if contracts else most * size_z)
 
     def error_ratio(self, of_image: Tensor) -> Tensor:
         """(B,) the error over the residual, of f(z) where ``of_image`` (B,), else of z."""

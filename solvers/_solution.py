@@ -46,13 +46,21 @@ class Status(enum.IntEnum):
     BREAKDOWN = (
         5,
         "The linear solver cannot go on: its search space is exhausted and the operator is singular on it. Check "
-        "that 1 is not an eigenvalue of the map's Jacobian, or regularize the map.",
+        "that 1 is not an eigenvalue of the map's Jacobian (for a root: that the Jacobian of F is not singular), or "
+        "regularize the map.",
     )
     UNTESTED = (6, "A fixed number of steps was asked for, so convergence was not tested.")
     PRECISION_FLOOR = (
         7,
         "The residual is a few rounding errors of the dtype and gets no smaller: the answer is as good as the dtype "
         "allows, and the tolerance asks for more. Loosen rtol or atol, or use a wider dtype (also in autocast).",
+    )
+
+    NOT_A_SOLUTION = (
+        8,
+        "The given answer does not satisfy the condition that it is differentiated by, so that its derivatives would "
+        "belong to another problem. Compute it to a smaller tolerance, check that the condition is that of the same "
+        "problem (its terms, signs and arguments), or raise the tolerance of the check.",
     )
 
 
@@ -87,7 +95,8 @@ class Solution(Generic[S]):
         residual: (B,) relative residual ``norm(f(z) - z) / norm(f(z))`` of that iterate (linear:
             ``norm(b - A x) / norm(b)``); None when a fixed number of steps was taken without ``history=True``.
         change: (B,) ``norm(f(z) - z)`` at that iterate, in the units of the state and the norm of the stopping test
-            (root mean square by default); None where the residual is, and for a linear solve.
+            (root mean square by default); for a root, ``norm(F(value))`` in the units of F. None where the residual is,
+            and for a linear solve.
         error_estimate: (B,) an estimate, no bound, of ``norm(value - fixed point)``: ``change`` times the ratio of
             error and residual along the sample's last step. 0 where the residual is 0, NaN after a single step; None
             where ``change`` is, and after a fixed number of steps.
@@ -97,6 +106,8 @@ class Solution(Generic[S]):
             best one.
         state: The solver's last state, on the flattened (B, D) problem.
         adjoint: The Solution of the linear solve in the backward pass, filled in by backward modes that make one.
+        scaling: (B,) for a root, the c with which the solver saw it as a fixed point of ``z - c F(z)``; else None.
+        solver: The linear solver that a linear solve was made by; else None.
         backward: The backward mode that the value's gradient is computed by; None where no gradient is recorded.
     """
 
@@ -109,13 +120,16 @@ class Solution(Generic[S]):
     change: Tensor | None = None
     error_estimate: Tensor | None = None
     state: Any = None
+    scaling: Tensor | None = None
+    solver: Any = None
     adjoint: "Solution[Any] | None" = None
     backward: Any = None
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in Counter(self._names()).items())
         worst = "" if self.residual is None or not self.residual.numel() else f", residual <= {self._worst():.1e}"
-        return f"Solution({counts or 'no samples'}{worst}, num_evals={self.num_evals})"
+        solver = "" if self.solver is None else f", solver={self.solver!r}"
+        return f"Solution({counts or 'no samples'}{worst}, num_evals={self.num_evals}{solver})"
 
     def statuses(self) -> Any:
         """The names of the statuses, as nested lists in the batch shape; one string for a single problem.

@@ -14,6 +14,8 @@ from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
 from solvers._stopping import NOT_GIVEN, Measure, NotGiven, Stopping, StopRule, Tolerance, stop_rule
+from solvers.methods.newton import NewtonState
+from solvers.methods.root_map import RootMap
 from solvers.methods.solver import Solver, close, take_samples
 from solvers.problem import (
     FlatMap,
@@ -23,6 +25,7 @@ from solvers.problem import (
     S,
     check_on_failure,
     copy_with_tensors,
+    names_options,
     with_tensors,
     without_autocast,
 )
@@ -34,6 +37,7 @@ SHORTER, MOST_SHORTER = 0.25, 8
 COMPACT_SHARE = 0.25
 
 
+@names_options
 def solve(
     f: Callable[..., Any],
     z0: S,
@@ -120,6 +124,7 @@ class Iteration(Generic[S]):
 
     Args:
         f: As in :func:`solve`, as are the others.
+        root: Solve ``f(z, *args) = 0`` instead, as :func:`implicit.root` does.
 
     Attributes:
         state: The solver's state, on the flattened (B, D) problem.
@@ -153,13 +158,15 @@ class Iteration(Generic[S]):
         history: bool = False,
         compact: bool = False,
         in_dims: InDims = 0,
+        root: bool = False,
     ) -> None:
         self._solver = get_solver(solver)
         rule = stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, check_every=check_every)
         if compact and batch_dims != 1:
             raise ValueError(f"compact=True needs batch_dims=1, so that samples can leave the batch; got {batch_dims}.")
         self._layout = Layout(z0, batch_dims)
-        self._map = FlatMap(f, args, self._layout)
+        self._map = RootMap(f, args, self._layout) if root else FlatMap(f, args, self._layout)
+        self._whole_map = copy.copy(self._map)  # which keeps the arguments of all samples
         if compact:
             self._map.check_in_dims(in_dims)
         self._in_dims = in_dims
@@ -171,9 +178,10 @@ class Iteration(Generic[S]):
         self.tested = isinstance(rule, Stopping)
         if isinstance(rule, Stopping):
             self._check_every = rule.check_every
+            self._measure = Measure(rule, self._layout, (lambda: self._map.unit) if root else None)
             remembers = type(self._solver).restarted is not Solver.restarted
             self._progress = ToleranceTest(
-                rule, Measure(rule, self._layout), self._map.eps, remembers=remembers, keep_history=history
+                rule, self._measure, self._map.eps, remembers=remembers, keep_history=history
             )
         else:
             self._progress = FixedSteps(keep_history=history)
@@ -182,12 +190,12 @@ class Iteration(Generic[S]):
             self.state = self._solver.init(self._map, self._layout.pack(z0))
             self.done = self._is_done(compiling=torch.compiler.is_compiling()) or self._max_steps == 1
 
-    def run(self, on_failure: OnFailure = "warn", *, what: str = "The fixed-point solve") -> Solution[S]:
+    def run(self, on_failure: OnFailure = "warn", *, what: str = "") -> Solution[S]:
         """Take all the steps that are left, and report failures.
 
         Args:
             on_failure: As in :func:`solve`.
-            what: What is solved, as the beginning of a message.
+            what: What is solved, as the beginning of a message; "The fixed-point solve" or "The root solve" if empty.
         """
         with without_autocast(self._layout.device.type):
             while not self.done:
@@ -195,7 +203,8 @@ class Iteration(Generic[S]):
         close(self.state)
         solution = self.solution()
         if self.tested:
-            report_failure(solution, on_failure, what, goal=self._goal, advice=self._advice)
+            kind = "root" if isinstance(self._map, RootMap) else "fixed-point"
+            report_failure(solution, on_failure, what or f"The {kind} solve", goal=self._goal, advice=self._advice)
         return solution
 
     def step(self) -> None:
@@ -258,16 +267,22 @@ class Iteration(Generic[S]):
         def unpack(per_sample: Tensor | None) -> Tensor | None:
             return None if per_sample is None else self._layout.unpack_batch(per_sample)
 
+        change, num_evals = outcome.change, self._map.num_evals
+        if isinstance(self._whole_map, RootMap) and self.tested:
+            with torch.no_grad(), without_autocast(self._layout.device.type):
+                residual = self._whole_map.residual(outcome.value.detach())
+            change, num_evals = self._measure.norm(residual), num_evals + 1
         return Solution(
             value=self._layout.unpack(outcome.value),
             status=self._layout.unpack_batch(outcome.status),
             residual=unpack(outcome.residual),
-            change=unpack(outcome.change),
+            change=unpack(change),
             error_estimate=unpack(outcome.error_estimate),
             num_steps=self._layout.unpack_batch(outcome.num_steps),
-            num_evals=self._map.num_evals,
+            num_evals=num_evals,
             history=unpack(outcome.history),
             state=self.state,
+            scaling=unpack(self._map.scaling_of_all),
         )
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Iteration[S]":
@@ -297,10 +312,16 @@ class Iteration(Generic[S]):
 
     def _advice(self) -> str:
         """What may be wrong with the map, as far as a failed solve can find out."""
+        if isinstance(self.state, NewtonState) and (number := self.state.num_stuck):
+            return (
+                f"Newton's matrix is singular where {number} samples ended, so that there may be "
+                "no solution near, or a continuum of them. Start elsewhere, or add the equation that is missing."
+            )
         if not self._map.mixes_samples(self.state.z):
             return ""
         return (
-            "f mixes samples: what it returns for one sample depends on others. If the whole state is one coupled "
-            "problem, such as a vector of parameters, solve it with batch_dims=0; now its leading dimensions "
-            f"{tuple(self._layout.batch_shape)} count as samples. Else look for the cause with implicit.check_map."
+            f"{self._map.called} mixes samples: what it returns for one sample depends on others. If the whole state "
+            "is one coupled problem, such as a vector of parameters, solve it with batch_dims=0; now its leading "
+            f"dimensions {tuple(self._layout.batch_shape)} count as samples. Else look for the cause with "
+            "implicit.check_map."
         )

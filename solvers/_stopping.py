@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import math
 import numbers
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
@@ -221,9 +221,17 @@ class Measure:
     A part is what has a tolerance of its own: the whole sample, or each leaf of the state. Norms of parts are (B,) in
     the first case, (B, parts) in the second, and plain: for "rms" the square root of the size is in ``atol``, which
     spares a division per step.
+
+    Args:
+        stopping: The tolerances.
+        layout: The layout of the state.
+        unit_of: Gives the size (B,) of a state that belongs to an absolute tolerance of 1, when the first step is done;
+            None where the problem is no root: then it is 1. The map of a root is ``z - c F(z)`` with a c that is right
+            at the start only, so that the error that the last step shows has to be within the bound as well.
     """
 
-    def __init__(self, stopping: Stopping, layout: Layout) -> None:
+    def __init__(self, stopping: Stopping, layout: Layout, unit_of: Callable[[], Tensor | None] | None = None) -> None:
+        self._unit_of = unit_of
         self._ord = math.inf if stopping.norm == "max" else 2
         size = sum(layout.sizes)
         self._unit = math.sqrt(max(size, 1)) if stopping.norm == "rms" else 1.0
@@ -261,6 +269,10 @@ class Measure:
         norm: Tensor = torch.linalg.vector_norm(parts, self._ord, dim=1)
         return norm
 
+    def norm(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B,) the norm of the whole, in the units of the user's choice."""
+        return self.in_units(self.whole(self.parts(x)))
+
     def in_units(self, norms: Tensor) -> Tensor:
         """Plain norms of the whole -> those of the user's choice."""
         return norms / self._unit
@@ -268,8 +280,29 @@ class Measure:
     def absolute(self, start: Tensor) -> Tensor:
         """The absolute tolerance of each part, given the plain norms of the parts at the start."""
         if self._of_start is None:
-            return torch.zeros_like(start) + self._atol
+            unit = None if self._unit_of is None else self._unit_of()
+            return torch.zeros_like(start) + (self._atol if unit is None else self._in_state(unit))
         return self._of_start * start
+
+    def _in_state(self, unit: Tensor) -> Tensor:
+        """The absolute tolerance for each sample whose unit is another one (B,)."""
+        return unit * self._atol if self._sizes is None else unit.unsqueeze(1) * self._atol
+
+    def sizes_at_start(self, z: Tensor, scales: Tensor) -> Tensor:
+        """The sizes of the parts at the start z (B, D), given the plain norms of f(z)."""
+        sizes = self.parts(z)
+        starts = torch.maximum(sizes, scales)
+        if self._unit_of is None:
+            return starts
+        # The first step towards a root may be too long to tell anything.
+        return torch.where(sizes > 0, torch.minimum(starts, 10 * sizes), starts)
+
+    def slack(self, errors: Tensor, scales: Tensor, absolute: Tensor) -> Tensor | None:
+        """(B,) how many times the error of each part fits into its bound at least; None for what is no root."""
+        if self._unit_of is None:
+            return None
+        slack = self.bound(scales, absolute) / errors
+        return slack if self._sizes is None else slack.amin(dim=1)
 
     def bound(self, scale: Tensor, absolute: Tensor) -> Tensor:
         """The bound on the residual of each part, given plain norms of f(z) and the absolute tolerances."""

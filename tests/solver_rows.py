@@ -1,6 +1,6 @@
 """The solvers that whole test files run through. A new solver is one new row."""
 
-from solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver, Squarem
+from solvers import Anderson, Auto, Broyden, Newton, NewtonKrylov, Picard, Solver, Squarem
 
 SOLVERS: dict[str, Solver] = {
     "picard": Picard(),
@@ -17,9 +17,10 @@ SOLVERS: dict[str, Solver] = {
     "broyden bad 10": Broyden(method="bad", memory=10),
     "broyden line search": Broyden(line_search=True),
     "squarem": Squarem(),
+    "newton": Newton(),
     "newton_krylov": NewtonKrylov(),
     "auto": Auto(),
 }
 
 # A step of these is not one call of the map.
-CALLS_VARY = {"broyden line search", "newton_krylov", "auto"}
+CALLS_VARY = {"broyden line search", "newton", "newton_krylov", "auto"}

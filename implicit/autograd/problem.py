@@ -1,11 +1,13 @@
 """A fixed-point problem whose map's tensors are explicit, and the linear problems of its derivatives."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from solvers import Solution, report_failure
 from solvers.linear import LinearSolver, linear_solve
@@ -19,7 +21,10 @@ Report = Callable[[Solution], None] | None
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A fixed point ``z = map(z, tensors)`` and how it and its derivatives are solved for.
+    """A fixed point ``z = map(z, tensors)``, or a root, and how it and its derivatives are solved for.
+
+    A root is a z with ``map(z, tensors) = 0``. In what follows it has ``u = (df/dz)' u + w`` replaced by
+    ``0 = (df/dz)' u + w``, which differs in the linear system alone, and so on for the other equations.
 
     Attributes:
         map: The map, on the leaves of the state and the list of tensors it depends on.
@@ -36,6 +41,7 @@ class Problem:
             arguments, and it is differentiated by ``torch.func`` alone.
         report: Called with the Solution of the adjoint problem.
         what: What a linear problem is called in messages.
+        root: Whether it is a root.
     """
 
     map: Map
@@ -49,6 +55,7 @@ class Problem:
     report: Report = None
     what: str = "The linear solve of the derivative"
     num_solver_tensors: int = 0
+    root: bool = False
 
     def adjoint(self, num_leaves: int) -> "Problem":
         """``u = (df/dz)' u + w`` with the tensors (w, z, tensors of this problem)."""
@@ -80,7 +87,9 @@ class Problem:
 
     def solve_adjoint(self, fz: Leaves, z: Leaves, w: Leaves, tensors: Leaves) -> list[Tensor]:
         """``u = (df/dz)' u + w``, with the graph of ``fz``, the map at z."""
-        return self._solve_linear(lambda u: vjp(fz, z, u), w, tensors, self.batch_dims, self.report)
+        return self._solve_linear(
+            lambda u: vjp(fz, z, u), w, tensors, self.batch_dims, self.report, lambda v: jvp_of_graph(fz, z, v)
+        )
 
     def solve_adjoint_by_transform(self, z: Leaves, tensors: Leaves, w: Leaves) -> list[Tensor]:
         """The same by ``torch.func``, which torch.compile traces; not differentiable."""
@@ -106,7 +115,8 @@ class Problem:
             mapped = torch.func.vmap(self.map, in_dims=(0, list(in_dims)), randomness=randomness)
             return mapped(list(z), list(tensors))
 
-        return dataclasses.replace(self, map=batched_map, batch_dims=self.batch_dims + 1)
+        solve = self.solve.mapped(in_dims) if isinstance(self.solve, OneAtATime) else self.solve
+        return dataclasses.replace(self, map=batched_map, solve=solve, batch_dims=self.batch_dims + 1)
 
     def _solve_affine(
         self, map_: Map, zero: Leaves, tensors: Leaves, batch_dims: int, report: Report = None
@@ -120,25 +130,39 @@ class Problem:
         return self._solve_linear(product, offset, tensors, batch_dims, report)
 
     def _solve_linear(
-        self, product: Callable[[Leaves], list[Tensor]], rhs: Leaves, tensors: Leaves, batch_dims: int, report: Report
+        self,
+        product: Callable[[Leaves], list[Tensor]],
+        rhs: Leaves,
+        tensors: Leaves,
+        batch_dims: int,
+        report: Report,
+        transposed: Callable[[Leaves], list[Tensor]] | None = None,
     ) -> list[Tensor]:
-        """Solve ``u - product(u) = rhs``."""
+        """Solve ``u - product(u) = rhs``, or ``-product(u) = rhs`` for a root."""
         solver = self.adjoint_solver
         if self.num_solver_tensors:
             supply = iter(tensors[-self.num_solver_tensors :])
             solver = with_tensors(solver, lambda _: next(supply))
+
+        def operator(product: Callable[[Leaves], list[Tensor]], u: Leaves) -> list[Tensor]:
+            return [-b for b in product(u)] if self.root else [a - b for a, b in zip(u, product(u), strict=True)]
+
+        matvec = functools.partial(operator, product)
         solution = linear_solve(
-            lambda u: [a - b for a, b in zip(u, product(u), strict=True)],
+            matvec,
             list(rhs),
             solver,
+            rmatvec=None if transposed is None else functools.partial(operator, transposed),
             rtol=self.rtol,
+            rescale=self.root,
             batch_dims=batch_dims,
             on_failure="ignore",
         )
         if report is not None:
             report(solution)
         if solver.tested and bool(solution.failed.any()) and self._failed(solution, rhs, batch_dims):
-            report_failure(solution, self.on_failure, self.what)
+            advice = functools.partial(_advice, matvec, list(rhs), batch_dims)
+            report_failure(solution, self.on_failure, self.what, advice=advice)
         return cast(list[Tensor], solution.value)
 
     def _failed(self, solution: Solution, rhs: Leaves, batch_dims: int) -> bool:
@@ -152,6 +176,35 @@ class Problem:
         # A nan residual compares false, and stays a failure.
         excused = (solution.residual <= self.resolution) | (solution.residual <= floor)
         return bool((solution.failed & ~excused).any())
+
+
+@dataclasses.dataclass(frozen=True)
+class OneAtATime:
+    """Solves by code that takes no batch: under torch.func.vmap it is called for one entry after the other.
+
+    Attributes:
+        of_tensors: ``tensors -> leaves of the solution``.
+    """
+
+    of_tensors: Callable[[Leaves], list[Tensor]]
+
+    def __call__(self, map_: Map, z0: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
+        return self.of_tensors(tensors)
+
+    def mapped(self, in_dims: Sequence[int | None]) -> "OneAtATime":
+        """The same for every entry of one more dimension of the tensors, which is the first of the solution's."""
+
+        def of_tensors(tensors: Leaves) -> list[Tensor]:
+            size = next(tensor.shape[dim] for tensor, dim in zip(tensors, in_dims, strict=True) if dim is not None)
+            rows = [
+                self.of_tensors(
+                    [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)]
+                )
+                for i in range(size)
+            ]
+            return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+        return OneAtATime(of_tensors)
 
 
 def without_tensors(solver: LinearSolver) -> tuple[LinearSolver, list[Tensor]]:
@@ -180,6 +233,32 @@ def jvp(f: Callable[..., tuple[Tensor, ...]], x: Leaves, v: Leaves) -> Sequence[
     value, pullback = torch.func.vjp(f, *x)[:2]
     _, push = torch.func.vjp(lambda *u: pullback(u), *[torch.zeros_like(leaf) for leaf in value])[:2]
     return cast(Sequence[Tensor], push(tuple(v)))
+
+
+def jvp_of_graph(outputs: Leaves, inputs: Leaves, v: Leaves) -> list[Tensor]:
+    """Jacobian-vector products with a graph that is kept, by differentiating its vector-Jacobian product."""
+    with torch.enable_grad():
+        u = [torch.zeros_like(leaf, requires_grad=True) for leaf in outputs]
+        pulled = vjp(outputs, inputs, u, differentiable=True)
+    return vjp(pulled, u, v)
+
+
+def _advice(matvec: Callable[[Leaves], list[Tensor]], rhs: list[Tensor], batch_dims: int) -> str:
+    """What may be wrong with a linear problem that was not solved, as far as two products tell."""
+    layout = Layout(rhs, batch_dims)
+    odd = torch.arange(layout.batch_size, device=layout.device) % 2 == 1
+    every = torch.ones_like(layout.pack(rhs))
+    changed = torch.where(odd.unsqueeze(1), -every, every)
+    with torch.no_grad():
+        image, other = (layout.pack(matvec(tree_leaves(layout.unpack(v)))) for v in (every, changed))
+    rounding = 64 * torch.finfo(layout.dtype).eps * image.abs().amax() if image.numel() else 0.0
+    if batch_dims and bool(((image - other).abs()[~odd] > rounding).any()):
+        return (
+            "The map mixes samples: what it returns for one depends on others. If the whole state is one coupled "
+            f"problem, solve it with batch_dims=0; now its leading dimensions {tuple(layout.batch_shape)} count as "
+            "samples."
+        )
+    return ""
 
 
 def vjp(outputs: Leaves, inputs: Leaves, cotangents: Leaves, *, differentiable: bool = False) -> list[Tensor]:

@@ -14,7 +14,10 @@ from solvers.problem import Hyperparameters, InDims, OnFailure, check_on_failure
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SolveOptions:
-    """The options of :func:`solvers.solve` for one solve, and the layer that it belongs to, as messages call it."""
+    """The options of :func:`solvers.solve` for one solve, and the layer that it belongs to, as messages call it.
+
+    With ``root`` the problem is ``f(z, *args) = 0`` instead of ``z = f(z, *args)``.
+    """
 
     solver: Solver
     stopping: StopRule = Stopping()  # noqa: RUF009
@@ -24,6 +27,7 @@ class SolveOptions:
     in_dims: InDims = 0
     on_failure: OnFailure = "warn"
     layer: str = ""
+    root: bool = False
 
     def __post_init__(self) -> None:
         check_on_failure(self.on_failure)
@@ -46,7 +50,12 @@ class SolveOptions:
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Solution[Any]:
         """``solvers.solve`` with these options."""
-        return self.iteration(f, z0, args).run(self.on_failure, what=self.named("The fixed-point solve"))
+        return self.iteration(f, z0, args).run(self.on_failure, what=self.named(self.what))
+
+    @property
+    def what(self) -> str:
+        """What messages call the solve."""
+        return "The root solve" if self.root else "The fixed-point solve"
 
     def iteration(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Iteration[Any]:
         """The same solve, to be driven by hand."""
@@ -60,6 +69,7 @@ class SolveOptions:
             history=self.history,
             compact=self.compact,
             in_dims=self.in_dims,
+            root=self.root,
         )
 
     def named(self, what: str) -> str:

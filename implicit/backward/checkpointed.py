@@ -69,7 +69,7 @@ class Checkpointed(Backward):
             iteration = _advanced(iteration, math.ceil(options.max_steps / segments))
         solution = iteration.solution()
         if iteration.tested:
-            report_failure(solution, options.on_failure, options.named("The fixed-point solve"))
+            report_failure(solution, options.on_failure, options.named(options.what))
         return solution
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_structure, tree_unflatten
 
 from implicit.autograd.constant_weights import ConstantWeights, constant_weights
 from implicit.autograd.explicit_map import ExplicitMap, FirstCall, make_explicit, make_explicit_under_transform
@@ -16,7 +16,7 @@ from implicit.autograd.problem import Leaves, Map, Problem, without_tensors
 from implicit.autograd.torch_internals import cached_weights, copy_of_cache, current_loans, transform_active
 from implicit.backward.backward import Backward, SolveOptions
 from solvers import Solution
-from solvers.linear import LinearSolver, Richardson
+from solvers.linear import LinearSolver, Richardson, get_linear_solver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,28 +39,44 @@ class Implicit(Backward):
     J'^i w: cheaper and biased, by J'^k u, which is small where the map contracts fast. It needs k - 1 products.
 
     Args:
-        linear_solver: The solver of the linear system. If its ``rtol`` is None, it is a tenth of that of the forward
-            solve, so that derivatives are as accurate as the solution.
+        linear_solver: The solver of the linear system, or its name: "gmres", "cg" where J is known to be symmetric,
+            "dense", or "auto", which is dense for samples of at most 32 unknowns; see
+            :func:`solvers.linear.get_linear_solver`. ``solution.adjoint.solver`` says which one it was. If its ``rtol``
+            is None, it is a tenth of that of the forward solve, so that derivatives are as accurate as the solution.
 
     References:
         Bai, Kolter and Koltun, "Deep equilibrium models", NeurIPS (2019), theorem 1.
     """
 
-    linear_solver: LinearSolver = Richardson()
+    linear_solver: LinearSolver | str = Richardson()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.linear_solver, LinearSolver):
+        if not isinstance(self.linear_solver, (LinearSolver, str)):
             raise TypeError(
-                "Implicit(linear_solver=...) must be a linear solver such as solvers.linear.GMRES(), got "
+                "Implicit(linear_solver=...) must be a linear solver such as solvers.linear.GMRES(), or its name, got "
                 f"{self.linear_solver!r}."
             )
+        object.__setattr__(self, "linear_solver", get_linear_solver(self.linear_solver))
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        linear_solver = for_leaves(get_linear_solver(self.linear_solver), tree_structure(z0))
         if transform_active():
-            return solve_under_transform(f, z0, args, options, self.linear_solver)
+            return solve_under_transform(f, z0, args, options, linear_solver)
         if torch.compiler.is_compiling():
-            return solve_while_compiling(f, z0, args, options, self.linear_solver)
-        return solve_implicitly(f, z0, args, options, lambda _: self.linear_solver)
+            return solve_while_compiling(f, z0, args, options, linear_solver)
+        return solve_implicitly(f, z0, args, options, lambda _: linear_solver)
+
+
+def for_leaves(linear_solver: LinearSolver, spec: TreeSpec) -> LinearSolver:
+    """The same for a state that is given as the list of its leaves, which a preconditioner is not written for."""
+    preconditioner = getattr(linear_solver, "preconditioner", None)
+    if preconditioner is None:
+        return linear_solver
+    this: Any = linear_solver
+    with_it: LinearSolver = dataclasses.replace(
+        this, preconditioner=lambda leaves: tree_leaves(preconditioner(tree_unflatten(leaves, spec)))
+    )
+    return with_it
 
 
 def solve_implicitly(
@@ -197,6 +213,7 @@ def problem_of(
         on_failure=options.on_failure,
         what=options.named("The linear solve of the derivative"),
         resolution=explicit.resolution,
+        root=options.root,
         **fields,
     )
 

@@ -12,6 +12,7 @@ from implicit.autograd.constant_weights import constant_weights
 from implicit.autograd.torch_internals import transform_active
 from implicit.backward.backward import Backward, SolveOptions
 from implicit.backward.implicit import solve_under_transform
+from implicit.backward.scaled_root import as_fixed_point
 from solvers import Solution
 from solvers.linear import Richardson
 from solvers.problem.hyperparameters import require_damping, require_positive_int
@@ -36,6 +37,9 @@ class Phantom(Backward):
     ``steps`` calls, whatever the number of the solver's. The start gets no gradient.
 
     Use it to train where exactness matters less than a small, certain cost per step.
+
+    For a root, f(z) is ``z - c F(z)`` with a number c for each sample: the inverse of the slope of F at the solution,
+    along the way from the start. With one unknown per sample this makes one step exact.
 
     Every order of derivative is that of these steps with their start held constant, and tends to the exact one with
     more of them. ``torch.func`` transforms and forward mode are supported; under a transform, tensors that ``f``
@@ -64,14 +68,18 @@ class Phantom(Backward):
             else:
                 with torch.no_grad():
                     solution = options.solve(f, z0, args)
-            return self._stepped(f, args, solution)
+            return self._stepped(f, z0, args, solution, options)
 
     def evaluate(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
         with constant_weights():
-            return self._stepped(f, args, options.solve(f, z0, args))
+            return self._stepped(f, z0, args, options.solve(f, z0, args), options)
 
-    def _stepped(self, f: Callable[..., Any], args: tuple[Any, ...], solution: Solution) -> Solution:
+    def _stepped(
+        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solution: Solution, options: SolveOptions
+    ) -> Solution:
         """The solution after the steps that are differentiated."""
+        if options.root:
+            f = as_fixed_point(f, solution.value, z0, args, options.batch_dims)
 
         def step(z: Tensor, fz: Tensor) -> Tensor:
             fz = fz.to(z.dtype)  # under autocast

@@ -78,18 +78,25 @@ class SHINE(Backward):
         estimate = _Estimate(shine=self, inverses=[])
         solution = solve_under_transform(f, z0, args, options, estimate, _FirstOrderProblem)
         estimate.inverses.append(solution.state.inverse)
+        estimate.factors.append(_factor(solution))
         return solution
 
     def _estimate_after(self, solution: Solution) -> "_Estimate":
-        return _Estimate(shine=self, inverses=[solution.state.inverse])
+        return _Estimate(shine=self, inverses=[solution.state.inverse], factors=[_factor(solution)])
+
+
+def _factor(solution: Solution) -> Tensor | float:
+    """What H is to be multiplied by: -1, or for a root the c (B, 1) of ``z - c F(z)``, because the operator is -F'."""
+    return -1.0 if solution.scaling is None else solution.scaling.reshape(-1, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Estimate(LinearSolver):
-    """``x = -H' b``, corrected where it is poor. ``inverses`` holds H once the forward solve is done."""
+    """``x = -H' b``, corrected where it is poor. The lists hold H and its factor after the forward solve."""
 
     shine: SHINE
     inverses: list[Any]
+    factors: list[Any] = dataclasses.field(default_factory=list)
 
     def with_default_rtol(self, rtol: float) -> "_Estimate":
         if self.shine.fallback is None:
@@ -98,14 +105,14 @@ class _Estimate(LinearSolver):
         return dataclasses.replace(self, shine=shine)
 
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
-        (inverse,) = self.inverses
+        (inverse,), (factor,) = self.inverses, self.factors
         norm_b = rms_norm(b)
 
         def residual_of(x: Tensor) -> tuple[Tensor, Tensor]:
             r = b - matvec(x)
             return r, relative(rms_norm(r), norm_b)
 
-        x = -inverse.rmv(b)
+        x = factor * inverse.rmv(b)
         r, residual = residual_of(x)
         result = LinearResult(
             x=x,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from solvers.linear.krylov import KrylovSolver
-from solvers.linear.linear_solver import FlatMatvec
+from solvers.linear.operator import FlatMatvec
 from solvers.problem.norms import inner, relative, rms_norm
 from solvers.problem.small_systems import inverse_or_zero
 
@@ -25,6 +25,8 @@ class BiCGStab(KrylovSolver):
             a tenth of the relative tolerance of the solve whose derivative is computed, and ``eps ** 0.75`` of the
             dtype in a linear solve by itself or after a solve without a relative tolerance.
         atol: Absolute tolerance.
+        preconditioner: The product with an estimate of the inverse of A, of something like the state to something like
+            the state. It is applied from the right, so that the residual stays that of the system.
 
     References:
         van der Vorst, "Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG for the solution of nonsymmetric
@@ -42,14 +44,16 @@ class BiCGStab(KrylovSolver):
         steps = torch.zeros_like(running, dtype=torch.int64)
         for _ in range(self.max_steps - len(history)):
             steps = steps + running
-            v = matvec(p)
+            direction = self.preconditioned(p)
+            v = matvec(direction)
             slope = inner(shadow, v)
             alpha = rho * inverse_or_zero(slope, eps * _norm(shadow) * _norm(v))
             s = r - alpha * v
-            t = matvec(s)
+            correction = self.preconditioned(s)
+            t = matvec(correction)
             # The minimum of |s - omega t|; where s is zero, so is t, and omega does not matter.
             omega = inner(t, s) * inverse_or_zero(inner(t, t), 0.0)
-            x = torch.where(running, x + alpha * p + omega * s, x)
+            x = torch.where(running, x + alpha * direction + omega * correction, x)
             r = torch.where(running, s - omega * t, r)
             error = rms_norm(r).unsqueeze(1)  # (B, 1)
             history.append(relative(error.squeeze(1), norm_b))

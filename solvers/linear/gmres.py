@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from solvers.linear.krylov import KrylovSolver
-from solvers.linear.linear_solver import FlatMatvec
+from solvers.linear.operator import FlatMatvec
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
@@ -31,6 +31,8 @@ class GMRES(KrylovSolver):
             a tenth of the relative tolerance of the solve whose derivative is computed, and ``eps ** 0.75`` of the
             dtype in a linear solve by itself or after a solve without a relative tolerance.
         atol: Absolute tolerance.
+        preconditioner: The product with an estimate of the inverse of A, of something like the state to something like
+            the state. It is applied from the right, so that the residual stays that of the system.
 
     References:
         Saad and Schultz, "GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear systems",
@@ -64,7 +66,7 @@ class GMRES(KrylovSolver):
                 grown = _identities(r, min(size, 2 * j) + 1)
                 grown[:, : j + 1, : j + 1] = rotation
                 rotation = grown
-            w = matvec(basis[:, j])
+            w = matvec(self.preconditioned(basis[:, j]))
             norm_a = torch.maximum(norm_a, torch.linalg.vector_norm(w, dim=1, keepdim=True))
             used = basis[:, : j + 1]
             h = dot(used, w)  # (B, j + 1)
@@ -106,7 +108,7 @@ class GMRES(KrylovSolver):
             right = [columns[k][:, i] for k in range(i + 1, n)]
             row = torch.stack(right, dim=1) if right else rhs[:, :0]
             rows.append((inverse_or_zero(columns[i][:, i : i + 1], 0.0), row, rhs[:, i : i + 1]))
-        return combine(basis[:, :n], back_substitute(rows)), exhausted, steps
+        return self.preconditioned(combine(basis[:, :n], back_substitute(rows))), exhausted, steps
 
 
 def _identities(like: Tensor, size: int) -> Tensor:

@@ -3,12 +3,15 @@
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from solvers._solution import ACTIVE, Status
-from solvers.linear.linear_solver import FlatMatvec, LinearResult, LinearSolver, require_tolerances, tolerance_of
+from solvers.linear.linear_solver import LinearResult, LinearSolver, require_tolerances, tolerance_of
+from solvers.linear.operator import FlatMatvec
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative, rms_norm
 
@@ -25,15 +28,30 @@ class KrylovSolver(LinearSolver):
             a tenth of the relative tolerance of the solve whose derivative is computed, and ``eps ** 0.75`` of the
             dtype in a linear solve by itself or after a solve without a relative tolerance.
         atol: Absolute tolerance.
+        preconditioner: The product with an estimate of the inverse of A, of something like the state to something like
+            the state.
     """
 
     max_steps: int = 100
     rtol: float | None = None
     atol: float = 0.0
+    preconditioner: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         require_positive_int(self, "max_steps", self.max_steps)
         require_tolerances(self, self.rtol, self.atol)
+        if not (self.preconditioner is None or callable(self.preconditioner)):
+            raise TypeError(
+                f"{type(self).__name__}(preconditioner=...) must be a function that multiplies by an estimate of the "
+                f"inverse, or None, got {self.preconditioner!r}."
+            )
+
+    def preconditioned(self, r: Tensor) -> Tensor:
+        """(B, D) the product of the preconditioner with ``r`` (B, D); r itself without one."""
+        if self.preconditioner is None:
+            return r
+        product: Tensor = self.preconditioner(r)
+        return product
 
     @abc.abstractmethod
     def cycle(

@@ -1,5 +1,6 @@
 """Linear solves of batches and pytrees."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from solvers._failure import report_failure
 from solvers._solution import Solution
-from solvers.linear.gmres import GMRES
+from solvers.linear.krylov import KrylovSolver
 from solvers.linear.linear_solver import LinearSolver, default_rtol
+from solvers.linear.names import get_linear_solver
+from solvers.linear.operator import FlatMatvec, Operator, rescaled
 from solvers.problem import OnFailure
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.layout import Layout
@@ -19,9 +22,11 @@ from solvers.problem.norms import FLOOR
 def linear_solve(
     matvec: Callable[[Any], Any],
     b: Any,
-    solver: LinearSolver | None = None,
+    solver: LinearSolver | str = "gmres",
     *,
+    rmatvec: Callable[[Any], Any] | None = None,
     rtol: float | None = None,
+    rescale: bool = False,
     batch_dims: int = 1,
     history: bool = False,
     on_failure: OnFailure = "warn",
@@ -31,9 +36,13 @@ def linear_solve(
     Args:
         matvec: A linear map of something like ``b`` to something like ``b``, which does not mix samples.
         b: The right-hand sides: a tensor or a pytree of tensors.
-        solver: A linear solver; ``GMRES()`` by default. It holds the tolerances.
+        solver: A linear solver, or its name. It holds the tolerances.
+        rmatvec: The product with the transpose, for solvers that need it; by default that is found by differentiating
+            ``matvec``.
         rtol: The relative tolerance of a solver whose own is None, at least what rounding allows. None means
             ``eps ** 0.75``.
+        rescale: Multiply each system by a number for which a step along ``b`` is about right, where the solver sums a
+            series, which depends on the size and the sign of the operator. Costs one product.
         batch_dims: How many leading dimensions of ``b`` index independent systems; 0 is one system.
         history: Keep the residuals of every step.
         on_failure: "warn", "raise" a ConvergenceError that carries the solution, or "ignore".
@@ -52,22 +61,33 @@ def linear_solve(
         >>> linear_solve(lambda x: x @ a.T, torch.tensor([[4.0, 4.0]]), GMRES()).value
         tensor([[1.5000, 1.0000]])
     """
+    solver = get_linear_solver(solver)
     layout = Layout(b, batch_dims)
     autocast = AutocastMode.current(layout.device.type)
     num_evals = 0
 
-    def flat_matvec(x: Tensor) -> Tensor:
-        nonlocal num_evals
-        num_evals += 1
-        with autocast.in_force():
-            output = matvec(layout.unpack(x))
-            layout.check(output, "matvec")
-        return layout.pack(output)
+    def flat(product: Callable[[Any], Any], name: str) -> FlatMatvec:
+        def flat_product(x: Tensor) -> Tensor:
+            nonlocal num_evals
+            num_evals += 1
+            with autocast.in_force():
+                output = product(layout.unpack(x))
+                layout.check(output, name)
+            return layout.pack(output)
+
+        return flat_product
 
     with torch.no_grad(), without_autocast(layout.device.type):
+        flat_matvec, rhs = flat(matvec, "matvec"), layout.pack(b)
+        if rmatvec is not None:
+            flat_matvec = Operator(flat_matvec, flat(rmatvec, "rmatvec"))
+        if isinstance(solver, KrylovSolver) and solver.preconditioner is not None:
+            solver = dataclasses.replace(solver, preconditioner=flat(solver.preconditioner, "preconditioner"))
+        if rescale and solver.is_series:
+            flat_matvec, rhs = rescaled(flat_matvec, rhs)
         least = FLOOR * torch.finfo(layout.dtype).eps
         default = default_rtol(layout.dtype) if rtol is None else max(rtol, least)
-        result = (solver or GMRES()).with_default_rtol(default).run(flat_matvec, layout.pack(b))
+        result = solver.with_default_rtol(default).run(flat_matvec, rhs)
     solution = Solution(
         value=layout.unpack(result.x),
         status=layout.unpack_batch(result.status),
@@ -75,6 +95,7 @@ def linear_solve(
         num_steps=layout.unpack_batch(result.num_steps),
         num_evals=num_evals,
         history=layout.unpack_batch(result.history) if history else None,
+        solver=result.solver or solver,
     )
     report_failure(solution, on_failure, "The linear solve")
     return solution

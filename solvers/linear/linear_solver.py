@@ -2,18 +2,15 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from solvers._solution import Status
+from solvers.linear.operator import FlatMatvec
 from solvers.problem.hyperparameters import Hyperparameters
 from solvers.problem.norms import FLOOR
-
-# The product of a linear operator with a batch of flat vectors, (B, D) -> (B, D).
-FlatMatvec = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass
@@ -27,6 +24,7 @@ class LinearResult:
         residual: (B,) ``norm(b - A x) / norm(b)``.
         num_steps: (B,) int64.
         history: (steps, B) residuals as the method estimates them while it runs.
+        solver: The solver that was chosen, for one that chooses among others.
     """
 
     x: Tensor
@@ -34,6 +32,7 @@ class LinearResult:
     residual: Tensor
     num_steps: Tensor
     history: Tensor
+    solver: "LinearSolver | None" = None
 
     def settled(self) -> "LinearResult":
         """This result, with CONVERGED where the residual is at the floor that rounding sets."""
@@ -63,9 +62,11 @@ class LinearSolver(Hyperparameters, abc.ABC):
 
     Attributes:
         tested: Whether the method tests its residual. One that does not never waits for the device, and compiles.
+        is_series: Whether the method sums powers of I - A, so that the size and the sign of A matter.
     """
 
     tested: ClassVar[bool] = True
+    is_series: ClassVar[bool] = False
 
     def with_default_rtol(self, rtol: float) -> Self:
         """This solver, with ``rtol`` for its relative tolerance if its own is None."""

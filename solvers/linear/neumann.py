@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from solvers._solution import Status
-from solvers.linear.linear_solver import FlatMatvec, LinearResult, LinearSolver
+from solvers.linear.linear_solver import LinearResult, LinearSolver
+from solvers.linear.operator import FlatMatvec
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative, rms_norm
 
@@ -30,6 +31,7 @@ class NeumannSeries(LinearSolver):
     """
 
     tested: ClassVar[bool] = False
+    is_series: ClassVar[bool] = True
 
     terms: int = 10
 

@@ -1,13 +1,15 @@
 """Richardson iteration, with another method for the systems on which it is slow."""
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from solvers._solution import Status
 from solvers.linear.gmres import GMRES
-from solvers.linear.linear_solver import FlatMatvec, LinearResult, LinearSolver, require_tolerances, tolerance_of
+from solvers.linear.linear_solver import LinearResult, LinearSolver, require_tolerances, tolerance_of
+from solvers.linear.operator import FlatMatvec
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative, rms_norm
 
@@ -36,6 +38,8 @@ class Richardson(LinearSolver):
     References:
         Saad, "Iterative methods for sparse linear systems", SIAM (2003), section 4.2.1.
     """
+
+    is_series: ClassVar[bool] = True
 
     max_steps: int = 100
     rtol: float | None = None

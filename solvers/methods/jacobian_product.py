@@ -1,7 +1,7 @@
 """Products of a map's Jacobian with vectors, by the first way that the map supports."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -114,6 +114,13 @@ class JacobianProduct:
 
 class _DerivativeError(Exception):
     """The map does not support the derivative that was asked for."""
+
+
+@contextlib.contextmanager
+def derivatives_allowed(z: Tensor) -> Iterator[Tensor]:
+    """A context in which ``z``, or the copy of it that is given, can be differentiated also in inference mode."""
+    with _without_inference_mode():
+        yield _normal(z)
 
 
 def _without_inference_mode() -> contextlib.AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.flat_map import FlatMap, InDims
+from solvers.problem.foreign_names import names_options
 from solvers.problem.hyperparameters import (
     Hyperparameters,
     as_float,
@@ -15,6 +16,7 @@ from solvers.problem.names import resolve
 from solvers.problem.norms import inner, relative, rms_norm
 from solvers.problem.on_failure import OnFailure, check_on_failure
 from solvers.problem.replaced_tensors import copy_with_tensors, with_tensors
+from solvers.problem.slopes import direction_of, slope_inverse
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
 from solvers.problem.state_type import S
 from solvers.problem.window import add_combination, combine, dot, recorded, store
@@ -35,9 +37,11 @@ __all__ = [
     "check_structure",
     "combine",
     "copy_with_tensors",
+    "direction_of",
     "dot",
     "inner",
     "inverse_or_zero",
+    "names_options",
     "recorded",
     "relative",
     "require_damping",
@@ -45,6 +49,7 @@ __all__ = [
     "require_positive_int",
     "resolve",
     "rms_norm",
+    "slope_inverse",
     "store",
     "with_tensors",
     "without_autocast",

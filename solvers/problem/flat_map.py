@@ -15,7 +15,17 @@ InDims = int | None | tuple[int | None, ...]
 
 
 class FlatMap:
-    """The user's map as the solvers see it: (B, D) -> (B, D), counted, checked, and frozen for finished samples."""
+    """The user's map as the solvers see it: (B, D) -> (B, D), counted, checked, and frozen for finished samples.
+
+    Attributes:
+        called: What messages call the user's function.
+        scaling: (B, 1) what the user's function is multiplied by, for one whose roots are sought; else None.
+        scaling_of_all: (B,) the same, of the samples that have been taken out as well.
+    """
+
+    called = "f"
+    scaling: Tensor | None = None
+    scaling_of_all: Tensor | None = None
 
     def __init__(self, f: Callable[..., Any], args: tuple[Any, ...], layout: Layout) -> None:
         self._f = f
@@ -33,12 +43,22 @@ class FlatMap:
         dtypes = [*self._layout.dtypes, *((self._autocast.dtype,) if self._autocast.dtype else ())]
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
+    @property
+    def unit(self) -> Tensor | None:
+        """(B,) the size of a state that belongs to an absolute tolerance of 1; None where it is 1."""
+        return None
+
     def freeze(self, active: Tensor, value: Tensor) -> None:
         """From now on call f with the rows of ``value`` (B, D) where not ``active`` (B,), whatever the solver asks for.
 
         A finished sample's row in the solver's state may degenerate (differences of equal vectors); f never sees it.
         """
         self._active, self._value = active.unsqueeze(1), value
+
+    @property
+    def frozen(self) -> Tensor | None:
+        """(B,) bool, the samples for which f is called with another value than is asked for; None without any."""
+        return None if self._active is None else ~self._active.squeeze(1)
 
     def check_in_dims(self, in_dims: InDims) -> None:
         """Raise a ValueError unless every argument has the samples where ``in_dims`` says."""
@@ -79,11 +99,11 @@ class FlatMap:
         version = z._version if versioned else 0
         with self._autocast.in_force():
             output = self._f(argument, *self._args)
-            self._layout.check(output)
+            self._layout.check(output, self.called)
         if versioned and z._version != version:
             raise RuntimeError(
-                "f changed its argument z in place, so the iterate is lost. Write out of place: z = z + ... "
-                "instead of z += ..., torch.relu(z) instead of torch.relu_(z)."
+                f"{self.called} changed its argument z in place, so the iterate is lost. Write out of place: z = z "
+                "+ ... instead of z += ..., torch.relu(z) instead of torch.relu_(z)."
             )
         return self._layout.pack(output)
 

@@ -1,12 +1,13 @@
 """The base of every options object: a misspelled option is a TypeError that lists the valid ones."""
 
 import dataclasses
-import difflib
 import numbers
 import operator
 from typing import Any, ClassVar, Self
 
 import torch
+
+from solvers.problem.foreign_names import hint
 
 
 class Hyperparameters:
@@ -36,9 +37,7 @@ class Hyperparameters:
             raise TypeError(f"{cls.__name__} takes keyword arguments only, got {args!r}. Its options: {known}.")
         for option in options:
             if option not in names:
-                near = difflib.get_close_matches(option, names, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise TypeError(f"{cls.__name__} has no option {option!r}.{hint} Its options: {known}.")
+                raise TypeError(f"{cls.__name__} has no option {option!r}.{hint(option, names)} Its options: {known}.")
         return super().__new__(cls)
 
 

@@ -1,0 +1,118 @@
+"""Projections onto convex sets, differentiable almost everywhere; each along the last dimension of a tensor."""
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+
+
+def project_box(x: Tensor, low: Number | None = None, high: Number | None = None) -> Tensor:
+    """The nearest point whose entries are between ``low`` and ``high``; ``low=0`` gives the nonnegative ones.
+
+    Args:
+        x: Any shape.
+        low: A number, or a tensor that is broadcast against x; None is no bound.
+        high: Likewise; at least ``low``.
+
+    Example:
+        >>> import torch
+        >>> from implicit.optima import project_box
+        >>> project_box(torch.tensor([-1.0, 0.5, 3.0]), 0.0, 1.0)
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    if low is not None:
+        x = torch.maximum(x, torch.as_tensor(low, dtype=x.dtype, device=x.device))
+    if high is not None:
+        x = torch.minimum(x, torch.as_tensor(high, dtype=x.dtype, device=x.device))
+    return x
+
+
+def project_simplex(x: Tensor, total: Number = 1.0) -> Tensor:
+    """The nearest point with nonnegative entries that sum to ``total``: ``max(x - threshold, 0)``.
+
+    Args:
+        x: (..., D).
+        total: The sum, > 0: a number or (...).
+
+    References:
+        Held, Wolfe and Crowder, "Validation of subgradient optimization", Math. Programming 6 (1974).
+
+    Example:
+        >>> import torch
+        >>> from implicit.optima import project_simplex
+        >>> project_simplex(torch.tensor([0.9, 0.5, -2.0]))
+        tensor([0.7000, 0.3000, 0.0000])
+    """
+    total = torch.as_tensor(total, dtype=x.dtype, device=x.device).unsqueeze(-1)
+    ordered = x.sort(dim=-1, descending=True).values
+    count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    thresholds = (ordered.cumsum(dim=-1) - total) / count
+    # The number of positive entries of the projection; the largest one always is.
+    positive = (ordered > thresholds).sum(dim=-1, keepdim=True).clamp_min(1)
+    return (x - thresholds.gather(-1, positive - 1)).clamp_min(0.0)
+
+
+def project_ball(x: Tensor, radius: Number = 1.0) -> Tensor:
+    """The nearest point of Euclidean norm at most ``radius``.
+
+    Args:
+        x: (..., D).
+        radius: A number > 0 or (...).
+    """
+    radius = torch.as_tensor(radius, dtype=x.dtype, device=x.device).unsqueeze(-1)
+    square = x.square().sum(dim=-1, keepdim=True)
+    outside = square > radius**2
+    # The root of a number that is never 0, whose gradient is finite.
+    return torch.where(outside, x * (radius * torch.where(outside, square, 1.0).rsqrt()), x)
+
+
+def project_l1_ball(x: Tensor, radius: Number = 1.0) -> Tensor:
+    """The nearest point whose absolute entries sum to at most ``radius``.
+
+    Args:
+        x: (..., D).
+        radius: A number > 0 or (...).
+
+    References:
+        Duchi, Shalev-Shwartz, Singer and Chandra, "Efficient projections onto the l1-ball for learning in high
+        dimensions", ICML (2008).
+    """
+    inside = x.abs().sum(dim=-1) <= torch.as_tensor(radius, dtype=x.dtype, device=x.device)
+    return torch.where(inside.unsqueeze(-1), x, x.sign() * project_simplex(x.abs(), radius))
+
+
+def project_hyperplane(x: Tensor, normal: Tensor, offset: Number = 0.0) -> Tensor:
+    """The nearest point with ``normal . z = offset``.
+
+    Args:
+        x: (..., D).
+        normal: (..., D), not zero.
+        offset: A number or (...).
+    """
+    excess = (normal * x).sum(dim=-1) - offset
+    return x - (excess / normal.square().sum(dim=-1)).unsqueeze(-1) * normal
+
+
+def project_halfspace(x: Tensor, normal: Tensor, offset: Number = 0.0) -> Tensor:
+    """The nearest point with ``normal . z <= offset``.
+
+    Args:
+        x: (..., D).
+        normal: (..., D), not zero.
+        offset: A number or (...).
+    """
+    excess = ((normal * x).sum(dim=-1) - offset).clamp_min(0.0)
+    return x - (excess / normal.square().sum(dim=-1)).unsqueeze(-1) * normal
+
+
+def project_affine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The nearest point with ``a z = b``.
+
+    Args:
+        x: (..., D).
+        a: (..., M, D) of full rank M <= D.
+        b: (..., M).
+    """
+    excess = (a @ x.unsqueeze(-1)) - b.unsqueeze(-1)
+    correction: Tensor = a.mT @ torch.linalg.solve(a @ a.mT, excess)
+    return x - correction.squeeze(-1)

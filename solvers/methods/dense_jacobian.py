@@ -1,0 +1,44 @@
+"""The whole Jacobian of a map for samples of few unknowns, by one batched call of the map."""
+
+import torch
+from torch import Tensor
+
+from solvers.methods.jacobian_product import JacobianProduct, Way, derivatives_allowed
+from solvers.methods.solver import FlatMapping
+
+
+def with_jacobian(f: FlatMapping, z: Tensor, way: Way = "forward mode") -> tuple[Tensor, Tensor, Way]:
+    """``f(z)`` and its Jacobian at z, for (B, D) tensors whose rows are independent.
+
+    By forward mode along all unit vectors at once, which is one call of ``f``; for one unknown, along a vector of ones.
+    Where the map does not support that, column by column as :class:`JacobianProduct` does it.
+
+    Args:
+        f: The map.
+        z: (B, D).
+        way: The best way that has not failed yet.
+
+    Returns:
+        (B, D) ``f(z)``; (B, D, D) the Jacobian, whose last dimension is that of z; the way that worked.
+    """
+    size = z.shape[1]
+    if way == "forward mode" and size:
+        with derivatives_allowed(z) as z:
+            try:
+                if size == 1:
+                    fz, tangent = torch.func.jvp(f, (z,), (torch.ones_like(z),))[:2]
+                    return fz, tangent.to(z.dtype).unsqueeze(2), way
+                units = torch.eye(size, dtype=z.dtype, device=z.device).unsqueeze(1).expand(size, *z.shape).contiguous()
+                along = torch.func.vmap(
+                    lambda v: torch.func.jvp(f, (z,), (v,)),
+                    out_dims=(None, 2),  # type: ignore[arg-type]
+                )
+                fz, columns = along(units)[:2]
+                return fz, columns.to(z.dtype), way
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, RuntimeError, ValueError):
+                pass  # if it is the error of f itself, the next call raises it again
+    fz = f(z)
+    product = JacobianProduct(f, z, fz, way)
+    return fz, product.matrix(), product.way

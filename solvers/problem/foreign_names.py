@@ -1,0 +1,91 @@
+"""Options by the names that other libraries give them: an error says what they are called here."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# The other name -> the options that it may mean here, the likeliest first, each with how to write it.
+_OURS: dict[str, tuple[tuple[str, str], ...]] = {
+    # torchdeq
+    "f_solver": (("solver", 'solver="anderson"'),),
+    "f_max_iter": (("max_steps", "max_steps=..."),),
+    "f_tol": (("rtol", "rtol=..."),),
+    "f_eps": (("rtol", "rtol=..."),),
+    "f_stop_mode": (("rtol", "rtol=... for a relative tolerance, atol=... for an absolute one"),),
+    "b_solver": (("backward", 'backward=Implicit(linear_solver="gmres")'),),
+    "b_max_iter": (("backward", "backward=Implicit(linear_solver=GMRES(max_steps=...))"),),
+    "b_tol": (("backward", "backward=Implicit(linear_solver=GMRES(rtol=...))"),),
+    "b_eps": (("backward", "backward=Implicit(linear_solver=GMRES(rtol=...))"),),
+    "b_stop_mode": (("backward", "backward=Implicit(linear_solver=GMRES(rtol=..., atol=...))"),),
+    "ift": (("backward", 'backward="implicit"'),),
+    "hook_ift": (("backward", 'backward="implicit"'),),
+    "grad": (("backward", "backward=Phantom(steps=...)"),),
+    "tau": (("damping", "damping=..."), ("backward", "backward=Phantom(damping=...)")),
+    "stop_mode": (("rtol", "rtol=... for a relative tolerance, atol=... for an absolute one"),),
+    "eps": (("rtol", "rtol=..."),),
+    "lam": (("least_squares", "nothing: the least-squares problem needs no ridge"),),
+    # jaxopt, optimistix, scipy
+    "max_iter": (("max_steps", "max_steps=..."),),
+    "maxiter": (("max_steps", "max_steps=..."),),
+    "max_iters": (("max_steps", "max_steps=..."),),
+    "num_iters": (("max_steps", "max_steps=..."),),
+    "max_iterations": (("max_steps", "max_steps=..."),),
+    "tol": (("rtol", "rtol=... for a relative tolerance, atol=... for an absolute one"),),
+    "xtol": (("rtol", "rtol=..."),),
+    "ftol": (("atol", "atol=..."),),
+    "m": (("memory", "memory=..."), ("solver", "solver=Anderson(memory=...)")),
+    "history_size": (("memory", "memory=..."), ("solver", "solver=Anderson(memory=...)")),
+    "history": (("memory", "memory=..."),),
+    "beta": (("damping", "damping=..."), ("solver", "solver=Anderson(damping=...)")),
+    "mixing_frequency": (("memory", "nothing: every step is mixed; Picard() mixes none"),),
+    "implicit_diff": (("backward", 'backward="implicit" or backward="unrolled"'),),
+    "implicit_diff_solve": (("backward", 'backward=Implicit(linear_solver="cg")'),),
+    "adjoint": (("backward", "backward=Implicit(linear_solver=...)"),),
+    "linear_solve": (("backward", 'backward=Implicit(linear_solver="cg")'), ("linear_solver", 'linear_solver="cg"')),
+    "solve": (("linear_solver", 'linear_solver="cg"'),),
+    "throw": (("on_failure", 'on_failure="raise" or on_failure="ignore"'),),
+    "y0": (("z0", "z0"),),
+    "init_params": (("z0", "z0"),),
+    "optimality_fun": (("optimality", "optimality=..."), ("F", "F")),
+    "fixed_point_fun": (("fixed_point", "fixed_point=..."), ("f", "f")),
+    "has_aux": (("optimality", "nothing: return only what the condition determines"), ("f", "nothing")),
+}
+
+
+def hint(option: str, known: list[str]) -> str:
+    """What an unknown option is called here, as a sentence that begins with a space; empty if nobody knows.
+
+    Args:
+        option: The unknown option.
+        known: Those that exist.
+    """
+    for name, written in _OURS.get(option, ()):
+        if name in known:
+            return f" It is {written} here."
+    near = difflib.get_close_matches(option, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def names_options(function: Callable[P, R]) -> Callable[P, R]:
+    """A decorator: an unknown option is a TypeError that says what it is called here and lists those that exist."""
+    known = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    allowed = frozenset(known)
+    title = function.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **options: P.kwargs) -> R:
+        if not allowed.issuperset(options):
+            option = next(name for name in options if name not in allowed)
+            raise TypeError(f"{title} has no option {option!r}.{hint(option, known)} Its options: {', '.join(known)}.")
+        return function(*args, **options)
+
+    return checked
