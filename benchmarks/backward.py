@@ -11,13 +11,11 @@ get the loosest tolerance, in half powers of ten, that leaves the error where th
 how the saved memory grows with the steps, with Broyden(memory=3) for SHINE.
 """
 
-import argparse
 import dataclasses
 import functools
 import importlib.util
 import inspect
 import os
-import platform
 import statistics
 import sys
 import time
@@ -36,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.timing import begin, parser
 from implicit import JFB, SHINE, Checkpointed, Implicit, Phantom, Unrolled, fixed_point
 from solvers import Broyden
 from solvers.linear import GMRES, NeumannSeries, Richardson
@@ -278,14 +277,10 @@ def growth(problem: Problem) -> None:
 
 def main() -> None:
     """Print everything."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median is taken [%(default)s]")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parser(__doc__).parse_args()
     warnings.simplefilter("ignore")
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{platform.machine()}, {options.threads} threads, {versions}\n")
+    begin(options.threads)
+    print()
     for name, problem in problems().items():
         table(name, problem, options.repeats)
     growth(problems()["tanh"])

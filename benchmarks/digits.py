@@ -10,27 +10,15 @@ import os
 import platform
 import statistics
 import tempfile
-from typing import Any
 
 # As in examples/train_imixer.py: PyTorch's threads should not wait for each other in a long busy loop.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.mlp_mixer import MlpMixer
 
-import imixer  # noqa: F401  registers the models
+import imixer.reproduction.mixers  # noqa: F401  registers timm's Mixer at this size
 from imixer.training import PRESETS, TrainingConfig, load_data, train
-
-default_cfgs = generate_default_cfgs({"mixer_ti4_32.untrained": {"num_classes": 10, "input_size": (3, 32, 32)}})
-
-
-@register_model
-def mixer_ti4_32(pretrained: bool = False, **kwargs: Any) -> MlpMixer:
-    """timm's Mixer with the blocks, width and patches of imixer_ti4_32."""
-    sizes = {"patch_size": 4, "num_blocks": 4, "embed_dim": 64}
-    return build_model_with_cfg(MlpMixer, "mixer_ti4_32", pretrained, **{**sizes, **kwargs})
 
 
 def main() -> None:

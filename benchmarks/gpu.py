@@ -1,11 +1,15 @@
 """What the library does on a GPU: the same answers as the CPU's, peaks, training, inference, memory, input, solvers.
 
-python -m benchmarks.gpu [--budget-seconds 540] [--only SECTION ...] [--published PATH] [--output FOLDER]
+python -m benchmarks.gpu [--part PART] [--only SECTION ...] [--published PATH] [--output FOLDER] [--budget-seconds S]
+
+Three calls of at most nine minutes each measure everything on a GPU with 80 GB: ``--part correctness`` (and peaks),
+``--part training`` (beside the published code, and 50 updates of a run), ``--part rest``.
 
 Progress goes to stderr; the tables come last, on stdout, with goals beside what was measured. Cells run by importance
-until the budget is spent, and say so where they were cut, or what failed. A step is a whole training step, with AdamW,
-stochastic depth and label smoothing, on one batch that stays on the device; times are medians of 20 steps between CUDA
-events. The exit code is 1 if a result was wrong. ``--toy --device cpu`` runs every path that needs no GPU in seconds.
+until the budget is spent, and say so where they were cut, or what failed. A step is the one that training takes
+(`imixer.training.step`), with AdamW, stochastic depth and label smoothing, on one batch that stays on the device; times
+are medians of 20 steps between CUDA events. The exit code is 1 if a result was wrong. ``--toy --device cpu`` runs every
+path that needs no GPU in seconds.
 """
 
 import argparse
@@ -29,19 +33,25 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import timm
 import torch
 
-from benchmarks.on_gpu import correctness, goals, models, peaks, pipeline, solver_bank
+from benchmarks.on_gpu import correctness, goals, models, peaks, pipeline, solver_bank, training_run
 from benchmarks.on_gpu.cells import Cell, Row, markdown, run_cells
 from benchmarks.on_gpu.setup import Setup
 from benchmarks.on_gpu.steps import quiet
 
-PARTS: tuple[Callable[[Setup], list[Cell]], ...] = (
+SOURCES: tuple[Callable[[Setup], list[Cell]], ...] = (
     correctness.cells,
     peaks.cells,
     models.cells,
+    training_run.cells,
     pipeline.cells,
     solver_bank.cells,
 )
-SECTIONS = ("correctness", "peaks", "training", "published", "inference", "memory", "pipeline", "solvers")
+PARTS = {
+    "correctness": ("correctness", "peaks"),
+    "training": ("training", "published", "run"),
+    "rest": ("precisions", "modes", "inference", "memory", "pipeline", "solvers"),
+}
+SECTIONS = tuple(section for sections in PARTS.values() for section in sections)
 SAVING_SECONDS = 5.0  # of the budget, for what is left to do after the last cell
 
 
@@ -57,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet()
     torch.manual_seed(0)
     setup = Setup(device=device, toy=options.toy, workers=options.workers, published=options.published)
-    cells = [cell for part in PARTS for cell in part(setup) if not options.only or cell.section in options.only]
+    chosen = set(PARTS.get(options.part, SECTIONS)) & set(options.only or SECTIONS)
+    cells = [cell for source in SOURCES for cell in source(setup) if cell.section in chosen]
     heading = describe(setup)
     rows: list[Row] = []
     for row in run_cells(cells, deadline=start + options.budget_seconds - SAVING_SECONDS):
@@ -75,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget-seconds", type=float, default=540, metavar="S", help="time to measure in [%(default)s]"
     )
+    parser.add_argument("--part", choices=PARTS, help="one of the three calls [all in one]")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--published", type=Path, metavar="PATH", help="checkout of github.com/Toshihiro-Ota/imixer")
     parser.add_argument(

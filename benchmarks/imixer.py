@@ -13,12 +13,10 @@ cannot be. Before it is measured, the unrolled model must give the logits of the
 import argparse
 import functools
 import os
-import platform
 import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import imixer  # noqa: F401  registers the models
+from benchmarks import timing
 from benchmarks.published_imixer import load_published
 from solvers.testing import PeakMemory
 
@@ -90,18 +89,6 @@ def step(model: nn.Module, images: Tensor, target: Tensor) -> None:
     F.cross_entropy(model(images), target).backward()
 
 
-def seconds(runs: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Times of each, taken in turns after a first call."""
-    times: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 1):
-        for run, series in zip(runs, times, strict=True):
-            start = time.perf_counter()
-            run()
-            if repeat:
-                series.append(time.perf_counter() - start)
-    return times
-
-
 def memory(model: nn.Module, images: Tensor, target: Tensor) -> tuple[float, float]:
     """MiB after the forward pass and at most, of one training step."""
     model.zero_grad()
@@ -129,7 +116,7 @@ def table(name: str, n_iter: int, options: argparse.Namespace, published: Maker 
                 functools.partial(step, model, images, target) if training else functools.partial(model, images)
                 for model in models.values()
             ]
-            columns.append(seconds(runs, options.repeats))
+            columns.append(timing.seconds(runs, options.repeats))
     for row, (label, model) in enumerate(models.items()):
         line = f"{name:<15}{n_iter:>7}  {label:<20}"
         for times in columns:
@@ -144,24 +131,21 @@ def table(name: str, n_iter: int, options: argparse.Namespace, published: Maker 
 
 def main() -> None:
     """Print everything."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = timing.parser(__doc__)
     parser.add_argument("--published", type=Path, metavar="CHECKOUT", help="a clone of Toshihiro-Ota/imixer")
-    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median is taken [%(default)s]")
     parser.add_argument("--models", nargs="+", default=[*BATCH], metavar="NAME", help="[%(default)s]")
     parser.add_argument("--n-iter", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help="[%(default)s]")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out: minutes")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     try:
         published = None if options.published is None else load_published(options.published)
     except FileNotFoundError as error:
         parser.error(f"--published: {error}")
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
-    print(f"{platform.machine()}, {options.threads} threads, {versions}\n")
+    timing.begin(options.threads, timm=timm.__version__)
+    print()
     faster = "" if published is None else f"{'/ p':>7}"
     head = f"{'model':<15}{'n_iter':>7}  {'':<20}{'train ms':>10}{faster}{'infer ms':>10}{faster}"
     print(f"{head}{'MiB saved':>11}{'peak':>9}")

@@ -9,21 +9,18 @@ many bare calls of f, "ours" how many times faster ours is. jaxopt's Anderson ac
 batch, run in a process of its own. Below the table: geometric means, and what ``compact=True`` saves.
 """
 
-import argparse
 import dataclasses
 import functools
 import inspect
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 if not __package__:
@@ -37,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.timing import begin, medians_ms, parser
 from solvers import Anderson, Auto, Broyden, Picard, solve
 from solvers.testing import BANK, BankProblem
 
@@ -113,18 +111,6 @@ def measure(problem: BankProblem, runs: list[Callable[[], Result]], repeats: int
     for row, ms in zip(rows, medians_ms(runs, repeats), strict=True):
         row.ms = ms
     return rows
-
-
-def medians_ms(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median times in milliseconds, taken in turns after a first call of each."""
-    times: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 1):
-        for run, series in zip(runs, times, strict=True):
-            start = time.perf_counter()
-            run()
-            if repeat:
-                series.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(series) for series in times]
 
 
 def jaxopt(problems: dict[str, BankProblem], repeats: int) -> dict[str, Row]:
@@ -216,14 +202,9 @@ def compaction(repeats: int) -> None:
 
 def main() -> None:
     """Print everything."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median is taken [%(default)s]")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parser(__doc__).parse_args()
     warnings.simplefilter("ignore")
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{platform.machine()}, {options.threads} threads, {versions}")
+    begin(options.threads)
     table({name: BANK[name](torch.float32) for name in PROBLEMS}, options.repeats)
     compaction(options.repeats)
 

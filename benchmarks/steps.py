@@ -8,12 +8,8 @@ has to finish; there should be at most one per step. "us over f" is the median t
 the map.
 """
 
-import argparse
-import platform
-import statistics
+import functools
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 if not __package__:
@@ -24,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.timing import begin, medians_ms, parser
 from solvers import Anderson, Auto, Broyden, Picard, Squarem, solve
 from solvers.testing import BANK
 
@@ -65,32 +62,17 @@ class Counts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def median_us(run: Callable[[], object], repeats: int) -> float:
-    """The median time of a call in microseconds."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(1e6 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 @torch.no_grad()
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=15, help="solves of which the median is taken [%(default)s]")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{platform.machine()}, {options.threads} threads, {versions}")
+    options = parser(__doc__, threads=1, repeats=15).parse_args()
+    begin(options.threads)
     print("\n| problem | solver | steps | looks | operations | us over f |\n|---|---|---|---|---|---|")
     for name in PROBLEMS:
         problem = BANK[name](torch.float32)
         with Counts() as of_f:
             problem.f(problem.z0)
-        f_us = median_us(lambda problem=problem: problem.f(problem.z0), 20 * options.repeats)  # type: ignore[misc]
+        (f_ms,) = medians_ms([functools.partial(problem.f, problem.z0)], 20 * options.repeats)
         for label, solver in SOLVERS.items():
 
             def run(problem=problem, solver=solver):
@@ -100,7 +82,8 @@ def main() -> None:
                 solution = run()
             steps = int(solution.num_steps.max())
             operations = (counts.operations - of_f.operations * solution.num_evals) / steps
-            us = median_us(run, options.repeats) / steps - f_us
+            (ms,) = medians_ms([run], options.repeats)
+            us = 1e3 * (ms / steps - f_ms)
             print(f"| {name} | {label} | {steps} | {counts.looks} | {operations:.0f} | {us:.0f} |", flush=True)
 
 

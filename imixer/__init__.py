@@ -6,12 +6,14 @@ from imixer.convergence import IMLPConvergence, format_convergence, measure_conv
 from imixer.hopfield import HierarchicalHopfield
 from imixer.imixer import IMixer, IMixerBlock
 from imixer.imlp import IMLP
+from imixer.imlp_options import IMLPOptions
 
 __all__ = [
     "HierarchicalHopfield",
     "IMLP",
     "IMLPCertificate",
     "IMLPConvergence",
+    "IMLPOptions",
     "IMixer",
     "IMixerBlock",
     "certify",

@@ -1,4 +1,4 @@
-"""What is known for certain of the fixed-point iteration of each iMLP of a model."""
+"""What is certain about the fixed-point iteration of each iMLP of a model."""
 
 import copy
 import dataclasses
@@ -25,14 +25,14 @@ class IMLPCertificate:
     Attributes:
         name: The iMLP's name in the model.
         bound: Certain bound q on the Lipschitz constant of the map that is iterated, in the Euclidean norm, from exact
-            spectral norms of its weights as they are in eval mode and the largest slope of its activation. inf where
-            nested solves have none, or no constant of the activation is known. For ``hidden_solve="nested"`` the map
-            is ``z -> y + g(z)``.
+            spectral norms of its weights in eval mode and the largest slope of its activation. It is infinite where
+            nested solves have no bound, or where no Lipschitz constant of the activation is known. With
+            ``hidden_solve="nested"`` the map is ``z -> y + g(z)``.
         rate: Median over rows of the factor by which a Picard step shrinks the residual near the solution for the
             given images; None without images.
-        error_bound: Largest over rows of a certain bound on the root mean square distance between the state that the
-            model uses for the given images and the fixed point: ``rms(f(z) - z) / (1 - q)``, inner solves made exact.
-            None without images, or where q >= 1.
+        error_bound: Certain bound, the largest over rows, on the root mean square distance between the state that the
+            model uses for the given images and the fixed point: ``rms(f(z) - z) / (1 - q)``, where f solves inner
+            layers exactly. None without images, or where q >= 1.
     """
 
     name: str
@@ -41,23 +41,23 @@ class IMLPCertificate:
     error_bound: float | None = None
 
     def steps_by_bound(self, tolerance: float) -> int | None:
-        """Picard steps that surely shrink the start's error by the factor ``tolerance``; None where q >= 1."""
+        """Picard steps that are certain to shrink the first error by the factor ``tolerance``; None where q >= 1."""
         return _steps(self.bound, tolerance)
 
     def steps_by_rate(self, tolerance: float) -> int | None:
-        """Picard steps that do so by the local rate for the given images; None where that is unknown or >= 1."""
+        """The same by the measured rate for the given images; None where that is unknown or >= 1."""
         return None if self.rate is None else _steps(self.rate, tolerance)
 
 
 def certify(model: nn.Module, images: Tensor | None = None, *, show: bool = True) -> list[IMLPCertificate]:
     """Print and return, for each iMLP of a model, what is certain about its fixed-point iteration and what is measured.
 
-    In the mode ``contraction="paper"`` bounds are usually above 1, and nothing is certain: GELU's slope reaches 1.129,
-    and power iteration underestimates spectral norms. That does not say that the iteration diverges; see the rate.
+    With ``contraction="paper"`` the bounds are usually above 1, and nothing is certain: GELU's slope reaches 1.129, and
+    power iteration underestimates spectral norms. That does not mean that the iteration diverges; look at the rate.
 
     Args:
-        model: A model with :class:`imixer.IMLP` modules. It is run in eval mode and put back as it was.
-        images: (B, C, H, W) a batch as the model takes it, for what depends on images.
+        model: A model with :class:`imixer.IMLP` modules. It runs in eval mode; its own mode is restored.
+        images: (B, C, H, W) a batch for the model, needed for the rate and the error bound.
         show: Whether to print the table.
 
     Raises:
@@ -124,7 +124,7 @@ def _norm(weight: Tensor) -> float:
 
 
 def _error_bound(observed: ObservedSolve, bound: float) -> float:
-    """By one more call of the map, which is as much of ``Solution.error_bound`` as holds for every solver."""
+    """From one more call of the map, which bounds the error of any solver's result."""
     f = cast(nn.Module, copy.deepcopy(observed.layer.f))
     for inner in f.modules():
         if isinstance(inner, FixedPointLayer):

@@ -5,8 +5,8 @@ nested solves has the Lipschitz constant L_1 or less, where
 
     L_k = p_k / (1 - L_{k+1}),    L_{H-1} = p_{H-1},
 
-as long as all L_k are below 1: (1 - F_{k+1})^{-1} has at most 1 / (1 - L_{k+1}). Each step of an inner Picard iteration
-adds a power of L_{k+1}, so that the bound holds for any fixed number of inner steps too.
+as long as all L_k are below 1: (1 - F_{k+1})^{-1} has the Lipschitz constant 1 / (1 - L_{k+1}) or less. Each step of an
+inner Picard iteration adds a power of L_{k+1}, so that the bound also holds for any fixed number of inner steps.
 """
 
 import math
@@ -37,9 +37,9 @@ def joint_bound(up: Sequence[float], down: Sequence[float], slope: float) -> flo
     these two matrices, of nonnegative numbers, bounds the whole.
 
     Args:
-        up: As in :func:`nested_bound`, and so on.
-        down: Likewise.
-        slope: Likewise.
+        up: As in :func:`nested_bound`.
+        down: As in :func:`nested_bound`.
+        slope: As in :func:`nested_bound`.
     """
     upwards, downwards = (torch.tensor(norms, dtype=torch.float64) for norms in (up, down))
     influence = slope * (upwards.diag(-1) + downwards.diag(1))  # (H, H)
@@ -48,7 +48,7 @@ def joint_bound(up: Sequence[float], down: Sequence[float], slope: float) -> flo
 
 
 def layer_bound(coeff: float, slope: float, hidden_layers: int) -> float:
-    """The bound on every spectral norm that makes both maps contract by ``coeff`` or more.
+    """The bound on every spectral norm with which both maps contract by ``coeff`` or a smaller factor.
 
     c = sqrt(coeff) / (2 s cos(pi / (H + 1))): the matrix of :func:`joint_bound` over all layers is s c times the
     adjacency matrix of a path of H nodes, whose norm is 2 cos(pi / (H + 1)), so the joint map's bound is coeff. That of

@@ -1,11 +1,12 @@
 """The maps whose fixed points an iMLP takes.
 
-A hierarchical Hopfield network with hidden layers h_1 ... h_H, neighbours coupled by W_k upwards and V_k downwards, is
-at rest where
+A hierarchical Hopfield network with hidden layers h_1 ... h_H, of which neighbors are coupled by W_k upwards and by V_k
+downwards, is at rest where
 
     h_1 = y + V_1 act(h_2),    h_k = W_{k-1} act(h_{k-1}) + V_k act(h_{k+1}),    h_H = W_{H-1} act(h_{H-1}).
 
-:class:`ContractiveBlock` eliminates the layers from the top, a solve for each; :class:`JointBlock` takes them together.
+:class:`ContractiveBlock` eliminates the layers from the top, with a solve for each of them. :class:`JointBlock` solves
+for all of them together.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,9 +43,9 @@ class Coupling(NamedTuple):
 
 
 class ContractiveBlock(nn.Module):
-    """The map ``z -> y + F_1(z)`` of the lowest hidden layer, those above eliminated.
+    """The map ``z -> y + F_1(z)`` of the lowest hidden layer, with the layers above it eliminated.
 
-    ``F_k(x) = V_k act((1 - F_{k+1})^{-1} W_k act(x))``, and the highest is ``V act(W act(x))``. All tensors but the
+    ``F_k(x) = V_k act((1 - F_{k+1})^{-1} W_k act(x))``, and the highest is ``V act(W act(x))``. All tensors except the
     activation's own are arguments.
 
     Args:
@@ -68,9 +69,9 @@ class ContractiveBlock(nn.Module):
 class JointBlock(nn.Module):
     """The map of every second hidden layer, ``(h_1, h_3, ...)``, through those between them.
 
-    A layer depends on its neighbours alone, so that h_1, h_3, ... give h_2, h_4, ..., and these the others again. That
-    is one solve for all layers with half of them as its state, and a call is worth two of the map over all of them,
-    at the price of one. With two layers it is the map of :class:`ContractiveBlock`.
+    A layer depends only on its neighbors, so that h_1, h_3, ... give h_2, h_4, ..., and these h_1, h_3, ... again.
+    So half of the layers are enough as the state of one solve for all of them. One call gets as far as two calls of the
+    map over all layers, and costs as much as one. With two layers it is the map of :class:`ContractiveBlock`.
 
     Args:
         act: The activation.
@@ -107,7 +108,7 @@ def sweep(
     *,
     lowest: int = 0,
 ) -> list[Tensor]:
-    """The hidden layers after one pass upwards from y, and one downwards as far as the layer ``lowest``, from 0."""
+    """The hidden layers after one pass upwards from y and one downwards to the layer ``lowest``, counted from 0."""
     layers = [y]
     for up in ups:
         layers.append(up(act(layers[-1])))

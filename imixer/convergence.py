@@ -26,7 +26,7 @@ class IMLPConvergence:
         rate: Median factor by which one more Picard step shrinks the residual, measured at the solution: the local
             contraction factor.
         rtol: The residual asked for in ``steps_needed``.
-        steps_needed: Picard steps from the start until 99% of the rows are below ``rtol``; None if ``max_steps`` were
+        steps_needed: Picard steps from the start until 99% of the rows are below ``rtol``; None if ``max_steps`` are
             not enough.
         sigmas: Spectral norms of the weights of the map, ``sn1``, ``sn2`` ..., before normalization.
     """
@@ -43,13 +43,13 @@ class IMLPConvergence:
 
 @dataclasses.dataclass(frozen=True)
 class ObservedSolve:
-    """What an iMLP solved on given images.
+    """The solve of an iMLP for given images.
 
     Attributes:
         imlp: The iMLP.
-        layer: The layer in it that solves.
-        inputs: The injection y (rows, D) and the couplings, as ``layer`` was given them.
-        solution: What it found, with residuals.
+        layer: Its layer that solves.
+        inputs: The inputs of ``layer``: the injection y (rows, D) and the couplings.
+        solution: Its solution, with residuals.
     """
 
     imlp: IMLP
@@ -76,7 +76,7 @@ class ObservedSolve:
 
 
 def implicit_imlps(model: nn.Module) -> dict[str, tuple[IMLP, FixedPointLayer]]:
-    """The iMLPs of a model that have something to solve, with the layer that does, by name.
+    """The iMLPs of a model that solve for a fixed point, each with the layer that solves, by name.
 
     Raises:
         ValueError: There is none.
@@ -107,7 +107,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def observe_solves(model: nn.Module, images: Tensor) -> dict[str, ObservedSolve]:
-    """Run the model on images, and keep what each of its iMLPs solved, by name."""
+    """Run the model on images and keep the solve of each of its iMLPs, by name."""
     found = implicit_imlps(model)
     given: dict[str, tuple[Any, ...]] = {}
     hooks = [
@@ -129,16 +129,16 @@ def observe_solves(model: nn.Module, images: Tensor) -> dict[str, ObservedSolve]
 def measure_convergence(
     model: nn.Module, images: Tensor, *, rtol: float = 1e-4, max_steps: int = 100
 ) -> list[IMLPConvergence]:
-    """Run the model on images and look at the iteration of each of its iMLPs.
+    """Run the model on images and measure how the iteration of each of its iMLPs converges.
 
-    The model is run in eval mode and put back as it was. Of nested solves it is the outermost that is looked at, with
-    the inner ones in its map as the model has them.
+    The model runs in eval mode, and its own mode is restored. Where solves are nested, only the outermost is measured;
+    the inner ones are part of its map.
 
     Args:
         model: A model with :class:`IMLP` modules.
-        images: (B, C, H, W) a batch as the model takes it; 16 images are enough.
+        images: (B, C, H, W) a batch for the model; 16 images are enough.
         rtol: The residual that counts as converged for ``steps_needed``.
-        max_steps: Most Picard steps to try for it.
+        max_steps: Largest number of Picard steps to try for that.
 
     Raises:
         ValueError: The model has no iMLP with two hidden layers or more.
@@ -182,7 +182,7 @@ def format_convergence(rows: list[IMLPConvergence]) -> str:
 
 
 def local_rate(history: Tensor) -> float:
-    """Median over rows of the last ratio of two residuals that were both taken while the row was iterating."""
+    """Median over rows of the last ratio of two residuals, both measured before the row stopped."""
     before, after = history[:-1], history[1:]
     ratios = torch.where((after != before) & (before > 0), after / before, math.nan)
     return float(ratios[-1].nanmedian()) if len(ratios) else math.nan

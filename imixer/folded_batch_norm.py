@@ -6,18 +6,18 @@ from torch.nn import functional as F
 
 
 def fold_batch_norm(norm: nn.BatchNorm1d, weight: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The weight and bias of the one linear layer that does what ``norm(F.linear(x, weight))`` does.
+    """The weight and bias of one linear layer that computes ``norm(F.linear(x, weight))``.
 
-    The statistics are those of ``x``, differentiated, and the running ones are advanced; or, without it, the running
-    ones. Either way they are constants of what is done with the result.
+    Given ``x``, the statistics are those of ``x``, gradients flow through them, and the running statistics are updated.
+    Without it, they are the running statistics. The layer that is returned has them as constants.
 
     Args:
-        norm: Holds the statistics, and the scale and shift that are learned.
-        weight: (out, in) the layer's; it needs no bias, which the normalization would remove.
-        x: (rows, in) the layer's input, for training mode.
+        norm: The batch normalization: running statistics, learned scale and shift.
+        weight: (out, in) the weight of the linear layer. A bias would be removed by the normalization.
+        x: (rows, in) the input of the linear layer, in training mode.
 
     Raises:
-        ValueError: There is a single row to take statistics of.
+        ValueError: ``x`` has fewer than two rows, so that there are no statistics to take.
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None

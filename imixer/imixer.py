@@ -10,13 +10,13 @@ https://arxiv.org/abs/2304.13061
   year={2023}
 }
 
-An iMixer is timm's MLP-Mixer with an iMLP in the place of each token-mixing MLP; everything else is timm's code.
+An iMixer is timm's MLP-Mixer with an iMLP instead of each token-mixing MLP; everything else is timm's code.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
-from types import EllipsisType
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import torch
 from timm.layers import to_2tuple
@@ -24,11 +24,37 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import Tensor, nn
 
-from imixer.imlp import IMLP, Contraction, HiddenSolve, Norm, change_solvers
-from implicit import Backward, power_iterations_advanced
-from solvers import Solver
+from imixer.imlp import IMLP, change_solvers
+from imixer.imlp_options import IMLP_OPTIONS, IMLPOptions, SolverChanges, check_names, lists_options
+from imixer.shipped_weights import pretrained_cfgs
+from implicit import power_iterations_advanced
 
 __all__ = ["IMixer", "IMixerBlock"]
+
+_MIXER_ARGUMENTS = [name for name in inspect.signature(MlpMixer).parameters if name != "block_layer"]
+
+
+class IMixerArguments(IMLPOptions, total=False):
+    """The keyword arguments of an :class:`IMixer`: the options of its iMLPs, and timm's for an ``MlpMixer``."""
+
+    num_classes: int
+    img_size: int | tuple[int, int]
+    in_chans: int
+    patch_size: int | tuple[int, int]
+    num_blocks: int
+    embed_dim: int
+    mlp_ratio: float | tuple[float, float]
+    mlp_layer: Callable[..., nn.Module]
+    norm_layer: Callable[..., nn.Module]
+    act_layer: Callable[..., nn.Module]
+    drop_rate: float
+    proj_drop_rate: float
+    drop_path_rate: float
+    nlhb: bool
+    stem_norm: bool
+    global_pool: Literal["", "avg"]
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class IMixerBlock(MixerBlock):
@@ -59,93 +85,50 @@ class IMixerBlock(MixerBlock):
         self.mlp_tokens = token_mixer(seq_len, int(to_2tuple(mlp_ratio)[0] * dim), **shared)
 
 
+@lists_options
 class IMixer(MlpMixer):
     """MLP-Mixer with implicit token mixing: images (B, C, H, W) to logits (B, classes).
 
-    The arguments of each :class:`IMLP`, which says more about them:
+    Everything except the token mixer is timm's code.
 
     Args:
-        h_ratio: Width of the inner layers of each iMLP's map, as a multiple of its state's.
-        n_iter: Steps of each solve: exactly so many when ``rtol`` is None, else at most.
-        n_power: Power iterations of the spectral normalization a training step.
-        coeff: Bound on the spectral norms inside the map, or, if certified, on its Lipschitz constant.
-        solver: A solver or its name.
-        backward: A backward mode or its name.
-        rtol: Relative tolerance of each solve, or None for a fixed number of steps.
-        hidden_layers: Hidden layers of each iMLP: 1 is MLP-Mixer, 2 the paper's model.
-        hidden_solve: How three and more of them are solved for: "nested" or "joint".
-        tied: Whether couplings are symmetric.
-        norm: Normalization inside the map: "spectral", "none", "batch" or "weight".
-        contraction: "paper", or "certified" to guarantee that the map contracts.
-        **mixer_args: All that ``timm.models.mlp_mixer.MlpMixer`` takes: ``img_size``, ``patch_size``, ``num_blocks``,
-            ``embed_dim``, ``num_classes``, ``drop_path_rate`` ...
+        **arguments: The options of :class:`imixer.IMLPOptions`, for each :class:`imixer.IMLP`, and the arguments of
+            ``timm.models.mlp_mixer.MlpMixer``: ``img_size``, ``patch_size``, ``num_blocks``, ``embed_dim``,
+            ``num_classes``, ``drop_path_rate`` and so on.
+
+    Raises:
+        TypeError: There is no such argument; the message lists those that there are.
+        ValueError: A value is not valid.
     """
 
-    def __init__(
-        self,
-        *,
-        h_ratio: float = 2.0,
-        n_iter: int = 2,
-        n_power: int = 8,
-        coeff: float = 0.9,
-        solver: Solver | str = "picard",
-        backward: Backward | str = "unrolled",
-        rtol: float | None = None,
-        hidden_layers: int = 2,
-        hidden_solve: HiddenSolve = "nested",
-        tied: bool = False,
-        norm: Norm = "spectral",
-        contraction: Contraction = "paper",
-        **mixer_args: Any,
-    ) -> None:
-        img_size, patch_size = mixer_args.get("img_size", 224), mixer_args.get("patch_size", 16)
+    def __init__(self, **arguments: Unpack[IMixerArguments]) -> None:
+        check_names("An iMixer", arguments, [*_MIXER_ARGUMENTS, *IMLP_OPTIONS])
+        options: Any = {name: value for name, value in arguments.items() if name in IMLP_OPTIONS}
+        mixer_arguments: Any = {name: value for name, value in arguments.items() if name not in IMLP_OPTIONS}
+        img_size, patch_size = mixer_arguments.get("img_size", 224), mixer_arguments.get("patch_size", 16)
         if any(side % patch for side, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)):
             raise ValueError(
                 f"img_size={img_size} is no multiple of patch_size={patch_size}: the border would be left out. Choose "
                 "another patch_size, or resize the images."
             )
-        token_mixer = partial(
-            IMLP,
-            h_ratio=h_ratio,
-            n_iter=n_iter,
-            n_power=n_power,
-            coeff=coeff,
-            solver=solver,
-            backward=backward,
-            rtol=rtol,
-            hidden_layers=hidden_layers,
-            hidden_solve=hidden_solve,
-            tied=tied,
-            norm=norm,
-            contraction=contraction,
-        )
-        block_layer = partial(IMixerBlock, token_mixer=token_mixer)
-        super().__init__(block_layer=block_layer, **mixer_args)  # type: ignore[arg-type]
+        block_layer = partial(IMixerBlock, token_mixer=partial(IMLP, **options))
+        super().__init__(block_layer=block_layer, **mixer_arguments)  # type: ignore[arg-type]
 
-    def set_solver(
-        self,
-        *,
-        n_iter: int | EllipsisType = ...,
-        solver: Solver | str | EllipsisType = ...,
-        rtol: float | EllipsisType | None = ...,
-        backward: Backward | str | EllipsisType = ...,
-    ) -> "IMixer":
-        """Solve in another way from now on, in every iMLP: more steps than in training, to a tolerance, faster.
+    def set_solver(self, **changes: Unpack[SolverChanges]) -> "IMixer":
+        """Change how every iMLP solves from now on: more steps than in training, a tolerance, another solver.
 
-        What is not given stays as it is, and if a value is unfit, all does. The weights were trained with the old
-        solve: what another does to the accuracy has to be looked at. A state dict does not hold these settings.
+        What is not given stays as it is. If a value is not valid, nothing changes. The weights were trained with the
+        old solve, so look at what the new one does to the accuracy. A state dict does not hold these settings.
 
         Args:
-            n_iter: As at construction, and so on.
-            solver: Likewise.
-            rtol: Likewise; None takes exactly ``n_iter`` steps.
-            backward: Likewise.
+            **changes: Any of ``n_iter``, ``solver``, ``backward`` and ``rtol``, as at construction; with ``rtol=None``
+                a solve takes exactly ``n_iter`` steps.
 
         Returns:
             The model itself.
 
         Raises:
-            TypeError, ValueError: A value is unfit, or solver and backward mode cannot go together.
+            TypeError, ValueError: A name or a value is not valid, or two of them cannot go together.
 
         Example:
             >>> import timm
@@ -154,7 +137,7 @@ class IMixer(MlpMixer):
             >>> model = model.set_solver(solver="anderson", n_iter=30, rtol=1e-4)
         """
         imlps = [module for module in self.modules() if isinstance(module, IMLP)]
-        change_solvers(imlps, n_iter=n_iter, solver=solver, rtol=rtol, backward=backward)
+        change_solvers(imlps, changes)
         return self
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -199,14 +182,14 @@ default_cfgs = generate_default_cfgs(
         "imixer_b16_224.untrained": _cfg(),
         "imixer_l32_224.untrained": _cfg(),
         "imixer_l16_224.untrained": _cfg(),
-        "imixer_ti4_32.untrained": _cfg_32(),
-        "imixer_s4_32.untrained": _cfg_32(),
+        **pretrained_cfgs("imixer_ti4_32", _cfg_32()),
+        **pretrained_cfgs("imixer_s4_32", _cfg_32()),
     }
 )
 
 
 def _create_imixer(variant: str, pretrained: bool, architecture: dict[str, int], overrides: dict[str, Any]) -> IMixer:
-    """Build a variant; whatever the caller names in ``overrides`` goes before the architecture's own."""
+    """Build a variant; what the caller names in ``overrides`` replaces the architecture's own."""
     arguments = {**architecture, **overrides}
     out_indices = arguments.pop("out_indices", 3)
     return build_model_with_cfg(

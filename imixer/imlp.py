@@ -2,8 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from types import EllipsisType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Unpack, cast
 
 import torch
 from timm.layers import register_notrace_module
@@ -15,83 +14,91 @@ from imixer.checkpoint import translate_published_keys
 from imixer.contraction import layer_bound
 from imixer.contractive_block import ContractiveBlock, Coupling, JointBlock, sweep
 from imixer.folded_batch_norm import fold_batch_norm
-from imixer.solver_options import SolverOptions
-from implicit import Backward, FixedPointLayer, lipschitz_bound, spectral_norm
-from solvers import Solver
+from imixer.imlp_options import (
+    IMLP_OPTIONS,
+    SOLVER_OPTIONS,
+    IMLPOptions,
+    SolverChanges,
+    check_names,
+    complete,
+    lists_options,
+)
+from imixer.solver_options import check_solver, is_joint, layer_arguments
+from implicit import FixedPointLayer, fixed_point, lipschitz_bound, spectral_norm
 
-Norm = Literal["spectral", "none", "batch", "weight"]
-HiddenSolve = Literal["nested", "joint"]
-Contraction = Literal["paper", "certified"]
+_BATCH = ("batch", "batch_per_step")
 
 
+@lists_options
 @register_notrace_module  # torch.fx has no values, which checks of the map and tests for convergence look at
 class IMLP(nn.Module):
     """``fc2(act(z))`` at the solution of ``z = y + g(z)``, with ``y = fc1(x)`` and ``g = sn2 o act o sn1 o act``.
 
-    The hidden layers of a hierarchical Hopfield network take the place of the hidden layer of an MLP: two of them in
-    the paper's model, where g is the contractive block of ``sn1`` and ``sn2``, linear layers under soft spectral
-    normalization. The weights are computed once a forward pass and enter the map as explicit tensors. The start is
-    ``z = y``. As in the paper, the default solve is ``n_iter`` Picard steps, trained end to end.
+    The hidden layers of a hierarchical Hopfield network replace the hidden layer of an MLP. The paper's model has two
+    of them, and g is the contractive block of ``sn1`` and ``sn2``, which are linear layers under soft spectral
+    normalization. The weights are computed once per forward pass and enter the map as explicit tensors. The solve
+    starts at ``z = y``. As in the paper, it takes ``n_iter`` Picard steps by default, and gradients flow through them.
 
-    A drop-in for ``timm.layers.Mlp``: maps (..., in_features) to (..., out_features), every row by itself.
+    It can replace ``timm.layers.Mlp``: it maps (..., in_features) to (..., out_features), each row by itself.
 
     **Depth.** Let W_k (``sn1``, ``sn3``, ...) and V_k (``sn2``, ``sn4``, ...) be the weights between the hidden layers
     k and k + 1 of H. Then
 
         g = F_1,    F_k(x) = V_k act((1 - F_{k+1})^{-1} W_k act(x)),    F_{H-1}(x) = V_{H-1} act(W_{H-1} act(x)).
 
-    One hidden layer is Mixer's MLP, with nothing to solve. For three and more, ``hidden_solve`` says how:
+    One hidden layer is Mixer's MLP, with nothing to solve. For three and more, ``hidden_solve`` says how to solve:
 
-    - "nested": each inverse is a solve inside the map of the one below, with the same options, and implicit inside
-      implicit where the backward mode is. n steps cost 2 (n + ... + n^{H-1}) matrix products. Under ``rtol`` each level
-      is solved ten times as accurately as the one around it. Every inner solve starts anew: what it kept would make
-      the map another one from call to call. The map's Lipschitz constant is at most
+    - "nested": each inverse is a solve inside the map of the layer below, with the same options, and implicit inside
+      implicit where the backward mode is implicit. n steps cost 2 (n + ... + n^{H-1}) matrix products. Under ``rtol``
+      each level is solved ten times as accurately as the one around it. Every inner solve starts anew, because a start
+      that it remembers would make the map differ from call to call. The map's Lipschitz constant is at most
       ``imixer.contraction.nested_bound``.
     - "joint": one solve for all layers, whose state is the tuple of h_1, h_3, ...; n steps cost 2 (H - 1) n products,
-      and the start 2 (H - 2). In the norm of that state the Lipschitz constant is at most
+      and the start costs 2 (H - 2). In the norm of that state the Lipschitz constant is at most
       ``imixer.contraction.joint_bound``.
 
-    Where all weights have one spectral norm, one bound is below 1 just when the other is. Parameters and solution are
-    the same, and with two hidden layers the solves are too. "joint" is the cheaper one; with one step both do the same.
+    Both have the same parameters and the same solution, and with two hidden layers they are the same solve; with one
+    step they return the same. "joint" takes fewer products. Where all weights have the same spectral norm, one bound is
+    below 1 if and only if the other is.
 
-    **Batch normalization** (``norm="batch"``) is of what each linear layer of the map returns, over all rows. Inside a
-    map it would take other statistics in every call of one solve and couple the rows, so that there would be no
-    equation to solve. Here the statistics are those of a first pass through the layers, at the start z = y, taken once
-    and differentiated. They are constants of the solve, folded into its weights, as the running statistics are in eval
-    mode, which advance once a forward pass. So in training mode the rows of a batch depend on each other, as always
-    with it, and yet are independent problems for the solver. The published code has no such variant.
+    **Tied weights** are symmetric couplings, ``fc2 = fc1'`` and ``V_k = W_k'``. The network then has an energy, which
+    is stationary at the solution. Each layer of units, the outputs too, has one bias: the second one that untied layers
+    have would only add to the first. Tied weights need as many outputs as inputs.
+
+    **Batch normalization** normalizes what each linear layer of the map returns, over all rows. There are two ways:
+
+    - ``norm="batch"``: the statistics are those of a first pass through the layers at the start z = y. They are taken
+      once, with gradients, and are constants of the solve, folded into its weights, as running statistics are in eval
+      mode. So the rows are independent problems for the solver, although in training mode they depend on each other
+      through these statistics. Running statistics are updated once per forward pass.
+    - ``norm="batch_per_step"``: the ablation in the paper's Table 3. In training mode each step takes the statistics of
+      its own inputs and updates the running ones. The map then changes from step to step and mixes the rows of a batch,
+      so that the steps are not the solve of any equation. Only a fixed number of unrolled Picard steps is meaningful;
+      other solvers and backward modes, ``rtol``, and more than two hidden layers are refused. In eval mode both are the
+      same map with running statistics, which ``norm="batch_per_step"`` collects over all steps and ``norm="batch"`` at
+      the first.
+
+    **Contraction.** ``contraction="paper"`` bounds each spectral norm by ``coeff``, as far as power iteration knows it,
+    and ignores the slope of the activation, which reaches 1.129 for GELU: it guarantees nothing. "certified" guarantees
+    Lip(g) <= ``coeff`` < 1 in the Euclidean norm, and the same for the joint map, up to the rounding of the products.
+    The spectral norms are bounded from above, by Gram iteration in float64 in every forward pass, and the bounds take
+    the slope into account. This costs much more than power iteration where float64 is slow, and it needs an activation
+    of torch.nn without parameters.
 
     Args:
         in_features: Size of the last dimension of the input.
         hidden_features: Size D of the lowest hidden layer, the implicit state; by default ``in_features``.
         out_features: Size of the last dimension of the output; by default ``in_features``.
         act_layer: Makes the activation.
-        bias: Whether the linear layers have one.
+        bias: Whether the linear layers have a bias.
         drop: Dropout rate after the activation of the solution and after ``fc2``.
-        h_ratio: Width of the other hidden layers, as a multiple of D.
-        n_iter: Steps of the solver: exactly so many when ``rtol`` is None, else at most.
-        n_power: Power iterations a forward pass in training mode.
-        coeff: Bound on the spectral norms of the map's weights; with ``contraction="certified"`` on Lip(g).
-        solver: A solver or its name.
-        backward: A backward mode or its name.
-        rtol: Relative tolerance of the solve, or None for a fixed number of steps. Rows that do not reach it in
-            ``n_iter`` steps are a ``solvers.ConvergenceWarning``.
-        hidden_layers: Number H of hidden layers.
-        hidden_solve: "nested" or "joint".
-        tied: Symmetric couplings, ``fc2 = fc1'`` and ``V_k = W_k'``, for which the network has an energy, stationary at
-            the solution. Needs as many outputs as inputs. Each layer of units, the outputs too, has one bias, an input
-            current: a second one, as untied layers have it, would only add to the first.
-        norm: "spectral", "none", "batch" (see above) or "weight", for PyTorch's weight normalization.
-        contraction: "paper" bounds each spectral norm by ``coeff``, as far as power iteration knows it, and disregards
-            the slope of the activation, 1.129 for GELU: no guarantee. "certified" guarantees Lip(g) <= ``coeff`` < 1 in
-            the Euclidean norm, and as much of the joint map, up to what products round: the norms are bounded from
-            above, by Gram iteration in float64 at every forward pass, and take the slope into account. It costs much
-            more than power iteration where float64 is slow, and needs an activation of torch.nn without parameters.
-        device: Where the parameters are made.
-        dtype: Of the parameters.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+        **options: The options of :class:`imixer.IMLPOptions`. Rows that do not reach ``rtol`` in ``n_iter`` steps are
+            reported by a ``solvers.ConvergenceWarning``.
 
     Raises:
-        TypeError, ValueError: An option is unfit, or two do not go together.
+        TypeError, ValueError: An option does not exist or is not valid, or two do not go together.
 
     References:
         Ota and Taki, "iMixer: hierarchical Hopfield network implies an invertible, implicit and iterative MLP-Mixer",
@@ -107,70 +114,63 @@ class IMLP(nn.Module):
         act_layer: Callable[[], nn.Module] = nn.GELU,
         bias: bool = True,
         drop: float = 0.0,
-        h_ratio: float = 2.0,
-        n_iter: int = 2,
-        n_power: int = 8,
-        coeff: float = 0.9,
-        solver: Solver | str = "picard",
-        backward: Backward | str = "unrolled",
-        rtol: float | None = None,
-        hidden_layers: int = 2,
-        hidden_solve: HiddenSolve = "nested",
-        tied: bool = False,
-        norm: Norm = "spectral",
-        contraction: Contraction = "paper",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[IMLPOptions],
     ) -> None:
+        check_names("IMLP()", options, IMLP_OPTIONS)
         super().__init__()
+        self._options = complete(options)
+        check_solver(self._options)
+        norm, hidden_layers, tied = self._options["norm"], self._options["hidden_layers"], self._options["tied"]
         state = hidden_features or in_features
-        inner = int(state * h_ratio)
+        inner = int(state * self._options["h_ratio"])
         out_features = out_features or in_features
         if inner < 1:
-            raise ValueError(f"h_ratio={h_ratio!r} leaves the block of a state of size {state} no inner layer.")
-        if not isinstance(hidden_layers, int) or isinstance(hidden_layers, bool) or hidden_layers < 1:
-            raise ValueError(f"hidden_layers must be a positive integer, got {hidden_layers!r}.")
-        _check_choice("hidden_solve", hidden_solve, HiddenSolve)
-        _check_choice("norm", norm, Norm)
-        _check_choice("contraction", contraction, Contraction)
-        if tied and norm == "batch":
-            raise ValueError('tied=True needs another norm than "batch", which scales W_k and V_k = W_k\' differently.')
+            raise ValueError(
+                f"h_ratio={self._options['h_ratio']!r} leaves the block of a state of size {state} no inner layer."
+            )
+        if tied and norm in _BATCH:
+            raise ValueError(
+                f"tied=True needs another norm than {norm!r}, which scales W_k and V_k = W_k' differently."
+            )
         if tied and out_features != in_features:
             raise ValueError(f"tied=True needs as many outputs as inputs, got {in_features} and {out_features}.")
-        self._options = SolverOptions(n_iter=n_iter, solver=solver, backward=backward, rtol=rtol)
         act = act_layer()
         self.hidden_layers = hidden_layers
         self.norm = norm
         self.tied = tied
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(in_features, state, bias=bias, **made)
-        # By their numbers: up from the lowest hidden layer, down to it, up from the next ...
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(in_features, state, bias=bias, **factory_kwargs)
+        # Numbered upwards from the lowest hidden layer, downwards to it, upwards from the next one, and so on.
         shapes = {}
         for k in range(1, hidden_layers):
             below = state if k == 1 else inner
             shapes[2 * k - 1] = (below, inner)
             if not tied:
                 shapes[2 * k] = (inner, below)
-        normalize = _normalization(norm, contraction, coeff, n_power, act, hidden_layers)
+        normalize = _normalization(self._options, act)
         for number, (inputs, outputs) in shapes.items():
-            linear = nn.Linear(inputs, outputs, bias=bias and norm != "batch", **made)
+            linear = nn.Linear(inputs, outputs, bias=bias and norm not in _BATCH, **factory_kwargs)
             self.add_module(f"fc_sn{number}", normalize(linear))
-            if norm == "batch":
-                self.add_module(f"bn{number}", nn.BatchNorm1d(outputs, **made))
+            if norm in _BATCH:
+                self.add_module(f"bn{number}", nn.BatchNorm1d(outputs, **factory_kwargs))
         self._numbers = tuple(shapes)
         self.fc2 = (
-            TiedLinear(out_features, bias=bias, **made) if tied else nn.Linear(state, out_features, bias=bias, **made)
+            TiedLinear(out_features, bias=bias, **factory_kwargs)
+            if tied
+            else nn.Linear(state, out_features, bias=bias, **factory_kwargs)
         )
         self.act = act
         self.drop1 = nn.Dropout(drop)
         self.drop2 = nn.Dropout(drop)
-        self.fixed_point = _fixed_point(act, hidden_layers, hidden_solve, self._options)
+        self.fixed_point = _fixed_point(act, self._options)
         self.register_load_state_dict_pre_hook(_translate_on_load)  # type: ignore[no-untyped-call]
 
     def init_weights(self) -> None:
-        """timm's scheme where timm's own initialization does not reach.
+        """Initialize what timm's initialization does not reach, by timm's scheme.
 
-        That is Xavier-uniform for parametrized weights, of which timm would write to computed copies.
+        That is Xavier-uniform for parametrized weights, where timm would write to computed copies.
         """
         for layer in self.normalized_layers:
             if parametrize.is_parametrized(layer):
@@ -181,12 +181,12 @@ class IMLP(nn.Module):
 
     @property
     def normalized_layers(self) -> tuple[nn.Linear, ...]:
-        """The linear layers of the map: ``sn1``, ``sn2``, ...; of tied ones the upward, ``sn1``, ``sn3``, ..."""
+        """The linear layers of the map: ``sn1``, ``sn2``, ...; if tied, only ``sn1``, ``sn3``, ..."""
         return tuple(getattr(self, f"fc_sn{number}") for number in self._numbers)
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """Exact spectral norms of the weights of these layers, where they are spectrally normalized before that."""
+        """Exact spectral norms of the weights of these layers, before spectral normalization where there is one."""
         found = []
         for layer in self.normalized_layers:
             weight = layer.weight
@@ -196,39 +196,24 @@ class IMLP(nn.Module):
         return tuple(found)
 
     @property
-    def solver_options(self) -> SolverOptions:
-        """How the fixed point is solved for; assigning changes it, in nested solves too."""
-        return self._options
+    def options(self) -> IMLPOptions:
+        """All options as they are now, in a new dictionary; :meth:`set_solver` changes them."""
+        return self._options.copy()
 
-    @solver_options.setter
-    def solver_options(self, options: SolverOptions) -> None:
-        self._options = options
-        layers = [module for module in self.modules() if isinstance(module, FixedPointLayer)]  # outer ones first
-        for level, layer in enumerate(layers):
-            for name, value in options.of_layer(level).items():
-                setattr(layer, name, value)
-
-    def set_solver(
-        self,
-        *,
-        n_iter: int | EllipsisType = ...,
-        solver: Solver | str | EllipsisType = ...,
-        rtol: float | EllipsisType | None = ...,
-        backward: Backward | str | EllipsisType = ...,
-    ) -> "IMLP":
-        """Solve in another way from now on; what is not given stays. See :meth:`imixer.IMixer.set_solver`."""
-        change_solvers([self], n_iter=n_iter, solver=solver, rtol=rtol, backward=backward)
+    def set_solver(self, **changes: Unpack[SolverChanges]) -> "IMLP":
+        """Change how the fixed point is solved for; see :meth:`imixer.IMixer.set_solver`."""
+        change_solvers([self], changes)
         return self
 
     def couplings(self, y: Tensor | None = None) -> tuple[Coupling, ...]:
-        """The weights of the map, from the lowest coupling on.
+        """The weights of the map, from the lowest coupling upwards.
 
         Args:
-            y: (rows, D) the injection, of which batch normalization in training mode takes its statistics;
-                without it they are the running ones.
+            y: (rows, D) the injection, from which batch normalization in training mode takes its statistics. Without
+                it, the running statistics are used.
         """
         layers = self.normalized_layers
-        pairs = self._folded(layers, y) if self.norm == "batch" else [(layer.weight, layer.bias) for layer in layers]
+        pairs = self._folded(layers, y) if self.norm in _BATCH else [(layer.weight, layer.bias) for layer in layers]
         if self.tied:
             return tuple(Coupling(weight, bias, weight.t(), None) for weight, bias in pairs)
         return tuple(Coupling(*up, *down) for up, down in zip(pairs[::2], pairs[1::2], strict=True))
@@ -239,15 +224,35 @@ class IMLP(nn.Module):
         z = y
         if self.fixed_point is not None:
             rows = y.flatten(0, -2)  # (rows, D): every row is a problem of its own
-            z = self.fixed_point(rows, *self.couplings(rows))
+            if self.norm == "batch_per_step" and any(norm.training for norm in self._batch_norms):
+                z = self._steps_with_batch_statistics(rows)
+            else:
+                z = self.fixed_point(rows, *self.couplings(rows))
             z = (z[0] if isinstance(z, tuple) else z).view_as(y)
         z = self.drop1(self.act(z))
         output: Tensor = self.drop2(self.fc2(z, self.fc1.weight.t()) if self.tied else self.fc2(z))
         return output
 
+    @property
+    def _batch_norms(self) -> list[nn.BatchNorm1d]:
+        return [cast(nn.BatchNorm1d, self.get_submodule(f"bn{number}")) for number in self._numbers]
+
+    def _steps_with_batch_statistics(self, y: Tensor) -> Tensor:
+        """``n_iter`` steps, each of which applies the batch normalizations anew. (rows, D) -> the same."""
+        pairs = list(zip(self.normalized_layers, self._batch_norms, strict=True))
+
+        def step(z: Tensor) -> Tensor:
+            for layer, norm in pairs:
+                z = norm(layer(self.act(z)))
+            return y + z
+
+        return fixed_point(
+            step, y, solver="picard", backward="unrolled", rtol=None, atol=None, max_steps=self._options["n_iter"]
+        )
+
     def _folded(self, layers: tuple[nn.Linear, ...], y: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
         """The weights and biases of the linear layers with the normalization after each folded in."""
-        norms = [getattr(self, f"bn{number}") for number in self._numbers]
+        norms = self._batch_norms
         if y is None or not any(norm.training for norm in norms):
             return [fold_batch_norm(norm, layer.weight) for norm, layer in zip(norms, layers, strict=True)]
         folded = {}
@@ -262,7 +267,7 @@ class IMLP(nn.Module):
 
 
 class TiedLinear(nn.Module):
-    """A linear layer with the weight of another: its own is the bias alone."""
+    """A linear layer with the weight of another layer, and a bias of its own."""
 
     bias: Tensor | None
 
@@ -284,24 +289,18 @@ class TiedLinear(nn.Module):
         return F.linear(x, weight, self.bias)
 
 
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}.")
-
-
-def _normalization(
-    norm: Norm, contraction: Contraction, coeff: float, n_power: int, act: nn.Module, hidden_layers: int
-) -> Callable[[nn.Linear], nn.Linear]:
-    """What makes a linear layer of the map out of a plain one."""
-    if contraction == "certified":
+def _normalization(options: IMLPOptions, act: nn.Module) -> Callable[[nn.Linear], nn.Linear]:
+    """A function that makes a linear layer of the map from a plain one."""
+    norm, coeff = options["norm"], options["coeff"]
+    if options["contraction"] == "certified":
         if norm != "spectral":
             raise ValueError(f'contraction="certified" needs norm="spectral", got {norm!r}, which bounds no norm.')
         if not 0 < coeff < 1:
             raise ValueError(f'contraction="certified" bounds Lip(g) by coeff, in (0, 1); got {coeff!r}.')
         if next(act.parameters(), None) is not None:
             raise ValueError(
-                f"The slope of {act} changes with its parameters, so that no bound can be certified ahead of training. "
-                "Choose an activation without any."
+                f"The slope of {act} changes with its parameters, so that no bound can be certified before training. "
+                "Choose an activation without parameters."
             )
         try:
             slope = float(lipschitz_bound(act))
@@ -310,37 +309,39 @@ def _normalization(
                 f"No Lipschitz constant is known for the activation {act}, so that nothing can be certified. Choose "
                 'one of torch.nn such as GELU, ReLU or Tanh, or contraction="paper".'
             ) from None
-        bound = layer_bound(coeff, slope, hidden_layers)
+        bound = layer_bound(coeff, slope, options["hidden_layers"])
         return functools.partial(spectral_norm, coeff=bound, method="gram")
     if norm == "spectral":
-        return functools.partial(spectral_norm, coeff=coeff, n_power_iterations=n_power)
+        return functools.partial(spectral_norm, coeff=coeff, n_power_iterations=options["n_power"])
     if norm == "weight":
         return parametrizations.weight_norm
     return lambda linear: linear
 
 
-def change_solvers(imlps: Iterable[IMLP], **given: Any) -> None:
-    """:meth:`IMLP.set_solver` for all of them, or, if a value is unfit for one, for none."""
-    changed = [(imlp, imlp.solver_options.changed(**given)) for imlp in imlps]
+def change_solvers(imlps: Iterable[IMLP], changes: SolverChanges) -> None:
+    """:meth:`IMLP.set_solver` for all of them or, if a value is not valid for one of them, for none."""
+    check_names("set_solver()", changes, SOLVER_OPTIONS)
+    changed = [(imlp, complete({**imlp.options, **changes})) for imlp in imlps]
+    for _, options in changed:
+        check_solver(options)
     for imlp, options in changed:
-        if imlp.fixed_point is not None:
-            options.check_depth(imlp.hidden_layers, joint=isinstance(imlp.fixed_point.f, JointBlock))
-    for imlp, options in changed:
-        imlp.solver_options = options
+        imlp._options = options
+        layers = [module for module in imlp.modules() if isinstance(module, FixedPointLayer)]  # outer ones first
+        for level, layer in enumerate(layers):
+            for name, value in layer_arguments(options, level).items():
+                setattr(layer, name, value)
 
 
-def _fixed_point(
-    act: nn.Module, hidden_layers: int, hidden_solve: HiddenSolve, options: SolverOptions
-) -> FixedPointLayer | None:
+def _fixed_point(act: nn.Module, options: IMLPOptions) -> FixedPointLayer | None:
     """The layer that solves for the hidden layers; None where there is nothing to solve."""
-    joint = hidden_solve == "joint" and hidden_layers > 2
-    options.check_depth(hidden_layers, joint=joint)
-    if joint:
+    if is_joint(options):
         block = JointBlock(act)
-        return FixedPointLayer(block, init=block.start, **options.of_layer(0))
+        return FixedPointLayer(block, init=block.start, **layer_arguments(options, 0))
     layer = None
-    for level in reversed(range(hidden_layers - 1)):
-        layer = FixedPointLayer(ContractiveBlock(act, layer), init=_start_at_injection, **options.of_layer(level))
+    for level in reversed(range(options["hidden_layers"] - 1)):
+        layer = FixedPointLayer(
+            ContractiveBlock(act, layer), init=_start_at_injection, **layer_arguments(options, level)
+        )
     return layer
 
 

@@ -1,10 +1,9 @@
 """Testing a trained model, at several numbers of solver steps over the same images."""
 
-import argparse
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from imixer.checkpoint import load_checkpoint
+from imixer.checkpoint_file import CheckpointError, read_file
 from imixer.data import ImageBatch, ImageData
 from imixer.imixer import IMixer
-from imixer.training import CheckpointError, TrainingConfig
+from imixer.training import TrainingConfig
 from imixer.training.checkpoints import BEST, LAST
-from imixer.training.model import check_model_name, model_arguments
+from imixer.training.command_line import saved_settings
+from imixer.training.model import check_model_arguments, check_model_name, model_arguments
 from implicit import record_solutions
 
-RUN_KEYS = ("model", "model_args", "classes", "mean", "std", "config")
+RUN_KEYS: dict[str, type | tuple[type, ...]] = {
+    "model": str,
+    "model_args": dict,
+    "classes": list,
+    "mean": (list, tuple),
+    "std": (list, tuple),
+    "config": dict,
+}
 
 
 @dataclass(kw_only=True)
@@ -70,21 +78,17 @@ def read_run(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; give a run's folder, its {BEST} or its {LAST}")
-    if path.suffix == ".safetensors":
-        return None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's script saves its flags as one
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file or a foreign pickle raises
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size:,} bytes) is damaged or no checkpoint: {reason}"
-        ) from error
+    checkpoint = read_file(path)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a model's weights by their names")
     if not all(key in checkpoint for key in RUN_KEYS):
         return None
-    return {key: checkpoint[key] for key in (*RUN_KEYS, "epoch") if key in checkpoint}
+    run = {key: checkpoint[key] for key in (*RUN_KEYS, "epoch") if key in checkpoint}
+    unfit = [key for key, kind in RUN_KEYS.items() if not isinstance(run[key], kind)]
+    unfit += [key for key in ("mean", "std") if not all(isinstance(value, (int, float)) for value in run[key])]
+    if unfit:
+        raise CheckpointError(f"{path} is no checkpoint of a training run: {unfit[0]} is {str(run[unfit[0]])[:80]!r}")
+    return run
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -95,10 +99,12 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def settings_of(run: dict[str, Any] | None, changes: dict[str, Any]) -> TrainingConfig:
-    """Return the settings of a run, or the defaults, with `changes`; settings that are no longer known are left out."""
-    known = {item.name for item in fields(TrainingConfig)}
-    saved = {name: value for name, value in (run["config"] if run else {}).items() if name in known}
-    return TrainingConfig(**(saved | changes))
+    """Return the settings of a run, or the defaults, with `changes`; settings that are no longer known are left out.
+
+    Raises:
+        ValueError: A value is unfit.
+    """
+    return TrainingConfig(**(saved_settings(run["config"] if run else {}) | changes))
 
 
 def load_trained_model(
@@ -114,20 +120,26 @@ def load_trained_model(
         use_ema: Take averaged weights where the file has them.
 
     Raises:
-        ValueError: The weights do not fit the model, or the run's classes are others than the images'.
+        ValueError: The checkpoint names no model that it may, the weights do not fit, or the run's classes are others
+            than the images'.
     """
     if run is None:
         check_model_name(config.model)
         name, arguments = config.model, model_arguments(config, data)
     else:
         name, arguments = run["model"], run["model_args"]
+        check_model_arguments(path, name, arguments)
         if tuple(run["classes"]) != data.classes:
+            there, here = run["classes"], data.classes
             raise ValueError(
-                f"{path} tells {len(run['classes'])} classes apart ({', '.join(run['classes'][:4])} ...), and "
-                f"{data.name} has {len(data.classes)} ({', '.join(data.classes[:4])} ...); test on images of the same"
+                f"{path} tells {len(there)} classes apart ({', '.join(map(str, there[:4]))} ...), and {data.name} has "
+                f"{len(here)} ({', '.join(here[:4])} ...); test on images of the same"
             )
         data.test.mean, data.test.std = tuple(run["mean"]), tuple(run["std"])
-    model = timm.create_model(name, **arguments)
+    try:
+        model: nn.Module = timm.create_model(name, **arguments)
+    except Exception as error:  # the arguments may be those of a file
+        raise ValueError(f"cannot build the {name} of {path}: {' '.join(str(error).split())}") from error
     load_checkpoint(model, path, use_ema=use_ema)
     return model
 

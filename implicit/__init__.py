@@ -11,7 +11,14 @@ from implicit.backward import (
     Unrolled,
     get_backward,
 )
-from implicit.diagnostics import check_map, checked_maps, record_solutions
+from implicit.diagnostics import (
+    audit_gradients,
+    check_map,
+    checked_maps,
+    diagnose,
+    monitor_solves,
+    record_solutions,
+)
 from implicit.differentiable import differentiable
 from implicit.functional import fixed_point
 from implicit.invertible_residual import InvertibleResidual
@@ -43,8 +50,10 @@ __all__ = [
     "SpectralNorm",
     "Unrolled",
     "WarmStart",
+    "audit_gradients",
     "check_map",
     "checked_maps",
+    "diagnose",
     "differentiable",
     "dropout_mask",
     "fixed_point",
@@ -52,6 +61,7 @@ __all__ = [
     "iterates",
     "jacobian_regularization",
     "lipschitz_bound",
+    "monitor_solves",
     "power_iterations_advanced",
     "projected_gradient",
     "proximal_gradient",

@@ -208,7 +208,7 @@ class _Answer:
         placeholder = torch.empty(0)
         problem = self._problem(map_, self._linear_solver, 1, OneAtATime(find), transformed=True)
         (flat,) = fixed_point_of(problem, [placeholder], tensors, [])
-        with torch.no_grad():
+        with torch.enable_grad():
             image = map_([flat.detach()], [tensor.detach() for tensor in tensors])
         if any(map(is_followed, image)):
             raise RuntimeError(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from solvers._fixed_steps import Outcome
-from solvers._samples import News, Samples, Verdict
-from solvers._secant import Secant
+from solvers._samples import News, Samples, Tests, Verdict
+from solvers._secant import Secant, some_entries
 from solvers._solution import ACTIVE, Status
 from solvers._stopping import Measure, Stopping
 from solvers.methods.solver import State
@@ -17,22 +17,14 @@ from solvers.problem.norms import FLOOR, underflow
 
 # Steps without a smaller residual after which a sample that is at the floor ends there.
 FLOOR_PATIENCE = 10
-
 # A residual this many times its minimum is growing or wild, and not stagnant.
 WILD = 1e3
-
 # Growth of the residual since the start from which a sample that is out of steps counts as diverged.
 FAR = 1e6
-
 # A residual that gets beyond the limit in so many steps from its smallest value has not grown there step by step.
 SUDDEN = 10
-
 # How often in a row a sample is taken back without a smaller residual in between.
 MOST_TAKEN_BACK = 10
-
-# A residual this many times its bound does not meet it in the next step, as a rule.
-CLOSE = 100.0
-
 # The part of its bound below which the residual of a single iterate counts as convergence.
 TINY = 1e-2
 
@@ -73,17 +65,25 @@ class ToleranceTest:
         self._measure = measure
         self._eps = eps
         self._remembers = remembers
-        self._least_patience = min(stopping.patience, FLOOR_PATIENCE)
         self._history: list[Tensor] | None = [] if keep_history else None
         self._step = 0
         # The last step at which the residual of every active sample fell: none of them can be stagnant soon after it.
         self._all_improved_at = 0
-        # Whether all samples that are left may converge in the next step; for how many the map has contracted in every
-        # step.
-        self._near, self._num_contracting = True, 1
-        self._before: State | None = None  # during an update, the iterate before the latest
+        # Whether samples may converge in the next step; all that are left, or some as in this one.
+        self._near = True
+        # For how many samples the map has contracted in every step: for all, for some at most.
+        self._all_contract = self._some_contract = True
+        # What has happened to no sample so far need not be followed.
+        self._some_grown = self._some_taken_back = self._some_lost = False
+        # A sample at the floor has been within its bound, unless that is smaller.
+        self._some_at_floor = not measure.least_rtol >= FLOOR * eps
+        # During an update, the iterate before the latest; and the entries of both that a secant takes, if it was asked.
+        self._before: State | None = None
+        self._entries_before: State | None = None
+        self._entries: State | None = None
+        self._num_is_exact = True
         self.num_done = 0
-        self.may_have_ended = self._some_done = False
+        self.may_have_ended = False
         self.lost: Tensor | None = None
         # After drop_done: which samples of the batch are left, and what is known of all of them.
         self._rows: Tensor | None = None
@@ -95,241 +95,240 @@ class ToleranceTest:
         Nothing is taken in where samples are ``lost``, unless they were ``taken_back`` already.
         """
         first, self._step = self._step == 0, step
-        if not taken_back:
-            self._before = None if first else self.latest
+        if not first and not taken_back:
+            self._before, self._entries_before = self.latest, self._entries
         # Without what else the solver remembers.
-        self.latest, self.lost = State(state.z, state.fz), None
+        self.latest, self._entries, self.lost = State(state.z, state.fz), None, None
+        self._image_is_nearer = state.image_is_nearer
         with torch.no_grad():
             errors, scales = self._measure.parts(state.displacement), self._measure.parts(state.fz)
             if first:
-                self._samples = self._at_start(state, errors, scales)
-            news = self._news(errors, scales)
-            waited = step - self._all_improved_at >= self._least_patience
+                self._samples = Samples.at_start(state, self._measure, scales, errors, self._stopping.max_growth)
+            waited = step - self._all_improved_at >= self._patience
             near = self._near or waited or step == self._stopping.max_steps or self._stopping.check_every > 1
             # Whether the map contracts is asked at steps that do not depend on the batch.
-            asked = self._num_contracting > 0 and (step <= 3 or step % 4 == 0)
-            secant, contracted = None, self._samples.contracts
-            if not first and (near or asked):
-                secant = self._secant()
-                if asked:
-                    self._samples.contracts = contracted & secant.contracts
-            verdict = self._verdict(news, secant if near else None, waited=waited)
-            if verdict.num_within and not (near or first):
+            asked = not first and self._some_contract and (step <= 3 or step % 4 == 0)
+            secant = self._secant() if asked or (near and not first) else None
+            news = self._news(errors, scales, secant)
+            # Growth for the first time is expected only where the residual has not fallen for long.
+            careful = self._some_grown or waited
+            verdict = self._verdict(news, secant if near else None, waited=waited, asked=asked, careful=careful)
+            grown = self._some_grown or verdict.count.ungrown < news.error.shape[0]
+            if verdict.count.within and not first and not (near and (careful or not grown)):
                 secant = secant or self._secant()
-                if verdict.num_within < verdict.num_active:
-                    verdict.met = news.within & self._is_sure(news, secant)
-                    verdict.active = verdict.met < verdict.active
+                if verdict.count.within < verdict.count.allowed:
+                    verdict.met = news.of_samples.within & self._is_sure(news, secant, grown)
+                    verdict.active, verdict.is_exact = verdict.met < news.of_samples.allowed, False
+                    verdict.num_active = verdict.count.allowed
                 else:  # all may have converged: only a second look tells
-                    verdict = self._verdict(news, secant, waited=waited)
-            if verdict.num_beyond and not taken_back:
-                self.lost = self._lost(news)
+                    verdict = self._verdict(news, secant, waited=waited, asked=asked, careful=True)
+            if verdict.num_active < verdict.num_before and not first:
+                self.lost = None if taken_back else self._lost(news, verdict)
                 if self.lost is not None:
-                    self._samples.contracts = contracted
                     return False
+                secant = secant or self._secant()  # for the estimate of the error
             taken = self._take_in(news, verdict, secant)
-        self._before = None  # what follows, and the next step, need the room
+        self._before = self._entries_before = None  # what follows, and the next step, need the room
         self._take_value(taken)
-        return self.num_done == len(verdict.active)
+        return self.num_done == news.error.shape[0]
 
-    def _at_start(self, state: State, errors: Tensor, scales: Tensor) -> Samples:
-        starts = self._measure.sizes_at_start(state.z, scales)
-        error, scale, size = (self._measure.whole(parts) for parts in (errors, scales, starts))  # (B,)
-        growth = self._stopping.max_growth
-        self._far = min(1.0, FAR / growth)
-        # Where squares lose digits to underflow, norms tell nothing.
-        self._vanishing = error.new_tensor(10 * underflow(error))
-        zero = torch.zeros_like(error, dtype=torch.int64)
-        infinite = torch.full_like(error, math.inf)
-        return Samples(
-            value=state.fz,
-            contracts=torch.ones_like(error, dtype=torch.bool),
-            is_image=torch.ones_like(error, dtype=torch.bool),
-            status=torch.full_like(error, ACTIVE, dtype=torch.int8),
-            active=torch.ones_like(error, dtype=torch.bool),
-            num_steps=zero,
-            error=infinite,
-            scale=torch.ones_like(scale),
-            least=infinite,
-            best_step=zero,
-            error_ratio=torch.full_like(error, math.nan),
-            latest=error,
-            reference=infinite,
-            next_growth=10 * size,
-            taken_back=zero,
-            start=state.z,
-            start_size=size,
-            absolute=self._measure.absolute(starts),
-            limit=torch.where(error.isfinite(), growth * (error + scale), -1.0),
-        )
+    @property
+    def _patience(self) -> int:
+        """The least number of steps without a smaller residual after which a sample may end."""
+        patience = self._stopping.patience
+        return min(patience, FLOOR_PATIENCE) if self._some_at_floor else patience
 
-    def _news(self, errors: Tensor, scales: Tensor) -> News:
-        samples, measure = self._samples, self._measure
-        error, scale, bound = measure.whole(errors), measure.whole(scales), measure.bound(scales, samples.absolute)
-        rounded = torch.add(error, scale, alpha=self._eps / 2)
-        within = measure.within(errors, bound)
+    def _news(self, errors: Tensor, scales: Tensor, secant: Secant | None) -> News:
+        changes = None if secant is None else (secant.most, secant.df)
+        news = self._samples.news(self._measure, errors, scales, self._eps, changes)
+        self._slack = self._measure.slack(errors, scales, self._samples.absolute)
         if self._step == 1:
             # One iterate tells nothing of the error, so that the residual has to.
-            tiny = measure.within(errors, TINY * bound) & (scale > underflow(scale))
-            within = tiny | (within & self._is_fixed())
-        return News(
-            error=error,
-            scale=scale,
-            rounded=rounded,
-            improved=rounded < samples.least,
-            grown=scale > samples.next_growth,
-            allowed=error <= samples.limit,
-            within=within,
-            slack=self._measure.slack(errors, bound),
-            close=measure.within(errors, CLOSE * bound),
-        )
+            bound, error = self._measure.compared(TINY * self._measure.bound(scales, self._samples.absolute), errors)
+            tiny = (bound >= error) & (news.scale > underflow(error))
+            tests = news.of_samples
+            news.of_samples = tests._replace(within=tiny | (tests.within & self._is_fixed()))
+        return news
 
     def _secant(self) -> Secant:
         assert self._before is not None
-        return Secant.between(self._before, self.latest)
+        self._entries = some_entries(self.latest)
+        before = self._entries_before or some_entries(self._before)
+        complete = self._entries is self.latest
+        return Secant.between(before, self._entries, complete=complete, contracts=self._image_is_nearer)
 
-    def _verdict(self, news: News, secant: Secant | None, *, waited: bool) -> Verdict:
+    def _verdict(self, news: News, secant: Secant | None, *, waited: bool, asked: bool, careful: bool) -> Verdict:
         """What becomes of the samples, by one look; none is idle unless one can have ``waited`` long enough.
 
-        After the first step, none converges without ``secant``.
+        After the first step, none converges without ``secant``. Unless ``careful``, samples that have grown tenfold in
+        this step are judged as if they had not.
         """
-        samples = self._samples
-        met = idle = None
-        going = news.allowed
-        if self._step == 1:
-            met = news.within & news.allowed
+        samples, first = self._samples, self._step == 1
+        if secant is None and not first and self._num_is_exact and (not asked or self._all_contract):
+            # The look at the host. Samples that have stopped fail the tests that matter.
+            count: Tests[int] = Tests(*news.tests.sum(dim=1).tolist())
+            num_before = samples.active.shape[0] - self.num_done
+            active = samples.active if count.allowed == num_before else news.of_samples.allowed
+            contracts = news.of_samples.contracts if asked else None
+            return Verdict(None, None, active, contracts, count, num_before, count.allowed, True, count.contracts or 0)
+        tests, met, idle, contracts = news.of_samples, None, None, samples.contracts
+        if asked and tests.contracts is not None:
+            contracts = tests.contracts if self._all_contract else contracts & tests.contracts
+        if first:
+            met = tests.within & tests.allowed
         elif secant is not None:
-            met = news.within & self._is_sure(news, secant)
+            met = tests.within & self._is_sure(news, secant, careful)
         if waited and secant is not None:
-            idle = self._idle(news, secant)
+            waiting, idle = self._idle(news, secant)
             # Norms whose squares have vanished tell nothing, entries do.
-            fixed = (idle != ACTIVE) & (news.scale <= underflow(news.scale)) & self._is_fixed()
+            fixed = (idle != ACTIVE) & (news.scale <= underflow(news.scale)) & self._is_fixed() & samples.active
             met = fixed if met is None else met | fixed
-            going = going & (idle == ACTIVE)
         # Of truth values, "less than" says "but not".
-        if met is not None:
-            going = met < going
-        flags = (
-            samples.active & going,
-            news.allowed < samples.active,
-            news.improved < samples.active,
-            news.grown,
-            news.close,
-            news.within,
-            samples.contracts,
-        )
+        active = tests.allowed if met is None else met < tests.allowed
+        if idle is not None:
+            active = active & (idle == ACTIVE)
+        flags = [*(test for test in tests if test is not None), active, samples.active, contracts]
+        if idle is not None:
+            flags.insert(0, active & waiting)
         # The look at the host.
-        return Verdict(met, idle, flags[0], *torch.stack(flags).sum(dim=1).tolist())
+        *counts, num_active, num_before, num_contracting = torch.stack(flags).sum(dim=1).tolist()
+        if idle is not None and not counts.pop(0):
+            self._all_improved_at = self._step - self._patience // 2 + 1
+        return Verdict(met, idle, active, contracts, Tests(*counts), num_before, num_active, True, num_contracting)
 
     def _is_fixed(self) -> Tensor:
         """(B,) bool: whether f(z) is z, bit for bit."""
         return (self.latest.fz == self.latest.z).all(dim=1)
 
-    def _is_sure(self, news: News, secant: Secant) -> Tensor:
+    def _is_sure(self, news: News, secant: Secant, grown: bool = True) -> Tensor:
         """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell.
 
         The error, which is the residual times the change of f(z) over the change of f(z) - z in the last step, must be
-        below a tenth of the size of the value or of the start. And if the value has grown tenfold, the residual must
-        have fallen tenfold since, with room for rounding in f: a residual that is small only beside a value that ran
-        away has not.
+        below a tenth of the size of the value or of the start. And if the value has ``grown`` tenfold, the residual
+        must have fallen tenfold since, with room for rounding in f: a residual that is small only beside a value that
+        ran away has not.
         """
         samples = self._samples
-        tenfold = torch.add(self._vanishing, news.rounded, alpha=10)
+        # Where squares lose digits to underflow, norms tell nothing.
+        tenfold = torch.add(10 * underflow(news.rounded), news.rounded, alpha=10)
         near = tenfold * secant.df < torch.maximum(news.scale, samples.start_size) * secant.dg
+        if self._slack is not None:
+            near = near & (secant.dz <= self._slack * secant.dg)
+        if not grown:
+            return near
         fallen = torch.add(tenfold, news.scale, alpha=10 * FLOOR * torch.finfo(tenfold.dtype).eps)
-        near = near & (fallen <= torch.where(news.grown, samples.latest, samples.reference))
-        return near if news.slack is None else near & (secant.dz <= news.slack * secant.dg)
+        return near & (fallen <= torch.where(news.of_samples.ungrown, samples.reference, samples.latest))
 
-    def _idle(self, news: News, secant: Secant) -> Tensor:
-        """(B,) int8: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE."""
+    def _idle(self, news: News, secant: Secant) -> tuple[Tensor, Tensor]:
+        """Which samples have waited for half of the least patience or longer (B,), and what they may expect.
+
+        The latter is (B,) int8: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE.
+        """
         samples = self._samples
         waited = (self._step - samples.best_step.clamp_min(self._all_improved_at)).masked_fill(news.improved, 0)
         stagnant = (waited >= self._stopping.patience) & (news.error <= WILD * samples.error)
         at_floor = (waited >= FLOOR_PATIENCE) & (samples.residual <= FLOOR * self._eps) & self._is_sure(news, secant)
         idle = torch.full_like(samples.status, ACTIVE)
-        return idle.masked_fill(stagnant, Status.STAGNATED).masked_fill(at_floor, Status.PRECISION_FLOOR)
+        idle = idle.masked_fill(stagnant, Status.STAGNATED).masked_fill(at_floor, Status.PRECISION_FLOOR)
+        return waited >= self._patience // 2, idle
 
-    def _lost(self, news: News) -> Tensor | None:
+    def _lost(self, news: News, verdict: Verdict) -> Tensor | None:
         """(B,) bool: the samples that a step has led to infinity or NaN, or what the solver remembers far away."""
         samples = self._samples
-        astray = ~news.error.isfinite()
+        if verdict.count.allowed == verdict.num_before:
+            return None
+        lost = ~(news.error < math.inf)
         if self._remembers:
             since = self._step - samples.best_step.clamp_min(self._all_improved_at)
-            astray = astray | ((since <= SUDDEN) & (news.error > WILD * samples.latest))
-        lost = (news.allowed < samples.active) & astray
-        lost = lost & (samples.taken_back < MOST_TAKEN_BACK)
-        if self._step == 1 or not bool(lost.any()):
+            lost = lost | ((since <= SUDDEN) & (news.error > WILD * samples.latest))
+        lost = (news.of_samples.allowed < samples.active) & lost & (samples.taken_back < MOST_TAKEN_BACK)
+        if not bool(lost.any()):
             return None
+        self._some_taken_back = True
         samples.taken_back = samples.taken_back + lost
         return lost
 
     def _take_in(self, news: News, verdict: Verdict, secant: Secant | None) -> Tensor | None:
         """Remember a step; returns the samples with a new best iterate (B,), or None for all."""
-        samples, tenfold = self._samples, 10 * news.scale
-        active, left = verdict.active, verdict.num_active
-        may_end = verdict.num_within or left < len(active) - self.num_done
-        ended = samples.active & ~active if may_end else None
-        self.may_have_ended = ended is not None
-        self._some_done = self._some_done or self.may_have_ended
-        if ended is not None:
-            self._end(ended, news, verdict, secant)
+        samples, count, met = self._samples, verdict.count, verdict.met
+        size, left = news.error.shape[0], verdict.num_active
+        missed = count.missed > 0 or count.allowed < verdict.num_before
+        ended = None if left == verdict.num_before and verdict.is_exact else verdict.active < samples.active
+        self.may_have_ended = ended is not None or left < size - self.num_done
         if self._history is not None:
-            residual = torch.where(samples.active, relative(news.error, news.scale), samples.residual)
+            residual = relative(news.error, news.scale)
+            if verdict.num_before < size:
+                residual = torch.where(samples.active, residual, samples.residual)
             self._history.append(residual if self._aside is None else self._merged(self._aside.residual, residual))
-        if verdict.num_grown:
-            samples.reference = torch.where(news.grown, samples.latest, samples.reference)
-            samples.next_growth = torch.where(news.grown, tenfold, samples.next_growth)
-        samples.next_growth = torch.minimum(samples.next_growth, tenfold)
-        samples.latest = news.error
-        if verdict.num_missed or self._some_done:
-            taken = samples.active & (news.improved if verdict.met is None else news.improved | verdict.met)
+        taken = samples.active if verdict.num_before < size else None
+        if missed:
+            taken = news.improved if met is None else news.improved | met
+        self._take_contracts(news, verdict, secant, ended, taken)
+        if taken is None:
+            samples.error, samples.scale, samples.least = news.error, news.scale, news.rounded
+        else:
             for name, value in (("error", news.error), ("scale", news.scale), ("least", news.rounded)):
                 setattr(samples, name, torch.where(taken, value, getattr(samples, name)))
-            samples.best_step = samples.best_step.masked_fill(taken, self._step)
-            samples.taken_back = samples.taken_back.masked_fill(taken, 0)
-            samples.is_image = torch.where(taken, samples.contracts, samples.is_image)
-        else:
-            taken = None
-            samples.error, samples.scale, samples.least = news.error, news.scale, news.rounded
-            samples.is_image = samples.contracts
-        if secant is not None and self._step == self._stopping.max_steps:
-            ratio = secant.error_ratio(samples.is_image)
-            samples.error_ratio = torch.where(active, ratio, samples.error_ratio)
-        if not verdict.num_missed:
+        if taken is None or not missed:
             self._all_improved_at = self._step
+        else:
+            samples.best_step = samples.best_step.masked_fill(taken, self._step)
+        if self._some_taken_back:
+            samples.taken_back = samples.taken_back.masked_fill(samples.active if taken is None else taken, 0)
+        stopping = samples.active if self._step == self._stopping.max_steps else ended
+        if secant is not None and stopping is not None:
+            samples.error_ratio = torch.where(stopping, secant.error_ratio(samples.is_image), samples.error_ratio)
+        if ended is not None:
+            self._end(ended, news, verdict)
+        if count.ungrown < size or count.unshrunk < size:
+            self._some_grown = self._some_grown or count.ungrown < size
+            samples.follow_growth(news)
+        samples.latest = news.error
         # All that are left may converge in the next step only if all are close.
-        self._near = verdict.num_close >= left - verdict.num_within
-        samples.active, self.num_done = active, len(active) - left
-        self._num_contracting = (
-            verdict.num_contracting if ended is None else min(verdict.num_contracting, len(active) - 1)
-        )
+        self._near = count.close >= count.allowed or count.within > 0
+        self._some_at_floor = self._some_at_floor or count.within > 0 or (self._step == 1 and count.close > 0)
+        samples.active, self.num_done, self._num_is_exact = verdict.active, size - left, verdict.is_exact
         return taken
 
-    def _end(self, ended: Tensor, news: News, verdict: Verdict, secant: Secant | None) -> None:
-        """Give the samples ``ended`` (B,) their status."""
-        samples = self._samples
-        status = torch.full_like(samples.status, ACTIVE) if verdict.idle is None else verdict.idle
-        # The later line wins.
-        if verdict.num_beyond:
-            status = status.masked_fill(~news.allowed, Status.DIVERGED)
-            status = status.masked_fill(~news.error.isfinite(), Status.NONFINITE)
-        is_new = news.improved
-        if verdict.met is not None:
-            status = status.masked_fill(verdict.met, Status.CONVERGED)
-            is_new = is_new | verdict.met
-        samples.status = torch.where(ended, status, samples.status)
-        samples.num_steps = samples.num_steps.masked_fill(ended, self._step)
-        if secant is not None:
+    def _take_contracts(
+        self, news: News, verdict: Verdict, secant: Secant | None, ended: Tensor | None, taken: Tensor | None
+    ) -> None:
+        """Remember whether the map contracts, and so whether the values of the samples ``taken`` are images."""
+        samples, size = self._samples, news.error.shape[0]
+        if verdict.contracts is not None:
+            samples.contracts, number = verdict.contracts, verdict.num_contracting
+            self._all_contract, self._some_contract = number == size, number > 0
+        in_step = self._all_contract and verdict.count.contracts == size
+        if ended is not None and secant is not None and self._some_contract and not in_step:
             # Of a sample that stops, its last step is asked as well.
-            samples.contracts = samples.contracts & (secant.contracts | ~ended)
-            is_image = torch.where(is_new, samples.contracts, samples.is_image)
-            samples.error_ratio = torch.where(ended, secant.error_ratio(is_image), samples.error_ratio)
-        rows = ended if samples.absolute.dim() == 1 else ended.unsqueeze(1)
-        samples.absolute = samples.absolute.masked_fill(rows, -math.inf)
+            samples.contracts = samples.contracts > (ended > (secant.most >= secant.df))
+            self._all_contract = False
+        if not self._all_contract:
+            contracts = samples.contracts
+            samples.is_image = contracts if taken is None else torch.where(taken, contracts, samples.is_image)
+
+    def _end(self, ended: Tensor, news: News, verdict: Verdict) -> None:
+        """Give the samples ``ended`` (B,) their status, and let them fail all further tests."""
+        samples = self._samples
+        if verdict.idle is None and verdict.count.allowed == verdict.num_before:
+            samples.status = samples.status.masked_fill(ended, Status.CONVERGED)
+        else:
+            self._some_lost = True
+            status = torch.full_like(samples.status, ACTIVE) if verdict.idle is None else verdict.idle
+            # The later line wins.
+            status = status.masked_fill(~news.of_samples.allowed, Status.DIVERGED)
+            status = status.masked_fill(~(news.error < math.inf), Status.NONFINITE)
+            if verdict.met is not None:
+                status = status.masked_fill(verdict.met, Status.CONVERGED)
+            samples.status = torch.where(ended, status, samples.status)
+        samples.stop(ended, self._step)
 
     def _take_value(self, taken: Tensor | None) -> None:
         """Take in the values of the samples ``taken``, with gradients where they are recorded."""
         samples, newest = self._samples, self.latest.fz
-        if self._num_contracting < len(samples.contracts):
+        if not self._some_contract:
+            newest = self.latest.z
+        elif not self._all_contract:
             newest = torch.where(samples.contracts.unsqueeze(1), newest, self.latest.z)
         samples.value = newest if taken is None else torch.where(taken.unsqueeze(1), newest, samples.value)
 
@@ -339,13 +338,15 @@ class ToleranceTest:
         return self._samples.value
 
     @property
-    def done(self) -> Tensor:
-        """(B,) bool, the samples that have stopped."""
-        return ~self._samples.active
+    def active(self) -> Tensor:
+        """(B,) bool, the samples that have not stopped."""
+        return self._samples.active
 
     def held(self) -> Tensor:
         """(B, D) what the map is to be called with for samples that have stopped: always finite, if z0 was."""
         samples = self._samples
+        if not self._some_lost:
+            return samples.value.detach()
         return torch.where(samples.error.isinf().unsqueeze(1), samples.start, samples.value).detach()
 
     def drop_done(self) -> Tensor:
@@ -361,7 +362,7 @@ class ToleranceTest:
         self._rows = keep if self._rows is None else self._rows[keep]
         for name in ("_samples", "latest"):
             setattr(self, name, with_tensors(getattr(self, name), lambda tensor: tensor.index_select(0, keep)))
-        self.num_done = 0
+        self.num_done, self._entries = 0, None
         return keep
 
     def outcome(self) -> Outcome:
@@ -369,9 +370,12 @@ class ToleranceTest:
         samples, whole = self._samples, self._whole()
         active = samples.active
         with torch.no_grad():
-            far = torch.maximum(self._far * samples.limit, WILD * samples.error)
-            status = samples.status.masked_fill(active, Status.MAX_STEPS)
-            status = status.masked_fill(active & (samples.latest > far), Status.DIVERGED)
+            status, num_steps = samples.status, samples.num_steps
+            if self.num_done < active.shape[0]:
+                far = torch.maximum(min(1.0, FAR / self._stopping.max_growth) * samples.limit, WILD * samples.error)
+                status = status.masked_fill(active, Status.MAX_STEPS)
+                status = status.masked_fill(active & (samples.latest > far), Status.DIVERGED)
+                num_steps = num_steps.masked_fill(active, self._step)
             change = self._measure.in_units(whole.error)
             estimate = whole.error_ratio * change
         return Outcome(
@@ -380,7 +384,7 @@ class ToleranceTest:
             residual=whole.residual,
             change=change,
             error_estimate=estimate.masked_fill(change == 0, 0.0),
-            num_steps=self._merged(whole.num_steps, samples.num_steps.masked_fill(active, self._step)),
+            num_steps=self._merged(whole.num_steps, num_steps),
             history=None if self._history is None else torch.stack(self._history),
         )
 

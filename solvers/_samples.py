@@ -1,10 +1,19 @@
 """What the stopping test knows of each sample, and what it learns in a step."""
 
 import dataclasses
+import math
+from typing import Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
+from solvers._solution import ACTIVE
+from solvers._stopping import Measure
+from solvers.methods.solver import State
 from solvers.problem import relative
+
+# A residual this many times its bound does not meet it in the next step, as a rule.
+CLOSE = 100.0
 
 
 @dataclasses.dataclass
@@ -20,17 +29,19 @@ class Samples:
         num_steps: (B,) int64, the step at which it stopped.
         error: (B,) ``norm(f(z) - z)`` at that iterate.
         scale: (B,) ``norm(f(z))`` there.
-        least: (B,) the error there with what rounding in f may hide: the smallest so far.
+        least: (B,) the error there with what rounding in f may hide: the smallest so far; infinite once a sample has
+            stopped.
         best_step: (B,) int64, the step of that iterate.
         error_ratio: (B,) error over residual along the last step before the sample stopped.
         latest: (B,) ``norm(f(z) - z)`` of the latest iterate.
         reference: (B,) ``norm(f(z) - z)`` before the value last grew tenfold; infinite if it has not.
-        next_growth: (B,) the ``norm(f(z))`` at which it has grown tenfold, since it last did or was smallest.
+        smallest: (B,) the smallest ``norm(f(z))`` since it last grew tenfold.
+        next_growth: (B,) ten times that: where it has grown tenfold again.
         taken_back: (B,) int64, how often in a row the sample was taken back to its best value.
         start: (B, D) the iterate of the first step.
         start_size: (B,) the larger one of ``norm(z)`` and ``norm(f(z))`` there.
         absolute: (B,), or (B, parts), the absolute tolerance; minus infinity once a sample has stopped.
-        limit: (B,) the residual from which the sample counts as diverged.
+        limit: (B,) the residual from which the sample counts as diverged; -1 once it has stopped.
     """
 
     value: Tensor
@@ -46,6 +57,7 @@ class Samples:
     error_ratio: Tensor
     latest: Tensor
     reference: Tensor
+    smallest: Tensor
     next_growth: Tensor
     taken_back: Tensor
     start: Tensor
@@ -53,37 +65,142 @@ class Samples:
     absolute: Tensor
     limit: Tensor
 
+    @classmethod
+    def at_start(cls, state: State, measure: Measure, scales: Tensor, errors: Tensor, max_growth: float) -> "Samples":
+        """What is known before the first step is taken in, given the norms of its parts."""
+        starts = measure.sizes_at_start(state.z, scales)
+        error, scale, size = (measure.whole(parts) for parts in (errors, scales, starts))  # (B,)
+        zero, true = torch.zeros_like(error, dtype=torch.int64), torch.ones_like(error, dtype=torch.bool)
+        infinite = torch.full_like(error, math.inf)
+        return cls(
+            value=state.fz,
+            contracts=true,
+            is_image=true,
+            status=torch.full_like(error, ACTIVE, dtype=torch.int8),
+            active=true,
+            num_steps=zero,
+            error=infinite,
+            scale=torch.ones_like(scale),
+            least=infinite,
+            best_step=zero,
+            error_ratio=torch.full_like(error, math.nan),
+            latest=error,
+            reference=infinite,
+            smallest=size,
+            next_growth=10 * size,
+            taken_back=zero,
+            start=state.z,
+            start_size=size,
+            absolute=measure.absolute(starts),
+            limit=torch.where(error < math.inf, max_growth * (error + scale), -1.0),
+        )
+
     @property
     def residual(self) -> Tensor:
         """(B,) the relative residual at the best iterate."""
         return relative(self.error, self.scale)
 
+    def news(
+        self, measure: Measure, errors: Tensor, scales: Tensor, eps: float, changes: tuple[Tensor, Tensor] | None
+    ) -> "News":
+        """What the norms of f(z) - z and f(z) say, by one comparison.
+
+        Args:
+            measure: The norms.
+            errors: Those of the parts of f(z) - z.
+            scales: Those of the parts of f(z).
+            eps: The relative rounding error of the map.
+            changes: The step has contracted where the first of these (B,) is at least the second; None if that is not
+                asked.
+        """
+        error, scale, bound = measure.whole(errors), measure.whole(scales), measure.bound(scales, self.absolute)
+        rounded = torch.add(error, scale, alpha=eps / 2)
+        pairs = [  # in the order of Tests
+            (rounded, self.least),
+            (self.next_growth, scale),
+            (scale, self.smallest),
+            (self.limit, error),
+            measure.compared(CLOSE * bound, errors),
+            measure.compared(bound, errors),
+        ]
+        if changes is not None:
+            pairs.append(changes)
+        larger, smaller = zip(*pairs, strict=True)
+        return News(error, scale, rounded, torch.stack(larger) >= torch.stack(smaller))
+
+    def follow_growth(self, news: "News") -> None:
+        """Remember where the value has grown tenfold, or is smaller than before."""
+        grown = news.of_samples.ungrown < news.of_samples.allowed
+        self.reference = torch.where(grown, self.latest, self.reference)
+        self.smallest = torch.where(grown, news.scale, torch.minimum(self.smallest, news.scale))
+        self.next_growth = 10 * self.smallest
+
+    def stop(self, ended: Tensor, step: int) -> None:
+        """Let the samples ``ended`` (B,) fail all further tests."""
+        self.num_steps = self.num_steps.masked_fill(ended, step)
+        self.absolute = self.absolute.masked_fill(ended.view(-1, *[1] * (self.absolute.dim() - 1)), -math.inf)
+        self.limit, self.least = self.limit.masked_fill(ended, -1.0), self.least.masked_fill(ended, math.inf)
+
+
+T = TypeVar("T")
+
+
+class Tests(NamedTuple, Generic[T]):
+    """Comparisons of a step: what they say of each sample, (B,) bool, or of how many samples it is true, on the host.
+
+    Of NaN all are False. Of a sample that has stopped, ``missed``, ``allowed``, ``close`` and ``within`` are False.
+
+    Attributes:
+        missed: Whether the error, with what rounding in f may hide, is not smaller than ever.
+        ungrown: Whether the value is less than tenfold what it was when it last grew so, or was smallest.
+        unshrunk: Whether it is at least as large as then.
+        allowed: Whether the error is below the limit for divergence.
+        close: Whether it may be within its bound in the next step.
+        within: Whether it is within the bound of the residual test.
+        contracts: Whether the step has brought images closer together than iterates; None where that is not known.
+    """
+
+    missed: T
+    ungrown: T
+    unshrunk: T
+    allowed: T
+    close: T
+    within: T
+    contracts: T | None = None
+
 
 @dataclasses.dataclass(slots=True)
 class News:
-    """The residuals of a step, and what they say of each sample; all (B,).
+    """The residuals of a step, and what they say of each sample.
 
     Attributes:
-        error: ``norm(f(z) - z)``.
-        scale: ``norm(f(z))``.
-        rounded: The error with what rounding in f may hide.
-        improved: Whether that is smaller than ever.
-        grown: Whether the value has grown tenfold since it last did, or was smallest.
-        allowed: Whether the error is below the limit for divergence; False for NaN.
-        within: Whether the error is within the bound of the residual test.
-        close: Whether it may be so in the next step.
-        slack: How many times the error fits into its bound; None if that does not matter.
+        error: (B,) ``norm(f(z) - z)``.
+        scale: (B,) ``norm(f(z))``.
+        rounded: (B,) the error with what rounding in f may hide.
+        tests: (6 or 7, B) bool, the rows of ``Tests``.
     """
 
     error: Tensor
     scale: Tensor
     rounded: Tensor
-    improved: Tensor
-    grown: Tensor
-    allowed: Tensor
-    within: Tensor
-    close: Tensor
-    slack: Tensor | None = None
+    tests: Tensor
+    _of_samples: Tests[Tensor] | None = None
+
+    @property
+    def of_samples(self) -> Tests[Tensor]:
+        """The tests by name."""
+        if self._of_samples is None:
+            self._of_samples = Tests(*self.tests.unbind())
+        return self._of_samples
+
+    @of_samples.setter
+    def of_samples(self, tests: Tests[Tensor]) -> None:
+        self._of_samples = tests
+
+    @property
+    def improved(self) -> Tensor:
+        """(B,) bool: the samples that have not stopped whose error is smaller than ever."""
+        return self.of_samples.missed < self.of_samples.allowed  # of truth values: but not, and
 
 
 @dataclasses.dataclass(slots=True)
@@ -95,22 +212,20 @@ class Verdict:
         idle: (B,) int8, STAGNATED or PRECISION_FLOOR where no smaller residual is expected, else ACTIVE; None if no
             sample can have waited long enough.
         active: (B,) bool, the samples that go on.
-        num_active: Their number, on the host, as are the numbers below.
-        num_beyond: How many of the samples that were active have a residual beyond the limit, or NaN.
-        num_missed: How many of them have not improved.
-        num_grown: How many samples have grown tenfold.
-        num_close: How many are close to their bound.
-        num_within: How many are within it.
-        num_contracting: For how many every step has brought images closer together than iterates.
+        contracts: (B,) bool, whether every step that was asked has contracted; None if that is as before.
+        count: Of how many samples the tests of this step are true.
+        num_before: How many samples were active before the step.
+        num_active: How many go on, at most.
+        is_exact: Whether it is so many.
+        num_contracting: How many ``contracts`` are true.
     """
 
     met: Tensor | None
     idle: Tensor | None
     active: Tensor
+    contracts: Tensor | None
+    count: Tests[int]
+    num_before: int
     num_active: int
-    num_beyond: int
-    num_missed: int
-    num_grown: int
-    num_close: int
-    num_within: int
-    num_contracting: int
+    is_exact: bool = True
+    num_contracting: int = 0

@@ -1,6 +1,7 @@
 """How the iterates of a solve change in a step, and what that says about the error."""
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -29,34 +30,40 @@ class Secant:
         dz: (B,) norm of the change of z.
         df: (B,) of f(z).
         dg: (B,) of g.
-        contracts: (B,) bool, whether images came closer together than iterates.
+        most: (B,) the largest ``df`` of a step that brings images closer together than iterates.
     """
 
     dz: Tensor
     df: Tensor
     dg: Tensor
-    contracts: Tensor
+    most: Tensor
 
     @classmethod
-    def between(cls, before: State, after: State) -> "Secant":
-        """The changes from one state to another, over some of their entries where there are many."""
-        size = before.z.shape[1]
-        stride = _prime_from(math.ceil(size / ENTRIES))
-        z, fz, old_z, old_fz = after.z, after.fz, before.z, before.fz
-        if stride > 1:
-            z, fz, old_z, old_fz = (tensor[:, ::stride] for tensor in (z, fz, old_z, old_fz))
-        dz, df = z - old_z, fz - old_fz
-        size_z, size_f, size_g = torch.linalg.vector_norm(torch.stack((dz, df, df - dz)), dim=2).unbind()
-        contracts = size_f <= (CONTRACTION if stride == 1 else CONTRACTION_OF_SOME) * size_z
-        return cls(size_z, size_f, size_g, contracts)
+    def between(cls, before: State, after: State, *, complete: bool, contracts: bool) -> "Secant":
+        """The changes from one state to another, whose entries are all there or, if not ``complete``, some.
+
+        Every step counts as contracting if ``contracts``.
+        """
+        dz, df = after.z - before.z, after.fz - before.fz
+        size_z, size_f, size_g = (torch.linalg.vector_norm(change, dim=1) for change in (dz, df, df - dz))
+        most = math.inf if contracts else CONTRACTION if complete else CONTRACTION_OF_SOME
+        return cls(size_z, size_f, size_g, torch.full_like(size_z, most) if contracts else most * size_z)
 
     def error_ratio(self, of_image: Tensor) -> Tensor:
         """(B,) the error over the residual, of f(z) where ``of_image`` (B,), else of z."""
         return torch.where(of_image, self.df, self.dz) / self.dg
 
 
-def _prime_from(n: int) -> int:
-    """The smallest prime that is at least n: regular states are then not read at the same place of each period."""
-    while any(n % divisor == 0 for divisor in range(2, math.isqrt(n) + 1)):
-        n += 1
-    return max(n, 1)
+def some_entries(state: State) -> State:
+    """A view of the state with some of its entries where there are many, else the state itself."""
+    stride = _stride(state.z.shape[1])
+    return state if stride == 1 else State(state.z[:, ::stride], state.fz[:, ::stride])
+
+
+@functools.cache
+def _stride(size: int) -> int:
+    """The distance of the entries that are looked at: a prime, so that regular states are read at all phases."""
+    stride = math.ceil(size / ENTRIES)
+    while any(stride % divisor == 0 for divisor in range(2, math.isqrt(stride) + 1)):
+        stride += 1
+    return max(stride, 1)

@@ -197,8 +197,9 @@ class Iteration(Generic[S]):
             on_failure: As in :func:`solve`.
             what: What is solved, as the beginning of a message; "The fixed-point solve" or "The root solve" if empty.
         """
-        while not self.done:
-            self.step()
+        with without_autocast(self._layout.device.type):
+            while not self.done:
+                self._step()
         close(self.state)
         solution = self.solution()
         if self.tested:
@@ -211,11 +212,11 @@ class Iteration(Generic[S]):
         if self.done:
             return
         with without_autocast(self._layout.device.type):
-            if isinstance(self._progress, ToleranceTest) and self._progress.may_have_ended:
-                self._set_finished_apart(self._progress)
             self._step()
 
     def _step(self) -> None:
+        if isinstance(self._progress, ToleranceTest) and self._progress.may_have_ended:
+            self._set_finished_apart(self._progress)
         self.num_steps += 1
         self.state = self._solver.step(self._map, self.state)
         last = self.num_steps == self._max_steps
@@ -281,7 +282,7 @@ class Iteration(Generic[S]):
             num_evals=num_evals,
             history=unpack(outcome.history),
             state=self.state,
-            scaling=None if self._map.scaling is None else unpack(self._map.scaling.squeeze(1)),
+            scaling=unpack(self._map.scaling_of_all),
         )
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Iteration[S]":
@@ -302,12 +303,12 @@ class Iteration(Generic[S]):
 
     def _set_finished_apart(self, progress: ToleranceTest) -> None:
         """Keep what is finished from the map: out of its call if enough is, else held at its value."""
-        if self._compact and progress.num_done and progress.num_done >= COMPACT_SHARE * len(progress.done):
+        if self._compact and progress.num_done and progress.num_done >= COMPACT_SHARE * progress.active.shape[0]:
             keep = progress.drop_done()
             self.state = take_samples(self.state, keep)
             self._map.take_samples(keep, self._in_dims)
         else:
-            self._map.freeze(progress.done, progress.held())
+            self._map.freeze(progress.active, progress.held())
 
     def _advice(self) -> str:
         """What may be wrong with the map, as far as a failed solve can find out."""

@@ -124,6 +124,8 @@ class Stopping(Hyperparameters):
         Raises:
             ValueError: A tolerance is a pytree of another structure.
         """
+        if all(tolerance is NOT_GIVEN or type(tolerance) in (int, float) for tolerance in (self.rtol, self.atol)):
+            return self
         return dataclasses.replace(
             self, rtol=_flattened(self.rtol, spec, "rtol"), atol=_flattened(self.atol, spec, "atol")
         )
@@ -241,13 +243,15 @@ class Measure:
         self._sizes = layout.sizes if isinstance(rtol, list) or isinstance(atol, list) else None
         self._rtol: float | Tensor = 0.0
         self._atol: float | Tensor = 0.0
-        if isinstance(rtol, float) and isinstance(atol, float):
-            self._rtol, self._atol = rtol, atol * self._unit
+        if self._sizes is None:
+            self._rtol, self._atol = float(rtol), atol * self._unit
         else:
             ones = torch.ones(len(layout.sizes), dtype=layout.dtype, device=layout.device)
             sizes = torch.tensor(layout.sizes).to(ones)
             self._rtol = ones * ones.new_tensor(rtol)
             self._atol = ones * ones.new_tensor(atol) * (sizes.sqrt() if stopping.norm == "rms" else 1.0)
+        # The smallest relative tolerance of the whole sample; none is known where leaves have their own.
+        self.least_rtol = self._rtol if isinstance(self._rtol, float) else 0.0
         self._of_start: float | Tensor | None = self._rtol * math.sqrt(eps) if derived else None
 
     def parts(self, x: Tensor) -> Tensor:
@@ -293,11 +297,11 @@ class Measure:
         # The first step towards a root may be too long to tell anything.
         return torch.where(sizes > 0, torch.minimum(starts, 10 * sizes), starts)
 
-    def slack(self, errors: Tensor, bound: Tensor) -> Tensor | None:
+    def slack(self, errors: Tensor, scales: Tensor, absolute: Tensor) -> Tensor | None:
         """(B,) how many times the error of each part fits into its bound at least; None for what is no root."""
         if self._unit_of is None:
             return None
-        slack = bound / errors
+        slack = self.bound(scales, absolute) / errors
         return slack if self._sizes is None else slack.amin(dim=1)
 
     def bound(self, scale: Tensor, absolute: Tensor) -> Tensor:
@@ -306,10 +310,12 @@ class Measure:
             return torch.addcmul(absolute, scale, self._rtol)
         return torch.add(absolute, scale, alpha=self._rtol)
 
-    def within(self, error: Tensor, bound: Tensor) -> Tensor:
-        """(B,) bool: whether every part of ``error`` is within its bound; False for NaN."""
-        met = error <= bound
-        return met if self._sizes is None else met.all(dim=1)
+    def compared(self, bound: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Two (B,), the first of which is at least the second where every part of ``error`` is within its bound."""
+        if self._sizes is None:
+            return bound, error
+        least = (bound - error).amin(dim=1)
+        return least, torch.zeros_like(least)
 
 
 def _is_tolerance(value: object) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
@@ -26,13 +26,25 @@ CIFARS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def digit_pictures(count: int, size: int = 32) -> tuple[np.ndarray, list[int]]:
-    """The first digits as colour pictures, uint8 (count, size, size, 3), and what they show."""
+    """The first digits as color pictures, uint8 (count, size, size, 3), and what they show."""
     digits = load_digits()
     pictures = [
         Image.fromarray((image * (255 / 16)).round().astype(np.uint8)).resize((size, size)).convert("RGB")
         for image in digits.images[:count]
     ]
     return np.stack([np.asarray(picture) for picture in pictures]), digits.target[:count].tolist()
+
+
+def photographs(count: int, *, size: int) -> np.ndarray:
+    """Crops of the two photographs that come with scikit-learn, uint8 (count, size, size, 3)."""
+    whole = load_sample_images().images  # 427 x 640
+    corners = np.random.default_rng(0).integers((427 - 3 * size, 640 - 3 * size), size=(count, 2))
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(whole[k % 2][y : y + 3 * size, x : x + 3 * size]).resize((size, size)))
+            for k, (y, x) in enumerate(corners)
+        ]
+    )
 
 
 def write_cifar(root: Path, name: str = "cifar10", *, num_train: int = 50, num_test: int = 20) -> np.ndarray:

@@ -1,4 +1,8 @@
-"""Small iMixers for the tests."""
+"""Small iMixers for the tests, and a file of weights that runs a command."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import timm
 import torch
@@ -27,3 +31,13 @@ def trained_somewhat(model):
 
 def relative_error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
+
+
+class Evil:
+    """Unpickled, it runs a command that leaves a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.trace}",)

@@ -61,3 +61,13 @@ def test_steps() -> None:
     assert len(rows) == 20
     # At most one look per step, and none beside that of the driver except for Auto's own.
     assert all(int(row[4]) <= int(row[3]) for row in rows if row[2].strip() != "auto")
+
+
+def test_kepler() -> None:
+    done = run("benchmarks.kepler", "--samples", "2000", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    (difference,) = re.findall(r"^largest difference (\S+)$", done.stdout, re.MULTILINE)
+    assert float(difference) < 1e-9
+    assert (
+        len(re.findall(r"^\| (?:by hand|root|root, backward) \| [\d.]+ \| [\d.]+ \|$", done.stdout, re.MULTILINE)) == 3
+    )

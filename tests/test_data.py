@@ -135,6 +135,44 @@ def test_fewer_images_than_a_batch_make_one_batch(tmp_path: Path) -> None:
     assert len(make_loader(data.train, batch_size=64, training=True, workers=0, seed=0)) == 1
 
 
+def changed_pixel(root: Path) -> None:
+    path = root / "train" / "1" / "003.png"
+    with Image.open(path) as image:
+        changed = image.convert("RGB")  # another size of the file, too
+    changed.putpixel((3, 3), (9, 9, 9))
+    changed.save(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        (changed_pixel, {"train_content"}),
+        (lambda root: (root / "test/0/003.png").unlink(), {"test_images", "test_content"}),
+        (lambda root: (root / "test/0/003.png").rename(root / "test/1/zzz.png"), {"test_content"}),
+        (
+            lambda root: [(root / split / "2").rename(root / split / "4") for split in ("train", "test")],
+            {"classes", "train_content", "test_content"},
+        ),
+    ],
+    ids=["pixel", "gone", "moved", "class"],
+)
+@pytest.mark.parametrize("cache_mb", [0, 512])
+def test_fingerprint_tells_other_images(
+    tmp_path: Path, change: Callable[[Path], object], differing: set[str], cache_mb: int
+) -> None:
+    write_digit_tree(tmp_path / "here")
+    before = load_image_folder(tmp_path / "here", img_size=8, cache_mb=cache_mb).fingerprint()
+    assert [before["train_images"], before["test_images"]] == [72, 24]
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").rename(tmp_path / "there" / "here")
+    assert load_image_folder(tmp_path / "there" / "here", img_size=8, cache_mb=cache_mb).fingerprint() == before
+    change(tmp_path / "there" / "here")
+    after = load_image_folder(tmp_path / "there" / "here", img_size=8, cache_mb=cache_mb).fingerprint()
+    if cache_mb:
+        differing = differing - ({"train_content", "test_content"} if "classes" in differing else set())
+    assert {name for name, value in before.items() if after[name] != value} == differing
+
+
 def remove(root: Path, name: str) -> None:
     for path in sorted((root / name).rglob("*"), reverse=True):
         if path.is_dir():

@@ -81,9 +81,7 @@ def test_damaged_pickle_is_named(cifar: tuple[str, Path, np.ndarray], damage: Ca
         content = path.read_bytes()
         path.write_bytes(damage(content))
         size = len(damage(content))
-        with pytest.raises(
-            ValueError, match=rf"{file_name} \({size} bytes\) is damaged .* MD5 is .*; remove it and use"
-        ):
+        with pytest.raises(FileNotFoundError, match=rf"{file_name}, {size} bytes, is damaged: it has another checksum"):
             load_dataset(f"torch/{name}", root, img_size=32)
         path.write_bytes(content)
 
@@ -118,28 +116,63 @@ def test_files_of_food101_stanford_cars_and_imagenet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "cifar10",
-            r"looked for cifar-10-batches-py/ with data_batch_1 .* use --download, or unpack cifar-10-python\.tar",
-        ),
-        ("cifar100", r"looked for cifar-100-python/ with train, test and meta: use --download"),
-        ("fashion_mnist", r"looked for FashionMNIST/raw/ .*--download"),
-        ("food101", r"looked for food-101/ with images/ and meta/: use --download"),
-        (
-            "imagenet",
-            r"ILSVRC2012_devkit_t12\.tar\.gz .*not present.*without the devkit, leave the name torch/imagenet out",
-        ),
-        ("kmnist", r"looked for KMNIST/raw/ .*--download"),
-        ("mnist", r"looked for MNIST/raw/ .*--download"),
-        ("stanford_cars", r"looked for stanford_cars/ with cars_train/.*get them from a mirror"),
+        ("cifar10", r"corrupted\. You can use --download.* \(.*cifar-10-batches-py/data_batch_1 is missing\)"),
+        ("CIFAR100", r"--download to download it \(.*cifar-100-python/train is missing\)"),
+        ("fashion_mnist", r"Dataset not found\. You can use --download to download it; folders"),
+        ("food101", r"Dataset not found\. You can use --download"),
+        ("imagenet", r"ILSVRC2012_devkit_t12\.tar\.gz .*not present.*; folders of train/ and test/ are read without"),
+        ("inat", r"not found or corrupted. You can use --download"),
+        ("kmnist", r"--download"),
+        ("Flowers102", r"Dataset not found or corrupted\. You can use --download"),
+        ("qmnist", r"--download"),
+        ("stl10", r"corrupted\. You can use --download.* \(.*stl10_binary/train_X.bin is missing\)"),
+        ("stanford_cars", r"Dataset not found"),
     ],
 )
 def test_what_is_not_there_is_asked_for(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(FileNotFoundError, match=rf"cannot read torch/{name} in .* which holds notes\.txt .*{message}"):
-        load_dataset(f"torch/{name}", tmp_path, img_size=8)
+    with pytest.raises(FileNotFoundError, match=rf"cannot read torch/{name} in .* which holds notes\.txt: .*{message}"):
+        load_dataset(f"torch/{name}", tmp_path, img_size=8, test_split="validation")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_dataset(f"torch/{name}", tmp_path / "nowhere", img_size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("eurosat", "cannot use torch/eurosat, split train: it has no training and test split"),
+        ("OxfordIIITPet", "cannot use torch/OxfordIIITPet, split train: Unknown value 'train' for argument split"),
+        ("fakedata", "cannot use torch/fakedata, split train: "),
+        ("cifar11", r"torchvision has no data set 'cifar11'; did you mean cifar10[0 ]"),
+    ],
+)
+def test_data_sets_that_cannot_be_used_say_why(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_dataset(f"torch/{name}", tmp_path, img_size=8)
+
+
+def test_data_set_that_opens_its_files_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sketches:
+        def __init__(self, root: str, split: str) -> None:
+            self.classes = ("a", "b")
+
+    monkeypatch.setattr("torchvision.datasets.Food101", Sketches)
+    with pytest.raises(ValueError, match="cannot use torch/food101: torchvision opens its files itself; unpack it"):
+        load_dataset("torch/food101", tmp_path, img_size=8)
+
+
+def test_data_sets_unknown_to_timm_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scipy.io import savemat
+
+    splits = {split: ["", f"{split}_32x32.mat", None] for split in ("train", "test")}
+    monkeypatch.setattr("torchvision.datasets.SVHN.split_list", splits)
+    pictures, targets = digit_pictures(6)
+    for split in ("train", "test"):
+        savemat(tmp_path / f"{split}_32x32.mat", {"X": pictures.transpose(1, 2, 3, 0), "y": np.array(targets)[:, None]})
+    data = load_dataset("torch/svhn", tmp_path, img_size=32, test_split="validation")
+    assert isinstance(data.train, InMemoryImages)
+    assert torch.equal(data.train.images, torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    assert data.classes == tuple("012345")
 
 
 def test_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,19 +180,18 @@ def test_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
-    with pytest.raises(FileNotFoundError, match=r"new, which does not exist \(no network\); looked for cifar-10"):
+    with pytest.raises(FileNotFoundError, match=r"new, which does not exist: no network \(.*cifar-10.* is missing"):
         load_dataset("torch/cifar10", tmp_path / "new", img_size=8, download=True)
-    with pytest.raises(FileNotFoundError, match=r"cannot be downloaded|broken"):
+    with pytest.raises(ValueError, match="cannot use torch/stanford_cars, split train: .* cannot be downloaded"):
         load_dataset("torch/stanford_cars", tmp_path, img_size=8, download=True)
 
 
-def test_unknown_name_lists_the_known(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="unknown data set 'torch/cifar11'; known are torch/cifar10, .*torch/stanford_cars, hfds/"
-    ):
-        load_dataset("torch/cifar11", tmp_path, img_size=8)
-    with pytest.raises(ValueError, match="unknown data set 'cifar10'"):
-        load_dataset("cifar10", tmp_path, img_size=8)
+def test_unknown_kind_of_name(tmp_path: Path) -> None:
+    for name in ("cifar10", "tfds/cifar10"):
+        with pytest.raises(
+            ValueError, match=f"unknown data set '{name}'; give torch/<name> for a data set of torchvis"
+        ):
+            load_dataset(name, tmp_path, img_size=8)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,4 +1,4 @@
-"""Training in two processes, data-parallel or sharded: the curves of one process at the same global batch."""
+"""Data-parallel training in two processes: the curves of one process at the same global batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import math
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,10 +15,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from torch.distributed.tensor import DTensor
-from training_runs import TINY, forkserver, saved
+from training_runs import TINY, forkserver, free_port, saved
 
-from imixer.training import NonFiniteError, TrainingInterruptedError, load_checkpoint, load_data, train
+from imixer.training import (
+    NonFiniteError,
+    TrainingInterruptedError,
+    load_checkpoint,
+    load_data,
+    loop,
+    resuming,
+    run_folder,
+    train,
+)
+from imixer.training.folder_lock import FolderInUseError, locked
 from imixer.training.learner import Learner
 from imixer.training.objective import seed_step
 
@@ -49,9 +57,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """What each of two processes saw of several runs, and the folder that these left."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [forkserver().Process(target=work, args=(rank, port, folder), daemon=True) for rank in range(PROCESSES)]
     for process in processes:
         process.start()
@@ -79,13 +85,16 @@ def work(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     data = load_data(TWO)
     seen: dict[str, Any] = {}
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-        for name, sharded in (("parallel", False), ("sharded", True)):
-            result = train(replace(TWO, fsdp=sharded, output=str(folder / name)), data)
-            state = result.model.state_dict()
-            here = {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
-            shards = [key for key, value in state.items() if isinstance(value, DTensor)]
-            seen[name] = {"metrics": [asdict(row) for row in result.metrics], "state": here, "shards": shards}
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(out),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        if rank == 1:
+            for module, name in ((loop, "save_checkpoint"), (loop, "write_results"), (resuming, "prepare_folder")):
+                patch.setattr(module, name, lambda *_, **__: pytest.fail("the second process writes"))
+        result = train(replace(TWO, output=str(folder / "parallel")), data)
+    seen["parallel"] = {"metrics": [asdict(row) for row in result.metrics], "state": result.model.state_dict()}
     seen["printed"] = out.getvalue()
     batch_norms = replace(TWO, norm="batch", epochs=1, output=str(folder / "batch norms"))
     seen["batch norms"] = train(batch_norms, data, progress=False).model.state_dict()
@@ -100,13 +109,26 @@ def work(rank: int, port: int, folder: Path) -> None:
         with pytest.raises(TrainingInterruptedError) as stopped:
             train(replace(TWO, output=str(folder / "stopped")), data, progress=False)
     seen["stopped"] = (str(stopped.value), stopped.value.signal_number)
-    moved = replace(TWO, fsdp=True, output=str(folder / "moved"))
-    train(moved, data, resume=folder / "stopped", progress=False)
+    train(replace(TWO, output=str(folder / "moved")), data, resume=folder / "stopped", progress=False)
+
+    with contextlib.ExitStack() as others:
+        if rank == 0:
+            others.enter_context(locked(folder / "parallel"))
+        with pytest.raises(FolderInUseError) as in_use:
+            train(replace(TWO, epochs=3), data, resume=folder / "parallel", progress=False)
+    seen["in use"] = str(in_use.value)
+    with pytest.raises(ValueError, match="holds a run; continue it with --resume"):
+        train(replace(TWO, output=str(folder / "parallel")), data, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:  # only there is something written, and both processes hear of it
+            patch.setattr(run_folder, "write_json", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            train(replace(TWO, output=str(folder / "full")), data, progress=False)
 
     add_gradient = Learner.add_gradient
 
-    def spoiled(*args: Any, share: float, last: bool) -> torch.Tensor:
-        return add_gradient(*args, share=share * math.nan if rank == 1 else share, last=last)
+    def spoiled(*args: Any, share: float, last: bool) -> None:
+        add_gradient(*args, share=share * math.nan if rank == 1 else share, last=last)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "add_gradient", spoiled)
@@ -115,6 +137,10 @@ def work(rank: int, port: int, folder: Path) -> None:
     seen["spoiled"] = str(error.value)
     torch.save(seen, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -128,27 +154,22 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.allclose(found[name], tensor, rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("way", ["parallel", "sharded"])
-def test_curves_are_those_of_one_process(one: dict[str, Any], two: tuple[Path, list[dict[str, Any]]], way: str) -> None:
+def test_curves_are_those_of_one_process(one: dict[str, Any], two: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, ranks = two
     for seen in ranks:
-        for row, expected in zip(seen[way]["metrics"], one["metrics"], strict=True):
+        for row, expected in zip(seen["parallel"]["metrics"], one["metrics"], strict=True):
             assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
             assert row["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-5)
             for name in ("lr", "test_top1", "test_top5"):
                 assert row[name] == expected[name]
     assert one["metrics"][1]["train_loss"] < one["metrics"][0]["train_loss"]
-    assert_close(weights(folder / way), one["weights"])
+    assert_close(weights(folder / "parallel"), one["weights"])
 
 
 def test_singular_vectors_and_weights_are_equal_in_all_processes(two: tuple[Path, list[dict[str, Any]]]) -> None:
     first, second = (seen["parallel"]["state"] for seen in two[1])
     assert any(name.endswith("weight.0.u") for name in first)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    first, second = (seen["sharded"]["state"] for seen in two[1])
-    vectors = [name for name in first if name.endswith((".u", ".v"))]
-    assert len(vectors) == 8
-    assert [name for name in vectors if not torch.equal(first[name], second[name])] == []
 
 
 def test_statistics_of_batch_normalizations_are_those_of_all_processes(two: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -158,21 +179,11 @@ def test_statistics_of_batch_normalizations_are_those_of_all_processes(two: tupl
     assert [name for name in statistics if not torch.equal(first[name], second[name])] == []
 
 
-def test_shards_are_parts(one: dict[str, Any], two: tuple[Path, list[dict[str, Any]]]) -> None:
-    name = "blocks.0.mlp_tokens.fc_sn1.parametrizations.weight.original"
-    whole = one["weights"]
-    for seen in two[1]:
-        assert len(seen["sharded"]["shards"]) == sum(not name.endswith((".u", ".v")) for name in whole)
-        assert seen["sharded"]["state"][name].numel() == whole[name].numel() / PROCESSES
-        assert seen["parallel"]["shards"] == []
-
-
 def test_only_the_first_process_prints_and_writes(two: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, (first, second) = two
     assert second["printed"] == ""
     assert "2 processes on cpu; 32 x 2 x 2 = 128 images to an update" in first["printed"]
-    assert "2 processes (FSDP2) on cpu" in first["printed"]
-    assert first["printed"].count("epoch   2/2") == 2
+    assert first["printed"].count("epoch   2/2") == 1
     assert len(list((folder / "parallel" / "tensorboard").iterdir())) == 1
 
 
@@ -183,7 +194,7 @@ def test_a_signal_to_one_stops_all_and_the_run_goes_on_in_other_processes(
     assert [seen["stopped"][1] for seen in ranks] == [None, signal.SIGTERM]
     assert {seen["stopped"][0].partition(",")[0] for seen in ranks} == {"stopped in epoch 1 after step 12 of 20"}
     assert load_checkpoint(folder / "stopped")[0]["progress"]["step"] == 12
-    # From two data-parallel processes to two sharded ones, and after an epoch to a single one.
+    # In two processes, and after an epoch in a single one.
     assert_close(weights(folder / "moved"), one["weights"])
     assert load_checkpoint(folder / "moved" / "previous.pt")[0]["epoch"] == 1
     config = replace(ONE, output=str(tmp_path / "alone"))
@@ -206,13 +217,6 @@ def test_other_global_batch_says_which_batch_size_to_give(two: tuple[Path, list[
         train(TWO, load_data(TWO), resume=two[0] / "parallel", progress=False)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({}, "fsdp shards over processes, and there is one; start several with torchrun"),
-        ({"model_ema": True}, "model_ema holds a whole copy of the weights, and fsdp shards them"),
-    ],
-)
-def test_what_sharding_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_data(replace(TWO, fsdp=True, **changes))
+def test_folder_that_is_in_use_stops_all(two: tuple[Path, list[dict[str, Any]]]) -> None:
+    for seen in two[1]:
+        assert f"{two[0]}/parallel is in use by process " in seen["in use"]

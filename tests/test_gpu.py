@@ -8,9 +8,11 @@ import warnings
 import pytest
 import torch
 from small_models import relative_error, small, trained_somewhat
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 
+from imixer.training.step import OnItsWay, TrainingStep, make_optimizer
 from implicit import FixedPointLayer, Implicit, spectral_norm
 from solvers import Anderson, Broyden, NewtonKrylov, Picard, solve
 from solvers.linear import GMRES, NeumannSeries
@@ -236,12 +238,73 @@ def test_fixed_steps_can_be_captured_in_a_graph(backward):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_training_on_the_gpu(tmp_path):
+def training_step(*, cuda_graph=False, scaler=None, **options):
+    torch.manual_seed(0)
+    model = small(**options).cuda().train()
+    optimizer = make_optimizer(model, opt="adamw", lr=1e-2, weight_decay=0.1, capturable=cuda_graph)
+    return TrainingStep(
+        model,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        autocast=lambda: torch.autocast("cuda", dtype=torch.float16 if scaler else torch.bfloat16),
+        scaler=torch.amp.GradScaler("cuda", init_scale=1024.0) if scaler else None,
+        clip_grad=1.0,
+        ema=ModelEmaV3(model, decay=0.5),
+        cuda_graph=cuda_graph,
+    )
+
+
+def training_batch(size=8):
+    return torch.randn(size, 3, 16, 16, device="cuda"), torch.arange(size, device="cuda") % 5
+
+
+@pytest.mark.parametrize("scaler", [False, True], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("options", [{}, {"norm": "batch"}], ids=str)
+def test_an_update_does_not_wait_for_the_device(options, scaler):
+    step = training_step(scaler=scaler, **options)
+    step(*training_batch())  # makes the optimizer's state
+    batches = [training_batch() for _ in range(3)]
+    late = []
+    with no_waiting():
+        for batch in batches:
+            step.add_gradient(*batch, share=0.5)
+            step.add_gradient(*batch, share=0.5)
+            late.append(OnItsWay(step.update(2, (1.0, 0.0))))
+    assert [numbers.arrived()[2:] for numbers in late] == [[1, 1, 0]] * 3
+
+
+@pytest.mark.parametrize("scaler", [False, True], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("options", [{}, {"norm": "batch"}], ids=str)
+def test_graphs_take_the_steps_that_eager_code_takes(options, scaler):
+    """Through a change of the rate, batches that are not finite, two batches to an update and one of another size."""
+    steps = [training_step(cuda_graph=graph, scaler=scaler, **options) for graph in (False, True)]
+    torch.manual_seed(1)
+    for number in range(1, 11):
+        batches = [training_batch(4 if number == 9 else 8) for _ in range(2)]
+        if number in (2, 6):
+            batches[1][0].fill_(torch.inf)
+        found = []
+        for step in steps:
+            for group in step.optimizer.param_groups:
+                group["lr"] = 1e-2 / number
+            for batch in batches:
+                step.add_gradient(*batch, share=0.5)
+            found.append(step.update(number))
+        assert found[0][2] == found[1][2] == (number not in (2, 6))
+        assert number in (2, 6) or torch.allclose(found[1], found[0], rtol=1e-2)
+    for a, b in zip(*(step._averages for step in steps), strict=True):
+        assert a.isfinite().all()
+        assert torch.allclose(a.float(), b.float(), rtol=0.1, atol=2e-2)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_training_on_the_gpu(tmp_path, cuda_graph):
     from accelerate.state import AcceleratorState
 
     from imixer.training import PRESETS, TrainingConfig, load_data, train
 
     chosen = {"device": "cuda", "amp": True, "epochs": 2, "batch_size": 128, "output": str(tmp_path / "run")}
+    chosen["cuda_graph"] = cuda_graph
     config = TrainingConfig(**{**PRESETS["digits"], **chosen})
     AcceleratorState._reset_state(True)
     try:

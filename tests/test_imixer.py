@@ -3,6 +3,11 @@
 import copy
 import inspect
 import math
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -14,12 +19,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import imixer
-from imixer import IMLP, IMixer, IMixerBlock, format_convergence, measure_convergence
+from imixer import IMLP, IMixer, IMixerBlock, IMLPOptions, format_convergence, measure_convergence
+from imixer.contraction import layer_bound
 from imixer.contractive_block import JointBlock
-from implicit import record_solutions
+from imixer.imixer import IMixerArguments
+from imixer.imlp_options import IMLP_OPTIONS, choices
+from implicit import Checkpointed, lipschitz_bound, record_solutions
 from solvers import Anderson, Status
 
-# PAPER.md's table: model, parameters with h_ratio 1 and 2, ten classes.
+ROOT = Path(__file__).resolve().parent.parent
+
+# PAPER.md's table, and that of the README for small images: parameters with h_ratio 1 and 2, ten classes.
 PARAMETERS = {
     "imixer_s16_224": (19_073_066, 20_123_690),
     "imixer_b16_224": (62_667_322, 66_210_874),
@@ -27,11 +37,14 @@ PARAMETERS = {
     "imixer_s32_224": (19_649_426, 20_700_050),
     "imixer_b32_224": (63_080_278, 66_623_830),
     "imixer_l32_224": (218_532_002, 231_127_202),
+    "imixer_s4_32": (4_625_162, 4_888_330),
+    "imixer_ti4_32": (162_506, 170_826),
 }
 
 
 @pytest.mark.parametrize(
-    "name", [name if "_s" in name else pytest.param(name, marks=pytest.mark.long) for name in PARAMETERS]
+    "name",
+    [name if "_s" in name or "_ti" in name else pytest.param(name, marks=pytest.mark.long) for name in PARAMETERS],
 )
 def test_parameter_counts(name):
     for h_ratio, expected in zip((1.0, 2.0), PARAMETERS[name], strict=True):
@@ -112,37 +125,93 @@ def test_overrides():
     model = timm.create_model("imixer_s16_224", img_size=8, patch_size=2, num_blocks=3, embed_dim=16, in_chans=1)
     assert len(model.blocks) == 3
     assert model(torch.randn(2, 1, 8, 8)).shape == (2, 1000)
-    for name in ("solver", "backward", "rtol", "n_iter", "n_power", "coeff"):
-        value = {"solver": "anderson", "backward": "implicit", "rtol": 1e-3, "n_iter": 9, "n_power": 3, "coeff": 0.7}[
-            name
-        ]
-        for module in small(**{name: value}).modules():
-            if isinstance(module, IMLP):
-                seen = {
-                    "solver": type(module.fixed_point.solver).__name__.lower(),
-                    "backward": type(module.fixed_point.backward).__name__.lower(),
-                    "rtol": module.fixed_point.rtol,
-                    "n_iter": module.fixed_point.max_steps,
-                    "n_power": module.fc_sn1.parametrizations.weight[0].n_power_iterations,
-                    "coeff": module.fc_sn2.parametrizations.weight[0].coeff,
-                }
-                assert seen[name] == value
 
 
-def test_the_models_arguments_are_the_imlps():
-    """Written out twice, so that help() lists them; with the same defaults, and each reaches the iMLP."""
-    models, imlps = (dict(inspect.signature(cls).parameters) for cls in (IMixer, IMLP))
-    del models["mixer_args"]
-    of_mlp = {"in_features", "hidden_features", "out_features", "act_layer", "bias", "drop", "device", "dtype"}
-    assert models.keys() == imlps.keys() - of_mlp
-    assert all(parameter == imlps[name] for name, parameter in models.items())
-    options = {"hidden_layers": 3, "hidden_solve": "joint", "tied": True, "contraction": "certified"}
-    imlp = small(**options).blocks[1].mlp_tokens
-    assert imlp.hidden_layers == 3
-    assert imlp.tied
+# A value of each option that is not its default, and where it ends up.
+CHANGED: dict[str, tuple[Any, Callable[[Any], object]]] = {
+    "n_iter": (9, lambda imlp: imlp.fixed_point.max_steps),
+    "solver": (Anderson(memory=3), lambda imlp: imlp.fixed_point.solver),
+    "backward": (Checkpointed(), lambda imlp: imlp.fixed_point.backward),
+    "rtol": (1e-3, lambda imlp: imlp.fixed_point.rtol),
+    "h_ratio": (1.5, lambda imlp: imlp.fc_sn1.out_features / imlp.fc_sn1.in_features),
+    "n_power": (3, lambda imlp: imlp.fc_sn1.parametrizations.weight[0].n_power_iterations),
+    "coeff": (0.7, lambda imlp: imlp.fc_sn2.parametrizations.weight[0].coeff),
+    "hidden_layers": (3, lambda imlp: len(imlp.normalized_layers) / 2 + 1),
+    "tied": (True, lambda imlp: not hasattr(imlp, "fc_sn2")),
+    "norm": ("weight", lambda imlp: "weight" if hasattr(imlp.fc_sn1.parametrizations.weight, "original0") else "other"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_each_option_reaches_every_imlp(name):
+    value, found = CHANGED[name]
+    assert value != IMLP_OPTIONS[name].default
+    for imlp in (IMLP(8, **{name: value}), *(block.mlp_tokens for block in small(**{name: value}).blocks)):
+        assert found(imlp) == value
+        assert imlp.options == {key: option.default for key, option in IMLP_OPTIONS.items()} | {name: value}
+
+
+def test_options_that_show_only_with_others():
+    assert CHANGED.keys() == IMLP_OPTIONS.keys() - {"hidden_solve", "contraction"}
+    imlp = small(hidden_layers=3, hidden_solve="joint", contraction="certified").blocks[1].mlp_tokens
     assert isinstance(imlp.fixed_point.f, JointBlock)
-    assert imlp.fc_sn1.parametrizations.weight[0].coeff < 0.9
-    assert small(norm="batch").blocks[0].mlp_tokens.norm == "batch"
+    assert imlp.fc_sn1.parametrizations.weight[0].coeff == layer_bound(0.9, float(lipschitz_bound(nn.GELU())), 3)
+
+
+@pytest.mark.parametrize("cls", [IMLP, IMixer])
+def test_help_lists_the_options(cls):
+    listed = inspect.signature(cls).parameters
+    assert not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in listed.values())
+    for name, option in IMLP_OPTIONS.items():
+        assert listed[name].default == option.default
+        assert f"{name}: {option.meaning}" in IMLPOptions.__doc__
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/imixer.md"])
+def test_documents_list_the_options(page):
+    rows = re.findall(r"^\| `(\w+)` \| `?(.+?)`? \|", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+    defaults = {name: default for name, default in reversed(rows) if name in IMLP_OPTIONS}  # the first table
+    assert defaults == {name: repr(option.default).replace("'", '"') for name, option in IMLP_OPTIONS.items()}
+
+
+def test_documents_list_the_norms():
+    listed = re.findall(r'^\| `"(\w+)"` \|', (ROOT / "docs" / "imixer.md").read_text("utf-8"), re.MULTILINE)
+    assert tuple(listed) == choices("norm")
+
+
+def test_timms_arguments_are_typed_as_timm_has_them():
+    theirs = inspect.signature(MlpMixer).parameters.keys()
+    assert IMixerArguments.__annotations__.keys() - IMLP_OPTIONS.keys() <= theirs - {"block_layer"}
+
+
+@pytest.mark.parametrize(
+    "make", [partial(IMLP, 4), small, partial(IMixer, num_blocks=1)], ids=["IMLP", "timm", "class"]
+)
+def test_a_misspelled_option_is_refused_with_the_names_that_there_are(make):
+    with pytest.raises(TypeError, match="'h_ration'; did you mean 'h_ratio'.*n_iter, .*coeff.*contraction"):
+        make(h_ration=2.0)
+    with pytest.raises(TypeError, match=r"'zzz'\. The keyword arguments are .*n_iter, "):
+        make(zzz=2.0)
+
+
+BAD_VALUES: dict[str, tuple[object, ...]] = {
+    "n_iter": (0, -1, 2.0, True, None, "2"),
+    "n_power": (0, 1.5, "8"),
+    "hidden_layers": (0, -1, 2.0, True),
+    "h_ratio": (0, -1.0, math.nan, math.inf, True, "2", None),
+    "coeff": (0.0, -0.5, math.nan, "0.9"),
+    "rtol": (-1e-3, math.nan, math.inf, "1e-3", True),
+    "tied": (1, "yes", None),
+    "norm": ("Spectral", None, 3),
+    "hidden_solve": ("both", [], None),
+    "contraction": ("certain", True),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
+def test_bad_values_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}\."):
+        IMLP(4, **{name: value})
 
 
 def test_the_block_takes_any_token_mixer():
@@ -158,14 +227,10 @@ def test_refusals():
         timm.create_model("imixer_s16_224", pretrained=True, num_blocks=1)
     with pytest.raises(ValueError, match="img_size=18 is no multiple of patch_size=4"):
         small(img_size=18)
-    with pytest.raises(TypeError, match="h_ration"):
-        small(h_ration=2)
     with pytest.raises(ValueError, match="no solver 'newton'"):
         small(solver="newton")
-    with pytest.raises(ValueError, match="h_ratio=0.0 leaves the block"):
-        small(h_ratio=0.0)
-    with pytest.raises(ValueError, match="n_iter, the number of solver steps, must be a positive integer, got 0"):
-        small(n_iter=0)
+    with pytest.raises(ValueError, match="h_ratio=0.01 leaves the block of a state of size 12"):
+        small(h_ratio=0.01)
 
 
 OPTIONS = {
@@ -207,6 +272,17 @@ def test_imlp_without_bias_and_with_other_shapes():
     assert imlp(torch.randn(2, 3, 6, 5)).shape == (2, 3, 6, 3)
     assert imlp(torch.randn(0, 5)).shape == (0, 3)
     assert all(not name.endswith("bias") for name, _ in imlp.named_parameters())
+
+
+def test_the_worst_residual_is_that_of_the_worst_row():
+    model = trained_somewhat(small(n_iter=3)).eval()
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad(), record_solutions(model) as record:
+        model(images)
+    for row in measure_convergence(model, images):
+        residual = record[f"{row.name}.fixed_point"][0].residual
+        assert row.worst_residual == residual.amax().item()
+        assert row.median_residual == residual.median().item()
 
 
 def test_more_steps_tend_to_the_fixed_point():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from imixer import IMLP, measure_convergence
 from implicit import Implicit, check_map, checked_maps
 from solvers.linear import GMRES
 
-NORMS = ["spectral", "none", "batch", "weight"]
+NORMS = ["spectral", "none", "batch", "batch_per_step", "weight"]
+BATCH = ["batch", "batch_per_step"]
 
 
 def parts(imlp):
@@ -44,6 +46,8 @@ BACKWARDS = {
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("options", BACKWARDS.values(), ids=BACKWARDS.keys())
 def test_every_parameter_gets_a_gradient(norm, options):
+    if norm == "batch_per_step" and options:
+        pytest.skip("refused, see below")
     model = trained_somewhat(small(norm=norm, coeff=0.5, num_blocks=1, **options))
     tamed(model.blocks[0].mlp_tokens, 0.02)
     F.cross_entropy(model(torch.randn(2, 3, 16, 16)), torch.tensor([0, 1])).backward()
@@ -68,8 +72,9 @@ def test_state_dicts_and_copies(norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_initial_weights_are_xavier_uniform(norm):
     torch.manual_seed(0)
-    imlp = small(norm=norm, embed_dim=96, hidden_layers=3).blocks[0].mlp_tokens
-    assert len(imlp.normalized_layers) == 4
+    layers = 2 if norm == "batch_per_step" else 3
+    imlp = small(norm=norm, embed_dim=96, hidden_layers=layers).blocks[0].mlp_tokens
+    assert len(imlp.normalized_layers) == 2 * (layers - 1)
     for layer in imlp.normalized_layers:
         weight = layer.parametrizations.weight.original if norm == "spectral" else layer.weight
         bound = math.sqrt(6 / sum(weight.shape))
@@ -77,12 +82,12 @@ def test_initial_weights_are_xavier_uniform(norm):
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
         if norm == "weight":
             assert torch.allclose(layer.parametrizations.weight.original0, weight.norm(dim=1, keepdim=True))
-        assert (layer.bias is None) == (norm == "batch")  # which would remove it
+        assert (layer.bias is None) == (norm in BATCH)  # which would remove it
         if layer.bias is not None:
             assert 0.5e-6 < layer.bias.std() < 2e-6
 
 
-@pytest.mark.parametrize("norm", ["batch", "weight"])
+@pytest.mark.parametrize("norm", [*BATCH, "weight"])
 def test_trains_and_compiles(norm):
     model = small(norm=norm, num_blocks=1)
     imlp = model.blocks[0].mlp_tokens.train()
@@ -185,6 +190,148 @@ class TestBatch:
         imlp.eval()(torch.randn(1, 7))
 
 
+@pytest.mark.parametrize(("norm", "updates"), [("batch", 1), ("batch_per_step", 3)])
+def test_gradient_checkpointing_updates_running_statistics_again(norm, updates):
+    """As in any model with batch normalization; the gradients are those without it."""
+    plain = trained_somewhat(small(norm=norm, n_iter=3)).train()
+    again = copy.deepcopy(plain)
+    again.set_grad_checkpointing()
+    x = torch.randn(2, 3, 16, 16)
+    for model, times in ((plain, 1), (again, 2)):
+        model(x).square().sum().backward()
+        assert model.blocks[1].mlp_tokens.bn2.num_batches_tracked == times * updates
+    for ours, theirs in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+class Published:
+    """The published forward pass in training mode with batch normalization in each step, written out.
+
+    It keeps running statistics of its own, by the textbook formulas, and shares only the parameters of an iMLP.
+    """
+
+    def __init__(self, imlp):
+        self.imlp = imlp
+        self.running = [(torch.zeros(len(layer.weight)), torch.ones(len(layer.weight))) for layer in parts(imlp)[::2]]
+
+    def normalized(self, number, x):
+        norm = parts(self.imlp)[2 * number + 1]
+        count = x.numel() // x.shape[-1]
+        dims = tuple(range(x.dim() - 1))
+        mean = x.sum(dims) / count
+        variance = ((x - mean) ** 2).sum(dims) / count
+        before = self.running[number]
+        unbiased = variance * count / (count - 1)
+        self.running[number] = (0.9 * before[0] + 0.1 * mean.detach(), 0.9 * before[1] + 0.1 * unbiased.detach())
+        return (x - mean) / torch.sqrt(variance + 1e-5) * norm.weight + norm.bias
+
+    def __call__(self, x, n_iter):
+        linear1, _, linear2, _ = parts(self.imlp)
+        x = F.linear(x, self.imlp.fc1.weight, self.imlp.fc1.bias)
+        x_in = x
+        for _ in range(n_iter):
+            x = self.normalized(0, F.gelu(x) @ linear1.weight.t())
+            x = self.normalized(1, F.gelu(x) @ linear2.weight.t())
+            x = x + x_in
+        return F.linear(F.gelu(x), self.imlp.fc2.weight, self.imlp.fc2.bias)
+
+
+class TestBatchPerStep:
+    """Each training step takes statistics of its own, and updates the running ones."""
+
+    @pytest.mark.usefixtures("double")
+    @pytest.mark.parametrize("n_iter", [1, 2, 5])
+    def test_training_is_the_published_forward(self, n_iter):
+        imlp = IMLP(7, 6, norm="batch_per_step", n_iter=n_iter)
+        for norm in parts(imlp)[1::2]:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+        published = Published(imlp)
+        for _ in range(3):
+            x = torch.randn(4, 3, 7, requires_grad=True)
+            outputs = imlp(x), published(x, n_iter)
+            inputs = [x, *imlp.parameters()]
+            found, expected = (torch.autograd.grad(output.sin().sum(), inputs) for output in outputs)
+            assert relative_error(*outputs) < 1e-12
+            for ours, theirs in zip(found, expected, strict=True):
+                assert relative_error(ours, theirs) < 1e-11
+        for norm, (mean, variance) in zip(parts(imlp)[1::2], published.running, strict=True):
+            assert relative_error(norm.running_mean, mean) < 1e-12
+            assert relative_error(norm.running_var, variance) < 1e-12
+            assert norm.num_batches_tracked == 3 * n_iter
+
+    def test_one_step_is_the_same_as_with_constant_statistics(self):
+        per_step, constant = (IMLP(7, 6, norm=norm, n_iter=1) for norm in ("batch_per_step", "batch"))
+        constant.load_state_dict(per_step.state_dict())
+        x = torch.randn(9, 7)
+        assert torch.allclose(per_step(x), constant(x), atol=1e-5)
+        for ours, theirs in zip(per_step.buffers(), constant.buffers(), strict=True):
+            assert torch.allclose(ours.float(), theirs.float(), rtol=1e-4)
+
+    def test_more_steps_are_not(self):
+        per_step, constant = (IMLP(7, 6, norm=norm, n_iter=3) for norm in ("batch_per_step", "batch"))
+        constant.load_state_dict(per_step.state_dict())
+        x = torch.randn(9, 7)
+        assert relative_error(per_step(x), constant(x)) > 1e-3
+
+    def test_eval_mode_is_the_same_map_as_with_constant_statistics(self):
+        """And solves to a tolerance there, with the weights of training."""
+        per_step = IMLP(7, 6, norm="batch_per_step", n_iter=3)
+        for _ in range(5):
+            per_step(torch.randn(9, 7))
+        constant = IMLP(7, 6, norm="batch", n_iter=3)
+        constant.load_state_dict(per_step.state_dict())
+        x = torch.randn(4, 7)
+        before = {name: buffer.clone() for name, buffer in per_step.named_buffers()}
+        assert torch.equal(per_step.eval()(x), constant.eval()(x))
+        assert torch.allclose(per_step(x)[:1], per_step(x[:1]), atol=1e-6)  # rows are independent
+        assert all(torch.equal(buffer, before[name]) for name, buffer in per_step.named_buffers())
+
+    def test_frozen_statistics(self):
+        imlp = IMLP(7, 6, norm="batch_per_step", n_iter=3)
+        imlp(torch.randn(9, 7))
+        imlp.bn2.eval()
+        before = imlp.bn2.running_mean.clone()
+        imlp(torch.randn(9, 7))
+        assert [int(norm.num_batches_tracked) for norm in (imlp.bn1, imlp.bn2)] == [6, 3]
+        assert torch.equal(imlp.bn2.running_mean, before)
+        imlp.bn1.eval()
+        x = torch.randn(4, 7)
+        assert torch.equal(imlp(x), imlp.eval()(x))
+
+    @pytest.mark.parametrize(
+        ("options", "named"),
+        [
+            ({"rtol": 1e-3}, "rtol=0.001"),
+            ({"backward": "implicit"}, "backward='implicit'"),
+            ({"backward": "checkpointed"}, "backward='checkpointed'"),
+            ({"backward": "jfb", "n_iter": 9}, "backward='jfb'"),
+            ({"solver": "anderson"}, "solver='anderson'"),
+            ({"hidden_layers": 3}, "hidden_layers=3"),
+            ({"solver": "broyden", "rtol": 1e-2}, "solver='broyden', rtol=0.01"),
+        ],
+    )
+    def test_what_cannot_be_right_is_refused(self, options, named):
+        message = rf'another map.*rtol=None.*got {re.escape(named)}\. Choose these, or norm="batch"'
+        with pytest.raises(ValueError, match=message):
+            IMLP(7, 6, norm="batch_per_step", **options)
+        if "hidden_layers" not in options:
+            model = small(norm="batch_per_step")
+            with pytest.raises(ValueError, match=message):
+                model.set_solver(**options)
+            assert model.blocks[0].mlp_tokens.options["rtol"] is None
+
+    def test_tied_weights_are_refused(self):
+        with pytest.raises(ValueError, match="tied=True needs another norm than 'batch_per_step'"):
+            IMLP(7, 6, norm="batch_per_step", tied=True)
+
+    def test_a_single_row_has_no_statistics(self):
+        imlp = IMLP(7, 6, norm="batch_per_step")
+        with pytest.raises(ValueError, match="more than 1 value"):
+            imlp(torch.randn(1, 7))
+        imlp.eval()(torch.randn(1, 7))
+
+
 def test_what_the_norm_does_to_convergence():
     """Table 3 in small, before any training and with weights three times as large: residuals against n_iter."""
     residuals = {}
@@ -197,7 +344,7 @@ def test_what_the_norm_does_to_convergence():
             with torch.no_grad():
                 for layer in imlp.normalized_layers:
                     weight = layer.parametrizations.weight.original if norm == "spectral" else layer.weight
-                    layer.weight = nn.Parameter(growth * weight) if norm in ("none", "batch") else growth * weight
+                    layer.weight = nn.Parameter(growth * weight) if norm in ("none", *BATCH) else growth * weight
                 for _ in range(50):  # until the running statistics are those of the images
                     model(images)
             for n_iter in (1, 4, 20):
@@ -215,3 +362,4 @@ def test_what_the_norm_does_to_convergence():
     # Normalized outputs: the same at every size of the weights, and no contraction at any.
     for growth in (1, 3):
         assert residuals["batch", growth, 1] > residuals["batch", growth, 20] > 0.05
+        assert residuals["batch_per_step", growth, 1] > residuals["batch_per_step", growth, 20] > 1e-3

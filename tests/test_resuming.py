@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-import random
 import resource
 import signal
-import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from training_runs import LIVELY, TINY, difference, read_curves, saved, start
+from training_runs import LIVELY, TINY, difference, read_curves, saved
 
 from imixer.data import ImageData
 from imixer.training import (
@@ -32,6 +30,7 @@ from imixer.training import (
     loop,
     train,
 )
+from imixer.training.distributed import make_accelerator
 from imixer.training.learner import Learner
 from imixer.training.objective import seed_step
 
@@ -108,35 +107,30 @@ def test_the_state_that_is_compared_is_alive(undisturbed: Path) -> None:
         assert weights[f"{name}.0.u"].norm() == pytest.approx(1, rel=1e-5)  # also of the averaged weights
 
 
-@pytest.mark.long
-def test_killed_run_goes_on_bit_by_bit(undisturbed: Path, tmp_path: Path) -> None:
-    config = replace(LIVELY, output=str(tmp_path), checkpoint_interval="2")
-    moments = random.Random(0)
-    num_kills = 0
-    while num_kills < 4:
-        before = last_written(tmp_path)
-        process = start(config, resume=tmp_path if before else None)
-        while last_written(tmp_path) == before and process.is_alive():
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.3))
-        process.kill()
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-        num_kills += 1
-    assert num_kills >= 2
-    process = start(config, resume=tmp_path)
-    process.join()
-    assert process.exitcode == 0
-    assert difference(saved(tmp_path / "last.pt"), saved(undisturbed / "last.pt")) == []
-    assert difference(saved(tmp_path / "best.pt"), saved(undisturbed / "best.pt")) == []
-    assert not list(tmp_path.glob(".*.tmp"))
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_every_signal_that_stops_a_run_saves_it(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    stop_at(monkeypatch, {(0, 1)}, number)
+    with pytest.raises(TrainingInterruptedError) as stopped:
+        train(replace(LIVELY, output=str(tmp_path)), digits, progress=False)
+    assert stopped.value.signal_number == number
+    assert load_checkpoint(tmp_path)[0]["progress"]["step"] == 3
+    assert signal.getsignal(number) == before
 
 
-def last_written(folder: Path) -> int:
-    times = [path.stat().st_mtime_ns for path in folder.glob("*.pt") if path.name != "best.pt"]
-    return max(times, default=0)
+def test_hang_up_that_is_ignored_stays_ignored(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_at(monkeypatch, {(0, 1)}, signal.SIGHUP)
+        assert len(train(replace(LIVELY, output=str(tmp_path)), digits, progress=False).metrics) == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("interval", "updates"), [("4", [4, 8, 9, 13, 17, 18]), ("0.000001s", [*range(1, 19)])])
@@ -146,64 +140,13 @@ def test_checkpoints_within_an_epoch(
     found = []
     save = checkpoints.save_checkpoint
 
-    def noting(folder: Path, checkpoint: dict[str, Any]) -> None:
+    def noting(folder: Path, checkpoint: dict[str, Any], *, best: bool) -> None:
         found.append(checkpoint["progress"]["updates"])
-        save(folder, checkpoint)
+        save(folder, checkpoint, best=best)
 
     monkeypatch.setattr(loop, "save_checkpoint", noting)
     train(replace(LIVELY, output=str(tmp_path), checkpoint_interval=interval), digits, progress=False)
     assert sorted(set(found)) == updates
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda info: info.file_size)
-    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
-    path.write_bytes(content)
-
-
-def save_weights_alone(path: Path) -> None:
-    torch.save({"head.weight": torch.zeros(2)}, path)
-
-
-def save_code(path: Path) -> None:
-    torch.save({"format": os.getcwd}, path)
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (truncate, r"last\.pt \([\d,]+ bytes\) is truncated or no checkpoint: File is not a zip file"),
-        (lambda path: path.write_bytes(b""), r"last\.pt \(0 bytes\) is truncated or no checkpoint"),
-        (lambda path: path.write_text("not a checkpoint"), r"last\.pt \(16 bytes\) is truncated or no checkpoint"),
-        (flip_a_bit, r"last\.pt is damaged: the checksum of \S+ inside is wrong"),
-        (save_weights_alone, r"last\.pt is no checkpoint of a training run \(it holds head\.weight\)"),
-        (save_code, r"last\.pt is no checkpoint of a training run: Weights only load failed"),
-    ],
-    ids=["truncated", "empty", "text", "bit", "weights", "code"],
-)
-def test_damaged_checkpoint_is_refused_and_the_one_before_used(
-    undisturbed: Path, tmp_path: Path, damage: Any, reason: str
-) -> None:
-    for name in ("last.pt", "previous.pt"):
-        (tmp_path / name).write_bytes((undisturbed / name).read_bytes())
-    damage(tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match=reason):
-        checkpoints.read_checkpoint(tmp_path / "last.pt")
-    said: list[str] = []
-    for path in (tmp_path, tmp_path / "last.pt"):
-        checkpoint, source = load_checkpoint(path, said.append)
-        assert source == tmp_path / "previous.pt"
-        assert checkpoint["epoch"] == 1
-    assert said[0].endswith(f"; continuing from {tmp_path}/previous.pt instead")
-    damage(tmp_path / "previous.pt")
-    with pytest.raises(CheckpointError, match=f"{reason}.*; .*previous"):
-        load_checkpoint(tmp_path)
 
 
 def test_run_goes_on_from_the_checkpoint_before(
@@ -211,29 +154,115 @@ def test_run_goes_on_from_the_checkpoint_before(
 ) -> None:
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes((undisturbed / name).read_bytes())
-    truncate(tmp_path / "last.pt")
-    train(replace(LIVELY, output=str(tmp_path)), digits, resume=tmp_path, progress=False)
-    assert "is truncated or no checkpoint" in capsys.readouterr().out
+    with (tmp_path / "last.pt").open("r+b") as file:
+        file.truncate(5000)
+    train(replace(LIVELY, output=str(tmp_path)), digits, resume=tmp_path)
+    message = "last.pt (5,000 bytes) is damaged or no checkpoint: "
+    assert message in (out := capsys.readouterr().out)
+    assert f"; continuing from {tmp_path}/previous.pt instead" in out
     assert difference(saved(tmp_path / "last.pt"), saved(undisturbed / "last.pt")) == []
     assert checkpoints.read_checkpoint(tmp_path / "previous.pt")["epoch"] == 1  # not the damaged one
+    assert (tmp_path / "refused.pt").stat().st_size == 5000
+
+
+@pytest.mark.parametrize("name", ["best.pt", "previous.pt"])
+def test_named_checkpoint_goes_on_in_a_folder_of_its_own(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """One state of a run, the second epoch of which is done otherwise; nothing of the run is changed or renamed."""
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/digits-imixer_ti4_32")
+    run.mkdir(parents=True)
+    for written, original in (("last.pt", "last.pt"), ("previous.pt", "previous.pt"), ("best.pt", "previous.pt")):
+        (run / written).write_bytes((undisturbed / original).read_bytes())
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(ValueError, match=r"imixer_ti4_32 holds a run; continue it with --resume .*ti4_32, or choose"):
+        train(replace(LIVELY, output=str(run)), digits, resume=run / name, progress=False)
+    result = train(LIVELY, digits, resume=run / name)
+    assert result.output == Path("runs/digits-imixer_ti4_32-2")
+    assert difference(saved(result.output / "last.pt"), saved(undisturbed / "last.pt")) == []
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    (run / name).write_bytes(before[name][:-1])
+    with pytest.raises(CheckpointError, match=rf"{name} .* is damaged: the digest at its end is missing"):
+        train(LIVELY, digits, resume=run / name, progress=False)
+
+
+def test_best_checkpoint_is_that_of_the_best_epoch(digits: ImageData, tmp_path: Path) -> None:
+    """Also of a run that was stopped after it, and whose later epochs are worse."""
+    result = train(replace(TINY, epochs=2, output=str(tmp_path)), digits, progress=False)
+    train(replace(TINY, epochs=4, lr=0.3, output=str(tmp_path)), digits, resume=tmp_path, progress=False)
+    rows = read_curves(tmp_path)
+    best = max(range(4), key=lambda index: float(rows[index]["test_top1"]))
+    checkpoint = checkpoints.read_checkpoint(tmp_path / "best.pt")
+    assert checkpoint["epoch"] == best + 1
+    assert len(checkpoint["progress"]["metrics"]) == best + 1
+    assert best < 3, "the test shows nothing"
+    assert len(result.metrics) == 2
+
+
+def test_other_images_are_refused_unless_they_are_allowed(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = copy.deepcopy(digits)
+    other.train.targets[7] = (other.train.targets[7] + 1) % 10  # type: ignore[attr-defined]
+    config = replace(LIVELY, epochs=3, output=str(tmp_path))
+    message = r"last\.pt is of a run on other images \(train_content \w{32} -> \w{32}\); give it the same ones, or"
+    with pytest.raises(CheckpointError, match=message):
+        train(config, other, resume=undisturbed, progress=False)
+    assert not any(tmp_path.glob("*.pt"))
+    train(config, other, resume=undisturbed, allow_other_data=True)
+    assert "the images are others than before: train_content" in capsys.readouterr().out
+    train(replace(config, epochs=4), other, resume=tmp_path)  # which is of these images now
+    assert "others than before" not in capsys.readouterr().out
+
+
+def test_other_versions_and_threads_are_named(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes((undisturbed / name).read_bytes())
+    checkpoint = checkpoints.read_checkpoint(tmp_path / "last.pt")
+    here = checkpoint["environment"]["versions"]
+    assert {"python", "torch", "torchvision", "timm", "numpy", "pillow"} <= here.keys()
+    checkpoint["environment"]["versions"] = {**here, "torch": "1.0", "pillow": "2.0"}
+    checkpoint["environment"]["threads"] = 64
+    checkpoints.save_checkpoint(tmp_path, checkpoint)
+    train(LIVELY, digits, resume=tmp_path)
+    message = (
+        f"results may differ in the last bits: torch 1.0 -> {torch.__version__}, pillow 2.0 -> {here['pillow']}, "
+        "threads 64 -> 1\n"
+    )
+    assert message in capsys.readouterr().out
+    train(LIVELY, digits, resume=undisturbed)
+    assert "last bits" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
+    ("part", "value", "message"),
     [
-        ("nowhere", r"there is no run or checkpoint at .*nowhere; give a run's folder, or its last\.pt"),
-        (".", r"holds no checkpoint \(last\.pt or previous\.pt\); it holds curves\.csv"),
+        ("state_dict", {"head.weight": torch.zeros(1)}, "the weights of the checkpoint cannot be used: Error"),
+        ("state_dict_ema", {1: 2}, "the averaged weights of the checkpoint cannot be used: "),
+        ("optimizer", {"state": {}, "param_groups": [{}]}, "the optimizer of the checkpoint cannot be used: "),
+        ("optimizer", {"nothing": 1}, "the optimizer of the checkpoint cannot be used: 'param_groups'"),
+        ("progress", {"epoch": 1}, "the progress of the checkpoint cannot be used: 'metrics'"),
+        ("progress", {"metrics": [{"lr": 1}]}, "the progress of the checkpoint cannot be used: .*missing"),
+        ("environment", {"versions": 3}, None),
+        ("data", 3, r"is of a run on other images \(classes None -> "),
+        ("global_batch", "many", r"is of another run: global_batch many there, 48 here"),
     ],
 )
-def test_missing_checkpoint_is_reported(tmp_path: Path, path: str, message: str) -> None:
-    (tmp_path / "curves.csv").touch()
-    with pytest.raises(FileNotFoundError, match=message):
-        load_checkpoint(tmp_path / path)
-
-
-def test_best_checkpoint_is_not_one_to_continue_from(undisturbed: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"best\.pt holds weights without the optimizer's state; continue from"):
-        checkpoints.read_checkpoint(undisturbed / "best.pt")
+def test_checkpoint_of_other_content_is_refused_in_one_line(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, part: str, value: Any, message: str | None
+) -> None:
+    checkpoint = checkpoints.read_checkpoint(undisturbed / "last.pt")
+    checkpoints.save_checkpoint(tmp_path, {**checkpoint, part: value})
+    if message is None:
+        train(LIVELY, digits, resume=tmp_path, progress=False)
+        return
+    with pytest.raises(CheckpointError, match=message) as error:
+        train(LIVELY, digits, resume=tmp_path, progress=False)
+    assert "\n" not in str(error.value)
+    assert checkpoints.read_checkpoint(tmp_path / "last.pt")["epoch"] == 2
 
 
 @pytest.mark.parametrize(
@@ -273,10 +302,10 @@ def test_full_disk_leaves_the_checkpoints_that_were_there(
     save = checkpoints.save_checkpoint
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_full_disk(folder: Path, checkpoint: dict[str, Any]) -> None:
+    def on_full_disk(folder: Path, checkpoint: dict[str, Any], *, best: bool) -> None:
         full = checkpoint["progress"]["updates"] == 13
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if full else limits[0], limits[1]))
-        save(folder, checkpoint)
+        save(folder, checkpoint, best=best)
 
     monkeypatch.setattr(loop, "save_checkpoint", on_full_disk)
     try:
@@ -291,65 +320,16 @@ def test_full_disk_leaves_the_checkpoints_that_were_there(
     assert difference(saved(tmp_path / "last.pt"), saved(undisturbed / "last.pt")) == []
 
 
-def test_folder_that_became_read_only_keeps_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 1})
-    checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 2})
-    if os.geteuid() == 0:  # whom permissions do not stop
-
-        def refuse(*_: object) -> None:
-            raise PermissionError(13, "Permission denied")
-
-        monkeypatch.setattr(Path, "open", refuse)
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(OSError, match="Permission denied.*; last.pt, previous.pt of before is there still"):
-            checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 3})
-    finally:
-        tmp_path.chmod(0o700)
-        monkeypatch.undo()
-    assert load_checkpoint(tmp_path)[0]["epoch"] == 2
-    assert checkpoints.read_checkpoint(tmp_path / "previous.pt")["epoch"] == 1
-
-
-@pytest.mark.parametrize("at", ["write", "first rename", "second rename"])
-def test_a_checkpoint_is_there_whenever_saving_is_cut_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
-) -> None:
-    class Killed(BaseException):
-        pass
-
-    def killed(*_: object) -> None:
-        raise Killed
-
-    checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 1})
-    checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 2})
-    if at == "write":
-        monkeypatch.setattr(os, "fsync", killed)
-    elif at == "first rename":
-        monkeypatch.setattr(os, "replace", killed)
-    else:
-        monkeypatch.setattr(checkpoints, "_rename", killed)
-    with pytest.raises(Killed):
-        checkpoints.save_checkpoint(tmp_path, {"optimizer": {}, "epoch": 3})
-    monkeypatch.undo()
-    for path in (tmp_path, tmp_path / "last.pt"):
-        assert load_checkpoint(path)[0]["epoch"] == 2
-
-
 def spoil_gradients(monkeypatch: pytest.MonkeyPatch, updates: set[int]) -> None:
     """Multiply the loss by nan in some updates."""
-    add_gradient, measure = Learner.add_gradient, Learner.measure
+    add_gradient = Learner.add_gradient
     done = [0]
 
-    def spoiled(self: Learner, images: Tensor, targets: Tensor, *, share: float, last: bool) -> Tensor:
-        return add_gradient(self, images, targets, share=math.nan if done[0] + 1 in updates else share, last=last)
-
-    def counting(self: Learner, loss: Tensor) -> tuple[float, float]:
-        done[0] += 1
-        return measure(self, loss)
+    def spoiled(self: Learner, images: Tensor, targets: Tensor, *, share: float, last: bool) -> None:
+        add_gradient(self, images, targets, share=math.nan if done[0] + 1 in updates else share, last=last)
+        done[0] += last
 
     monkeypatch.setattr(Learner, "add_gradient", spoiled)
-    monkeypatch.setattr(Learner, "measure", counting)
 
 
 def test_updates_that_are_not_finite_are_left_out_and_counted(
@@ -382,6 +362,26 @@ def test_finished_run_stays_as_it_is(undisturbed: Path, digits: ImageData) -> No
     result = train(LIVELY, digits, resume=undisturbed, progress=False)
     assert [row.epoch for row in result.metrics] == [1, 2]
     assert difference(saved(undisturbed / "last.pt"), before) == []
+
+
+def test_scale_of_the_gradients_is_saved_and_restored(digits: ImageData) -> None:
+    """Of float16 on a GPU; the same class works on the CPU."""
+    accelerator = make_accelerator(TINY)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    state = Learner(TINY, digits, accelerator, lr=1e-2).state()
+    assert state["scaler"]["scale"] == 8
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    Learner(TINY, digits, accelerator, state, lr=1e-2)
+    assert accelerator.scaler.get_scale() == 8
+
+
+def test_time_goes_on_where_it_was(undisturbed: Path, digits: ImageData, tmp_path: Path) -> None:
+    checkpoint = checkpoints.read_checkpoint(undisturbed / "previous.pt")
+    checkpoint["progress"]["seconds"] = 1000.0
+    checkpoints.save_checkpoint(tmp_path, checkpoint)
+    assert (
+        train(replace(LIVELY, output=str(tmp_path)), digits, resume=tmp_path, progress=False).metrics[1].seconds > 1000
+    )
 
 
 def test_settings_of_a_run_are_those_it_began_with(undisturbed: Path) -> None:

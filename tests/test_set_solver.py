@@ -63,13 +63,13 @@ def test_changes_add_up_and_can_be_taken_back():
     imlp = IMLP(4)
     assert imlp.set_solver(n_iter=5) is imlp
     assert imlp.fixed_point.max_steps == 5
-    assert small(hidden_layers=1).set_solver(n_iter=5).blocks[0].mlp_tokens.solver_options.n_iter == 5
+    assert small(hidden_layers=1).set_solver(n_iter=5).blocks[0].mlp_tokens.options["n_iter"] == 5
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"n_iter": 0}, ValueError, "n_iter, the number of solver steps, must be a positive integer, got 0"),
+        ({"n_iter": 0}, ValueError, "n_iter must be a positive integer, got 0"),
         ({"n_iter": None}, ValueError, "must be a positive integer, got None"),
         ({"solver": "newton"}, ValueError, "no solver 'newton'"),
         ({"solver": None}, TypeError, "None"),

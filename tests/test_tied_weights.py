@@ -129,5 +129,5 @@ def test_initial_weights_of_tied_models():
 def test_refusals():
     with pytest.raises(ValueError, match="as many outputs as inputs, got 5 and 4"):
         IMLP(5, 6, 4, tied=True)
-    with pytest.raises(ValueError, match='tied=True needs another norm than "batch"'):
+    with pytest.raises(ValueError, match="tied=True needs another norm than 'batch'"):
         small(tied=True, norm="batch")

@@ -1,17 +1,9 @@
-"""The command line of examples/train_imixer.py."""
+"""The command line of training; tests/test_commands.py starts it as a command."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import re
 import shlex
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +16,7 @@ from digit_images import write_digit_tree
 from image_archives import checksums, write_cifar
 
 from imixer.training import PRESETS, TrainingConfig, parse
+from imixer.training.train_command import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "train_imixer.py"
@@ -41,18 +34,6 @@ TINY = [
     "--device",
     "cpu",
 ]
-
-Main = Callable[[list[str]], int]
-
-
-@pytest.fixture(scope="module")
-def main() -> Main:
-    spec = importlib.util.spec_from_file_location("train_imixer", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main  # type: ignore[no-any-return]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +53,7 @@ PUBLISHED = shlex.split("""
 """)
 
 
-def test_digits_need_no_arguments_but_speed(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_digits_need_no_arguments_but_speed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(TINY) == 0
     out = capsys.readouterr().out
     assert "1,297 training and 500 test images in 10 classes" in out
@@ -128,11 +109,14 @@ def test_published_command_means_what_timm_means() -> None:
     assert (config.mixup_prob, config.mixup_switch_prob, config.mixup_mode, config.seed) == (1.0, 0.5, "batch", 42)
     # Table 5 of the paper says the same of the small model, and what train.py's defaults were then.
     paper = parse(["cifar10", "--preset", "paper-small"]).config()
-    assert replace(config, cooldown_epochs=10, min_lr=1e-6, opt_eps=1e-8, crop_pct=0.875) == paper
+    same = replace(config, cooldown_epochs=10, min_lr=1e-6, opt_eps=1e-8, crop_pct=0.875, workers=None)
+    assert paper.peak_lr(512) == config.lr
+    rates = {"lr": paper.lr, "lr_base": 5e-4, "lr_base_size": 512, "lr_base_scale": "linear", "global_batch": 512}
+    assert replace(same, **rates) == paper  # type: ignore[arg-type]
 
 
 def test_published_command_runs(
-    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_cifar(tmp_path / "cifar10", num_train=20, num_test=10)
     for attribute, value in checksums(tmp_path / "cifar10").items():
@@ -156,7 +140,7 @@ def test_published_command_runs(
     assert (checkpoint["progress"]["updates"], checkpoint["mean"]) == (2, [0.5, 0.5, 0.5])
 
 
-def test_flags_go_before_the_file_and_that_before_the_preset(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_go_before_the_file_and_that_before_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text("preset: paper-base\nlr: 1e-3\nweight-decay: 0.1\nscale: [0.5, 1]\namp: false\n")
     command = parse(["data", "--config", "mine.yaml", "--lr", "0.5", "--opt-betas", "0.9", "0.95", "--h-ratio", "3"])
     config = command.config()
@@ -188,15 +172,13 @@ def test_presets_are_whole(preset: str) -> None:
         ("lr: [", "error: mine.yaml is not YAML: "),
     ],
 )
-def test_unfit_file_of_settings_is_reported(
-    main: Main, content: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unfit_file_of_settings_is_reported(content: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text(content)
     assert main(["--config", "mine.yaml"]) == 2
     assert capsys.readouterr().err.startswith(message)
 
 
-def test_folder_of_images_with_the_papers_flags(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_of_images_with_the_papers_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_digit_tree(tmp_path / "shapes", test="val")
     flags = "--img-size 8 --patch-size 2 --h_ratio 1 --n_iter 30 --n_power 4 --coeff 0.8 --drop-path 0.1 "
     flags += "--solver anderson --rtol 1e-3 --backward implicit --batch-size 16 --smoothing 0 --sched constant "
@@ -223,7 +205,7 @@ def test_folder_of_images_with_the_papers_flags(main: Main, tmp_path: Path, caps
 
 
 @pytest.mark.long
-def test_other_models_of_timm_train_too(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_models_of_timm_train_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_digit_tree(tmp_path / "shapes")
     assert (
         main(
@@ -248,7 +230,7 @@ def test_other_models_of_timm_train_too(main: Main, tmp_path: Path, capsys: pyte
     assert "fixed-point" not in out
 
 
-def test_help_reads_well(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
@@ -271,7 +253,7 @@ def test_help_reads_well(main: Main, capsys: pytest.CaptureFixture[str]) -> None
     ],
 )
 def test_unknown_flags_and_abbreviations_are_refused(
-    main: Main, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -291,7 +273,8 @@ def test_unknown_flags_and_abbreviations_are_refused(
         (["--dataset", "torch/cifar10"], "error: dataset torch/cifar10 needs the folder that holds it: give DATA_DIR"),
         (["shapes", "--num-classes", "4"], "error: num_classes is 4, and shapes has 3 classes; leave it out"),
         (["--resume", "nowhere"], "error: there is no run or checkpoint at nowhere; give a run's folder"),
-        (["--fsdp"], "error: fsdp shards over processes, and there is one; start several with torchrun"),
+        (["--new-head"], "error: new_head and new_token_mixing leave out parts of --initial-checkpoint; give that too"),
+        (["--resume", "auto"], "error: --resume auto needs --output, the folder in which the run begins and goes on"),
         (["--aa", "rand-m9"], "error: aa: for images that are read in every epoch, not for those that are decoded"),
         (
             ["--output", "shapes/train/0/000.png"],
@@ -301,7 +284,7 @@ def test_unknown_flags_and_abbreviations_are_refused(
     ],
 )
 def test_error_is_one_line_and_exit_code_2(
-    main: Main, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_digit_tree(tmp_path / "shapes", num_train=4, num_test=2)
     assert main([*TINY, *arguments]) == 2
@@ -310,47 +293,10 @@ def test_error_is_one_line_and_exit_code_2(
     assert lines[-1].startswith(message)
 
 
-def test_image_broken_inside_is_named_by_worker_processes(
-    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_image_broken_inside_is_named_by_worker_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_digit_tree(tmp_path / "shapes")
     path = tmp_path / "shapes" / "train" / "0" / "000.png"
     path.write_bytes(path.read_bytes()[:60])
     flags = ["--img-size", "8", "--patch-size", "2", "--workers", "1"]
     assert main(["shapes", *TINY, *flags]) == 2
     assert "error: cannot read image shapes/train/0/000.png" in capsys.readouterr().err
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A job in the background is started with interrupts ignored, and so would be what it starts.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-@pytest.mark.long
-def test_interrupt_saves_and_says_how_to_resume(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
-    process = start(*TINY, "--epochs", "100000", "--output", "run")
-    for _ in range(1200):
-        if Path("run/curves.csv").exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    try:
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    pattern = r"stopped in epoch \d+ after step \d+ of 20, saved run/last.pt; continue with --resume run"
-    assert re.fullmatch(pattern, err.splitlines()[-1])
-    at = torch.load("run/last.pt", weights_only=True)["progress"]
-    assert main(["--resume", "run", "--epochs", str(at["epoch"] + 1)]) == 0
-    out = capsys.readouterr().out
-    assert f"continuing after epoch {at['epoch']}, step {at['step']} of 20, with epochs 100000 -> " in out
-    assert "test accuracy" in out

@@ -27,9 +27,10 @@ from imixer.training import (
     loop,
     train,
 )
-from imixer.training.run_folder import new_folder
+from imixer.training.run_folder import claimed_new_folder
 
 RUN_FILES = [
+    ".lock",
     "best.pt",
     "config.yaml",
     "convergence.csv",
@@ -92,7 +93,7 @@ def test_checkpoint_rebuilds_the_model(run: TrainingResult, digits: ImageData, n
     assert checkpoint["classes"] == list("0123456789")
     assert (checkpoint["mean"], checkpoint["std"]) == (list(digits.mean), list(digits.std))
     assert checkpoint["environment"]["versions"]["torch"] == torch.__version__
-    assert ("optimizer" in checkpoint) == (name == "last.pt")
+    assert checkpoint["optimizer"]["state"]
 
 
 def test_settings_versions_and_results_are_kept(run: TrainingResult) -> None:
@@ -106,13 +107,21 @@ def test_settings_versions_and_results_are_kept(run: TrainingResult) -> None:
     assert (summary["last"]["epoch"], summary["updates"], summary["nonfinite_updates"]) == (3, 60, 0)
 
 
-def test_each_imlp_is_looked_at_after_every_epoch(digits: ImageData, tmp_path: Path) -> None:
-    changes = {"num_blocks": 2, "epochs": 2, "solver": "anderson", "n_iter": 30, "rtol": 1e-4, "backward": "implicit"}
+def test_each_imlp_is_looked_at_in_some_epochs_and_the_last(digits: ImageData, tmp_path: Path) -> None:
+    changes = {
+        "num_blocks": 2,
+        "epochs": 3,
+        "report_interval": 2,
+        "solver": "anderson",
+        "n_iter": 30,
+        "rtol": 1e-4,
+        "backward": "implicit",
+    }
     train(replace(TINY, **changes, output=str(tmp_path)), digits, progress=False)  # type: ignore[arg-type]
     with (tmp_path / "convergence.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["epoch"], row["name"]) for row in rows] == [
-        (epoch, f"blocks.{block}.mlp_tokens") for epoch in "12" for block in "01"
+        (epoch, f"blocks.{block}.mlp_tokens") for epoch in "23" for block in "01"
     ]
     for row in rows:
         assert 0 < float(row["worst_residual"]) <= 1e-4
@@ -201,7 +210,7 @@ def test_bfloat16_trains(digits: ImageData, tmp_path: Path) -> None:
         ({"model": "nothing like it"}, r"unknown model 'nothing like it'; the iMixers are imixer_"),
         (
             {"model": "resnet18"},
-            r"cannot build resnet18 with num_classes=10, .*img_size=8.*unexpected keyword",
+            r"cannot build resnet18 with num_classes=10, .*num_blocks=1.*unexpected keyword",
         ),
         ({"solver": "picrad"}, r"cannot build imixer_ti4_32 with .*solver='picrad'"),
     ],
@@ -253,10 +262,11 @@ def test_folder_of_a_run_is_never_used_again(
         train(replace(TINY, output=str(run.output)), digits)
     monkeypatch.chdir(tmp_path)
     default = "runs/digits-imixer_ti4_32"
-    for name in (default, f"{default}-2", f"{default}-3"):
-        folder = new_folder(TINY, digits.name)
-        assert str(folder) == name
-        folder.mkdir(parents=True)
+    for number, name in enumerate((default, f"{default}-2", f"{default}-3"), start=2):
+        with claimed_new_folder(TINY, digits.name) as folder:
+            assert str(folder) == name
+            with claimed_new_folder(TINY, digits.name) as another:
+                assert another.name == f"digits-imixer_ti4_32-{number}"
         (folder / "last.pt").touch()
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import http.server
 import json
 import re
-import runpy
-from collections.abc import Callable
+import sys
+import threading
+import types
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +19,15 @@ import timm
 import torch
 from digit_images import write_digit_tree
 from PIL import Image
+from small_models import Evil
 from training_runs import TINY, read_curves
 
 from imixer.confusion_plot import plot_confusion
 from imixer.data import load_digits, make_loader
 from imixer.training import load_data, train
+from imixer.training.checkpoints import save_checkpoint
+from imixer.validate_command import main
 from imixer.validation import Validation, find_checkpoint, format_validations, validate
-
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "validate_imixer.py"
-main: Callable[[list[str]], int] = runpy.run_path(str(SCRIPT))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +168,9 @@ def test_wrong_checkpoints_are_refused(run: Path, tmp_path: Path, capsys: pytest
     content = (run / "best.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
     assert f"cut.pt ({len(content) // 2:,} bytes) is damaged or no checkpoint:" in error(str(tmp_path / "cut.pt"))
+    (tmp_path / "flipped.pt").write_bytes(content[:-500] + bytes([content[-500] ^ 1]) + content[-499:])
+    assert "flipped.pt" in (message := error(str(tmp_path / "flipped.pt")))
+    assert "is damaged: its SHA-256 digest is wrong" in message
     torch.save([1, 2], tmp_path / "list.pt")
     assert "list.pt holds a list, not a model's weights" in error(str(tmp_path / "list.pt"))
     torch.save({"head.weight": torch.ones(2)}, tmp_path / "foreign.pt")
@@ -178,3 +184,71 @@ def test_wrong_checkpoints_are_refused(run: Path, tmp_path: Path, capsys: pytest
     assert "unknown model 'imixer'" in error(str(tmp_path / "foreign.pt"), "--model", "imixer")
     assert "no solver 'newton'" in error(str(run), "--solver", "newton")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[str]]]:
+    """An address, and what was asked for there."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}/weights.pt", asked
+        running.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"model_args": {"pretrained": True, "pretrained_cfg": {"url": "URL"}}}, "with pretrained='True'"),
+        ({"model_args": {"pretrained_cfg": {"url": "URL"}}}, "with pretrained_cfg="),
+        ({"model_args": {"pretrained_cfg_overlay": {"url": "URL"}}}, "with pretrained_cfg_overlay="),
+        ({"model_args": {"checkpoint_path": "evil.pt"}}, "with checkpoint_path='evil.pt'"),
+        ({"model_args": {"cache_dir": "here"}}, "with cache_dir='here'"),
+        ({"model_args": {"num_classes": {"a": 1}}}, "with num_classes="),
+        ({"model_args": {"patch_size": 0}}, "cannot build the imixer_ti4_32 of "),
+        ({"model_args": {"block_layer": "x"}}, "cannot build the imixer_ti4_32 of "),
+        ({"model_args": {1: 2}}, "with 1='2'"),
+        ({"model": "hf-hub:someone/model"}, "unknown model 'hf-hub:someone/model'"),
+        ({"model": "local-dir:evil"}, "unknown model 'local-dir:evil'"),
+        ({"model": 7}, "no checkpoint of a training run: model is '7'"),
+        ({"classes": "0123456789"}, "no checkpoint of a training run: classes is"),
+        ({"classes": [1, 2]}, "tells 2 classes apart (1, 2 ...)"),
+        ({"mean": ["x"]}, "no checkpoint of a training run: mean is"),
+        ({"config": {"epochs": []}}, "epochs in the checkpoint must be int"),
+        ({"config": {"dataset": "hfds/x", "data_dir": "d", "dataset_download": True}}, "data folder d does not exist"),
+    ],
+)
+def test_what_a_checkpoint_says_is_never_followed(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    server: tuple[str, list[str]],
+    entries: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", types.ModuleType("datasets"))
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", pytest.fail, raising=False)
+    monkeypatch.setattr(sys.modules["datasets"], "load_from_disk", pytest.fail, raising=False)
+    torch.save(Evil(tmp_path / "trace"), "evil.pt")
+    url, asked = server
+    entries = json.loads(json.dumps(entries).replace("URL", url)) if "URL" in str(entries) else entries
+    save_checkpoint(tmp_path, {**torch.load(run / "last.pt", weights_only=True), **entries})
+    assert main([str(tmp_path / "last.pt")]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert asked == []
+    assert not (tmp_path / "trace").exists()

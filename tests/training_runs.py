@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import multiprocessing
+import os
+import socket
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -67,6 +70,15 @@ def difference(found: Any, expected: Any, name: str = "") -> list[str]:
     return [] if found == expected else [f"{name}: {found!r} and {expected!r}"]
 
 
+def last_written(folder: Path) -> int:
+    """When a checkpoint to go on from was last written, in ns; 0 if there is none."""
+    times = [0]
+    for name in ("last.pt", "previous.pt"):
+        with contextlib.suppress(FileNotFoundError):
+            times.append((folder / name).stat().st_mtime_ns)
+    return max(times)
+
+
 def run(config: TrainingConfig, *, resume: Path | None = None) -> None:
     """Train in a process of its own."""
     torch.set_num_threads(1)
@@ -78,6 +90,32 @@ def start(config: TrainingConfig, *, resume: Path | None = None) -> BaseProcess:
     process = forkserver().Process(target=run, args=(config,), kwargs={"resume": resume}, daemon=True)
     process.start()
     return process
+
+
+def run_in_parallel(config: TrainingConfig, resume: Path | None, rank: int, port: int) -> None:
+    """Train in one of two processes, as torchrun starts them."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    run(config, resume=resume)
+    torch.distributed.destroy_process_group()
+
+
+def start_parallel(config: TrainingConfig, *, resume: Path | None = None) -> list[BaseProcess]:
+    """Start two processes that train together."""
+    port = free_port()
+    processes: list[BaseProcess] = [
+        forkserver().Process(target=run_in_parallel, args=(config, resume, rank, port), daemon=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def forkserver() -> ForkServerContext:

@@ -1,7 +1,8 @@
 """Peaks as measured here: what the other figures are held against."""
 
 import functools
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -21,6 +22,7 @@ def matmul_tflops(precision: str, setup: Setup) -> float:
     dtype = AUTOCAST[precision] or torch.float32
     a, b = (torch.randn(side, side, device=setup.device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
+    _warm_up(lambda: torch.mm(a, b, out=out), setup)
     seconds = median_seconds(lambda: torch.mm(a, b, out=out), setup)
     return 2 * side**3 / seconds / 1e12
 
@@ -29,8 +31,18 @@ def copy_gbytes(setup: Setup) -> float:
     """The rate of a copy on the device in GB/s, read and written bytes together."""
     source = torch.randn(2**18 if setup.toy else 2**30, device=setup.device)
     target = torch.empty_like(source)
+    _warm_up(lambda: target.copy_(source), setup)
     seconds = median_seconds(lambda: target.copy_(source), setup)
     return 2 * source.nbytes / seconds / 1e9
+
+
+def _warm_up(work: Callable[[], object], setup: Setup) -> None:
+    """Work for a second, so that the device is at the clock rate that it keeps under load."""
+    end = time.perf_counter() + (0.01 if setup.toy else 1.0)
+    while time.perf_counter() < end:
+        work()
+        if setup.cuda:
+            torch.cuda.synchronize()
 
 
 def cells(setup: Setup) -> list[Cell]:

@@ -52,8 +52,8 @@ class Setup:
 
     @property
     def warm_up(self) -> int:
-        """Steps before those; CUDA graphs of torch.compile are recorded in the second."""
-        return 1 if self.toy else 5
+        """Steps before those; CUDA graphs are recorded in the fourth."""
+        return 5 if self.cuda else 1
 
     def batch(self, size: str) -> int:
         return 4 if self.toy else BATCHES[size]

@@ -4,13 +4,14 @@
 training image looks like depends on the seed, the epoch and its index alone.
 """
 
+from imixer.data.decoding import UnreadableImageError
 from imixer.data.folders import TEST_FOLDERS
 from imixer.data.image_data import ImageData
 from imixer.data.images import BatchKey, ImageBatch, Images, InMemoryImages, RawBatch, TransformedImages
 from imixer.data.loader import EpochBatches, ImageLoader, LoaderError, make_loader
 from imixer.data.loading import load_dataset, load_digits, load_image_folder
-from imixer.data.named_datasets import TORCHVISION_LAYOUTS, load_sources
-from imixer.data.sources import ImageSource, UnreadableImageError
+from imixer.data.named_datasets import load_sources
+from imixer.data.sources import ImageSource
 from imixer.data.transforms import TimmTransforms
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "LoaderError",
     "RawBatch",
     "TEST_FOLDERS",
-    "TORCHVISION_LAYOUTS",
     "TimmTransforms",
     "TransformedImages",
     "UnreadableImageError",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from imixer.data.sources import ImageFiles
@@ -53,19 +52,48 @@ def check_folder(root: Path) -> None:
 
 
 def list_images(split: Path) -> ImageFiles:
-    """List a split's classes and images, and check that every class has some."""
-    if not any(entry.is_dir() for entry in split.iterdir()):
+    """List a split's classes, which are its folders, and the images in them and in the folders below.
+
+    Raises:
+        FileNotFoundError: There is no class, or one without images.
+        ValueError: Something named like an image is not a regular file, or a link leads back to a folder above it.
+    """
+    classes = sorted(entry.name for entry in split.iterdir() if entry.is_dir())
+    if not classes:
         raise FileNotFoundError(f"{split} has no class folders; it must hold one per class, and it {holds(split)}")
-    folder = ImageFolder(str(split), allow_empty=True)
-    counts = Counter(folder.targets)
-    empty = [name for index, name in enumerate(folder.classes) if not counts[index]]
+    samples, empty = [], []
+    for target, name in enumerate(classes):
+        images = sorted(_images_below(str(split / name), above=()))
+        samples += [(path, target) for path in images]
+        empty += [] if images else [name]
     if empty:
         class_folder = split / empty[0]
         raise FileNotFoundError(
             f"class folder {class_folder} has no images (files that end in {', '.join(IMG_EXTENSIONS)}); "
             f"it {holds(class_folder)}" + (f"; so it is with {listed(empty[1:])}" if empty[1:] else "")
         )
-    return ImageFiles(folder.samples, folder.classes)
+    return ImageFiles(samples, classes)
+
+
+def _images_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Yield the paths of images; torchvision's `ImageFolder` would follow a loop of links for dozens of rounds."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        raise ValueError(f"{folder} is a link that leads back to a folder above it; remove it")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            image = entry.name.lower().endswith(IMG_EXTENSIONS)
+            try:
+                if image and not entry.is_file():
+                    raise ValueError(f"{entry.path} is named like an image but is not a regular file; remove it")
+                below = not image and entry.is_dir()
+            except OSError as error:  # links that point at each other
+                raise ValueError(f"cannot look at {entry.path}: {error.strerror}; remove it") from error
+            if image:
+                yield entry.path
+            elif below:
+                yield from _images_below(entry.path, (*above, here))
 
 
 def holds(folder: Path) -> str:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from imixer.data.fingerprint import digest
 from imixer.data.images import ImageBatch, Images
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
-    """A training set and a test set of labelled images.
+    """A training set and a test set of labeled images.
 
     Args:
         name: Short name, used for the output folder.
@@ -44,3 +45,23 @@ class ImageData:
         step = math.ceil(len(self.test) / count)
         images, targets = zip(*[self.test[index] for index in range(0, len(self.test), step)], strict=True)
         return torch.stack(images), torch.stack(targets)
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """Return what tells these images from others, for a run that is resumed.
+
+        Moving the files to another folder changes nothing. Takes seconds for a million files.
+
+        Returns:
+            `name`; `classes`, a digest of the class names in their order; for both splits `train_images`, the number
+            of images, and `train_content`, a digest. For images in memory it is that of their bytes and targets, for
+            files that of the names and targets of all and the sizes of some thousands, for other sources that of the
+            targets and pixels of some hundreds. Digests are 32 hexadecimal digits.
+        """
+        return {
+            "name": self.name,
+            "classes": digest(self.classes),
+            "train_images": len(self.train),
+            "train_content": self.train.fingerprint(),
+            "test_images": len(self.test),
+            "test_content": self.test.fingerprint(),
+        }

@@ -10,15 +10,18 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
+from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from imixer.data.decoding import UnreadableImageError
 from imixer.data.images import BatchKey, ImageBatch, Images, InMemoryImages, RawBatch
 from imixer.data.random_streams import generator_of
-from imixer.data.sources import UnreadableImageError
 
 POLL_SECONDS = 5.0  # between looks at whether the workers are alive, while a batch is waited for
 GRACE_SECONDS = 60  # that a worker goes on for after a SIGTERM
@@ -87,6 +90,11 @@ class EpochBatches(Sampler[BatchKey]):
             piece = step * self.world_size + self.rank
             yield BatchKey(order[self._start(piece) : self._start(piece + 1)].tolist(), epoch, self.seed)
 
+    def sizes(self) -> set[int]:
+        """Return the numbers of images in a batch that occur, in any process."""
+        starts = [self._start(piece) for piece in range(self.num_steps * self.world_size + 1)]
+        return {end - start for start, end in pairwise(starts)}
+
     def _start(self, piece: int) -> int:
         """Where a piece begins if the images that are used are cut into equal ones."""
         return -(-piece * self.num_used // (self.num_steps * self.world_size))
@@ -95,8 +103,8 @@ class EpochBatches(Sampler[BatchKey]):
 class ImageLoader:
     """Batches of normalized images, with targets, on a device.
 
-    On CUDA, batches are copied as uint8 from pinned memory, and finished there, while the one before is computed with.
-    (timm's `PrefetchLoader` does so too, but erases with random numbers that depend on an image's place in the batch.)
+    On CUDA, batches are copied as uint8 from pinned memory, and finished there, while the one before is computed with,
+    as in timm's `PrefetchLoader`. The random numbers of that one depend on what was drawn before.
 
     Args:
         dataset: The images.
@@ -105,6 +113,8 @@ class ImageLoader:
         persistent: Whether the workers outlive a pass.
         device: Where the batches are wanted.
         timeout: Seconds after which a batch that does not come is an error.
+        mixup: timm's mixup and CutMix; None mixes nothing.
+        mixup_off_epoch: First epoch in which `mixup` only smooths the targets; 0 is none.
 
     Raises:
         UnreadableImageError: An image cannot be read (while iterating).
@@ -120,11 +130,15 @@ class ImageLoader:
         persistent: bool,
         device: torch.device,
         timeout: float,
+        mixup: Mixup | None = None,
+        mixup_off_epoch: int = 0,
     ) -> None:
         self.dataset = dataset
         self.sampler = sampler
         self.device = device
         self._timeout = timeout
+        self._mixup = mixup
+        self._mixup_off_epoch = mixup_off_epoch
         # One stream for all passes: PyTorch keeps freed memory apart for each.
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._reading = torch.full((workers, 2), -1).share_memory_()  # process id of each worker, image it reads
@@ -148,20 +162,25 @@ class ImageLoader:
         side = self._side
         if side is None:
             for batch in self._read():
-                yield self.dataset.finish(_to(batch, self.device))
+                yield self._finish(batch)
             return
         ahead: ImageBatch | None = None
         for batch in self._read():
             # Memory that the consumer has freed must not be written to before its work on it is done.
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
-                finished = self.dataset.finish(_to(batch, self.device))
+                finished = self._finish(batch)
             if ahead is not None:
                 yield ahead
             torch.cuda.current_stream(self.device).wait_stream(side)
             ahead = finished
         if ahead is not None:
             yield ahead
+
+    def _finish(self, batch: RawBatch) -> ImageBatch:
+        if self._mixup is not None:
+            self._mixup.mixup_enabled = not self._mixup_off_epoch or batch.key.epoch < self._mixup_off_epoch
+        return self.dataset.finish(send_to_device(batch, self.device, non_blocking=True), self._mixup)
 
     def _read(self) -> Iterator[RawBatch]:
         if not self._batches.persistent_workers:
@@ -235,12 +254,14 @@ def make_loader(
     *,
     batch_size: int,
     training: bool,
-    workers: int,
+    workers: int | None = None,
     seed: int,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
     timeout: float = 300.0,
+    mixup: Mixup | None = None,
+    mixup_off_epoch: int = 0,
 ) -> ImageLoader:
     """Batch a data set; in training, shuffled anew in each epoch, and without an incomplete last batch.
 
@@ -251,24 +272,47 @@ def make_loader(
         dataset: What to batch.
         batch_size: Largest number of images in a batch of one process.
         training: Whether the batches are for training.
-        workers: Worker processes that read images. Images in memory are served without any.
+        workers: Worker processes that read images; None takes `default_workers()`. Images in memory are served without
+            any.
         seed: Seed of the order and of the augmentation.
         rank: Number of this process, of `world_size`.
         world_size: Number of processes that share the images.
         device: Where the batches are wanted.
         timeout: Seconds after which a batch that does not come is an error.
+        mixup: timm's mixup and CutMix, which mix images of the same batch and make soft targets, (B, classes).
+        mixup_off_epoch: First epoch in which `mixup` only smooths the targets; 0 is none.
+
+    Raises:
+        ValueError: A number is out of its range, a process would have an empty batch, or `mixup` an odd one.
     """
     sampler = EpochBatches(
         len(dataset), batch_size=batch_size, training=training, seed=seed, rank=rank, world_size=world_size
     )
+    odd = [size for size in sampler.sizes() if size % 2]
+    if mixup is not None and odd:
+        raise ValueError(
+            f"mixup and CutMix mix pairs, and {len(dataset)} images in batches of {batch_size}, shared by {world_size} "
+            f"processes, leave a batch of {odd[0]}; choose an even batch size of at most {len(dataset) // world_size}"
+        )
     return ImageLoader(
         dataset,
         sampler,
-        workers=0 if isinstance(dataset, InMemoryImages) else workers,
+        workers=0 if isinstance(dataset, InMemoryImages) else default_workers() if workers is None else workers,
         persistent=training,
         device=torch.device(device),
         timeout=timeout,
+        mixup=mixup,
+        mixup_off_epoch=mixup_off_epoch,
     )
+
+
+def default_workers() -> int:
+    """Return this process's share of the cores that it may run on, less one for itself, and at least 1.
+
+    `torchrun` and `accelerate launch` say how many processes share a machine, by the variable LOCAL_WORLD_SIZE.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
 
 
 def _iterate(batches: DataLoader[Any]) -> Iterator[Any]:
@@ -291,12 +335,6 @@ def _start_worker(reading: Tensor, worker: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
     reading[worker, 0] = os.getpid()
-
-
-def _to(batch: RawBatch, device: torch.device) -> RawBatch:
-    images, targets, extras = batch
-    moved = [tensor.to(device, non_blocking=True) for tensor in (images, targets, *extras)]
-    return RawBatch(moved[0], moved[1], tuple(moved[2:]))
 
 
 def _as_it_is(batch: Any) -> Any:

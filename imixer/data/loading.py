@@ -14,14 +14,14 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+from imixer.data.decoding import open_image
 from imixer.data.image_data import ImageData
 from imixer.data.images import ImageBatch, InMemoryImages, TransformedImages
 from imixer.data.named_datasets import load_sources
-from imixer.data.sources import ImageFiles, ImageSource, open_image
+from imixer.data.sources import ImageFiles, ImageSource
 from imixer.data.transforms import TimmTransforms
 from imixer.random_affine import RandomAffine
 
@@ -92,6 +92,7 @@ def load_dataset(
     *,
     img_size: int,
     transforms: TimmTransforms | None = None,
+    augment_on: str = "workers",
     augment: bool = True,
     hflip: float = 0.5,
     cache_mb: int = 512,
@@ -111,7 +112,8 @@ def load_dataset(
         name: `torch/<name>`, `hfds/<name>`, or "" for a folder or tars of images; see `load_sources`.
         root: Folder that holds the data.
         img_size: Side of the returned images, in pixels.
-        transforms: timm's transforms, the mean and the standard deviation; in place of the next three arguments.
+        transforms: timm's transforms, the mean and the standard deviation; replaces `augment`, `hflip` and `cache_mb`.
+        augment_on: Where training images are augmented by `transforms`: "workers", or "device" (`TransformedImages`).
         augment: Whether training images are augmented.
         hflip: Probability of mirroring a training image left and right.
         cache_mb: Largest size of the decoded images in memory, in MiB; 0 always reads from disk.
@@ -146,7 +148,7 @@ def load_dataset(
         transforms = TimmTransforms(no_aug=not augment, hflip=hflip, train_interpolation="bicubic", crop_pct=0.875)
     return ImageData(
         name=short_name,
-        train=TransformedImages(train, transforms, img_size=img_size, training=True),
+        train=TransformedImages(train, transforms, img_size=img_size, training=True, augment_on=augment_on),
         test=TransformedImages(test, transforms, img_size=img_size, training=False),
         classes=train.classes,
         img_size=img_size,
@@ -203,13 +205,10 @@ def _decode(source: ImageSource, img_size: int, label: str, progress: bool) -> I
 def _check_headers(source: ImageFiles, progress: bool) -> None:
     """Read the head of every file, which finds most broken ones without decoding any."""
 
-    def check(path: str) -> None:
-        try:
-            Image.open(path).close()
-        except OSError:
-            open_image(path)
+    def check(sample: tuple[str, int]) -> None:
+        open_image(sample[0], header_only=True)
 
-    _for_each(check, [path for path, _ in source.samples], "checking images", progress)
+    _for_each(check, source.samples, "checking images", progress)
 
 
 def _for_each(work: Callable[[Item], None], items: Iterable[Item], label: str, progress: bool) -> None:

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torchvision
 from timm.data import create_dataset
-from torchvision.datasets import CIFAR10, CIFAR100, Food101, StanfordCars
-from torchvision.datasets.utils import calculate_md5
+from torchvision.datasets.utils import check_integrity
 
 from imixer.data.folders import TEST_FOLDERS, check_folder, find_splits, holds, list_images, listed
 from imixer.data.sources import HuggingFaceImages, ImageArrays, ImageFiles, ImagesInTar, ImageSource
 
-# Name -> what torchvision looks for below the root, and how it gets there.
-TORCHVISION_LAYOUTS = {
-    "cifar10": "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and batches.meta: use --download, "
-    "or unpack cifar-10-python.tar.gz there",
-    "cifar100": "cifar-100-python/ with train, test and meta: use --download, or unpack cifar-100-python.tar.gz there",
-    "fashion_mnist": "FashionMNIST/raw/ with its four files: use --download",
-    "food101": "food-101/ with images/ and meta/: use --download, or unpack food-101.tar.gz there",
-    "imagenet": "train/<wnid>/ and val/<wnid>/ (or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar) and "
-    "ILSVRC2012_devkit_t12.tar.gz, from image-net.org; without the devkit, leave the name torch/imagenet out",
-    "kmnist": "KMNIST/raw/ with its four files: use --download",
-    "mnist": "MNIST/raw/ with its four files: use --download",
-    "stanford_cars": "stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, which "
-    "are no longer where torchvision downloaded them from: get them from a mirror",
-}
-UNKNOWN_TO_TIMM = {"food101": Food101, "stanford_cars": StanfordCars}
-CHECKSUMMED = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 FOLDER_NAMES = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
 
 
@@ -38,8 +24,9 @@ def load_sources(
     """Return the training and the test images of a data set.
 
     Args:
-        name: `torch/<name>` for one of `TORCHVISION_LAYOUTS`; `hfds/<name>` for a Hugging Face data set; "" (or
-            `folder`) for `train` and `test` (or `val`) below `root`, each a folder of class folders or a tar of those.
+        name: `torch/<name>` for a class of `torchvision.datasets`, in any case; `hfds/<name>` for a Hugging Face data
+            set; "" (or `folder`) for `train` and `test` (or `val`) below `root`, each a folder of class folders or a
+            tar of those.
         root: The folder that holds the data. Below it is `<name>` of a Hugging Face data set, as `save_to_disk` leaves
             it or as files that `load_dataset` reads; one of the hub is cached there.
         train_split: Name of the training split.
@@ -47,9 +34,10 @@ def load_sources(
         download: Fetch what is missing, from where torchvision gets it or from the Hugging Face hub.
 
     Raises:
-        FileNotFoundError: The data is not there; the message says what was looked for, where, and how to get it.
+        FileNotFoundError: The data is not there; the message gives the reason, and says what is there instead.
         NotADirectoryError: `root` is a file.
-        ValueError: The name is unknown, a file is damaged, or the splits' classes differ.
+        ValueError: The name is unknown, the data set is not one of images with classes and a test split, a file is
+            damaged, or the splits' classes differ.
         ImportError: A package that the data set needs is not installed.
     """
     root = Path(root)
@@ -61,54 +49,102 @@ def load_sources(
         return train, test
     if kind == "hfds":
         return _huggingface_sources(rest, root, train_split, test_split, download)
-    if kind == "torch" and rest.lower() in TORCHVISION_LAYOUTS:
-        return _torchvision_sources(rest.lower(), root, download)
-    known = ", ".join(f"torch/{known}" for known in TORCHVISION_LAYOUTS)
+    if kind == "torch":
+        return _torchvision_sources(rest, root, train_split, test_split, download)
     raise ValueError(
-        f"unknown data set {name!r}; known are {known}, hfds/<name>, and no name for a folder of train/ and test/"
+        f"unknown data set {name!r}; give torch/<name> for a data set of torchvision, hfds/<name> for one of Hugging "
+        "Face, or no name for a folder of train/ and test/"
     )
 
 
-def _torchvision_sources(name: str, root: Path, download: bool) -> tuple[ImageSource, ImageSource]:
+def _torchvision_sources(
+    name: str, root: Path, train_split: str, test_split: str | None, download: bool
+) -> tuple[ImageSource, ImageSource]:
+    kind = _torchvision_class(name)
     if not download:
         check_folder(root)
+    tests = [test_split, *TEST_FOLDERS] if test_split in (None, *TEST_FOLDERS) else [test_split]
     try:
-        return _torchvision_split(name, root, "train", download), _torchvision_split(name, root, "test", download)
+        train, test = (
+            _torchvision_split(name, kind, root, [split for split in splits if split], download)
+            for splits in ([train_split], tests)
+        )
     except ImportError as error:
         raise ImportError(f"torch/{name} needs {error.name}; run: pip install {error.name}") from error
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).replace("download=True", "--download").split()).rstrip(".")
-        if name in CHECKSUMMED:
-            _check_checksums(CHECKSUMMED[name], root)
         content = holds(root) if root.is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"cannot read torch/{name} in {root}, which {content} ({reason}); looked for {TORCHVISION_LAYOUTS[name]}"
+            f"cannot read torch/{name} in {root}, which {content}: {reason}{_unfit_file(kind, root)}; folders of "
+            "train/ and test/ are read without a name"
         ) from error
+    _check_classes(train, test, root, train_split, "test")
+    return train, test
 
 
-def _torchvision_split(name: str, root: Path, split: str, download: bool) -> ImageSource:
+def _torchvision_class(name: str) -> Any:
+    """Find a class of `torchvision.datasets` by timm's name for it, such as fashion_mnist, or by its own."""
+    kinds = {kind.lower(): getattr(torchvision.datasets, kind) for kind in torchvision.datasets.__all__}
+    kind = kinds.get({"inat": "inaturalist"}.get(name.lower(), name.lower().replace("_", "")))
+    if kind is None:
+        near = difflib.get_close_matches(name.lower(), kinds, n=4, cutoff=0.5) or ["cifar10", "imagenet", "food101"]
+        raise ValueError(f"torchvision has no data set {name!r}; did you mean {' or '.join(near)}?")
+    return kind
+
+
+def _torchvision_split(name: str, kind: Any, root: Path, splits: list[str], download: bool) -> ImageSource:
+    """Make the first of some splits that the data set has."""
+    options = inspect.signature(kind).parameters
+    bases = [base for base in inspect.getmro(kind) if issubclass(base, torchvision.datasets.VisionDataset)]
+    by_path = any("loader" in inspect.signature(base).parameters for base in bases)
     # With str for its loader, a data set of files gives their paths.
-    if name in UNKNOWN_TO_TIMM:
-        dataset = UNKNOWN_TO_TIMM[name](root, split=split, download=download, loader=str)
-    elif name == "imagenet":
-        dataset = create_dataset(f"torch/{name}", str(root), "train" if split == "train" else "val", loader=str)
+    loader: dict[str, Any] = {"loader": str} if by_path else {}
+    refusals = []
+    for split in splits:
+        try:
+            try:
+                # timm knows how some data sets call their splits.
+                dataset = create_dataset(f"torch/{name}", str(root), split, download=download, **loader)
+            except AssertionError:  # it does not know this one
+                if "split" not in options:
+                    raise ValueError("it has no training and test split") from None
+                downloads = {"download": download} if "download" in options else {}
+                dataset = kind(str(root), split=split, **downloads, **loader)
+        except (TypeError, ValueError) as error:
+            refusals.append(" ".join(str(error).split()))
+            continue
+        return _numbered(dataset, by_path, name, root)
+    raise ValueError(f"cannot use torch/{name}, split {' or '.join(splits)}: {refusals[0]}")
+
+
+def _numbered(dataset: Any, by_path: bool, name: str, root: Path) -> ImageSource:
+    """Wrap a data set that gives pictures that it holds in memory, or paths, with a class."""
+    if not by_path and not hasattr(dataset, "data"):
+        raise ValueError(f"cannot use torch/{name}: torchvision opens its files itself; unpack it to folders of images")
+    targets = [dataset[index][1] for index in range(len(dataset))] if by_path else []
+    if not isinstance(targets[0] if by_path else dataset[0][1], int):
+        raise ValueError(f"cannot use torch/{name}: it does not give one class for each image")
+    if hasattr(dataset, "classes"):
+        names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in dataset.classes]
     else:
-        return ImageArrays(create_dataset(f"torch/{name}", str(root), split, download=download), root)
-    classes = [", ".join(synonyms) if isinstance(synonyms, tuple) else str(synonyms) for synonyms in dataset.classes]
-    return ImageFiles([dataset[index] for index in range(len(dataset))], classes)
+        names = [str(target) for target in range(1 + max(targets or map(int, dataset.labels)))]
+    if by_path:
+        return ImageFiles([dataset[index] for index in range(len(dataset))], names)
+    return ImageArrays(dataset, names, root)
 
 
-def _check_checksums(dataset: type[CIFAR10], root: Path) -> None:
-    """Raise an error that names a file of CIFAR whose content is not the published one."""
-    files = [*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])]
-    for file_name, published in files:
-        path = root / dataset.base_folder / file_name
-        if path.is_file() and calculate_md5(path) != published:
-            raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) is damaged or not the published file: its MD5 is "
-                f"{calculate_md5(path)}, not {published}; remove it and use --download, or unpack "
-                f"{dataset.filename} anew"
-            )
+def _unfit_file(kind: Any, root: Path) -> str:
+    """Name a file that is missing or damaged, for data sets that list their files with checksums, as CIFAR does."""
+    files = [*getattr(kind, "train_list", ()), *getattr(kind, "test_list", ())]
+    if hasattr(kind, "meta"):
+        files.append((kind.meta["filename"], kind.meta["md5"]))
+    for file_name, checksum in files:
+        path = root / kind.base_folder / file_name
+        if not path.is_file():
+            return f" ({path} is missing)"
+        if not check_integrity(str(path), checksum):
+            return f" ({path}, {path.stat().st_size} bytes, is damaged: it has another checksum than the published one)"
+    return ""
 
 
 def _huggingface_sources(

@@ -6,20 +6,22 @@ timm's `ImageDataset` does the same for some of them, but puts the next image in
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from PIL import Image
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
+from imixer.data.decoding import UnreadableImageError, decode_image, open_image
+from imixer.data.fingerprint import digest, spread
+
 Sample: TypeAlias = tuple[Image.Image, int]
-
-
-class UnreadableImageError(ValueError):
-    """An image cannot be read; the message says which and why, in one line."""
+# How many images a fingerprint looks at, evenly spaced.
+SIZED_FILES = 4096
+READ_IMAGES = 256
 
 
 class ImageSource(Protocol):
@@ -33,6 +35,10 @@ class ImageSource(Protocol):
 
     def describe(self, index: int) -> str:
         """Say which image this is, for error messages."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a digest that other images would most likely not have; quick for a million of them."""
         ...
 
 
@@ -58,18 +64,28 @@ class ImageFiles:
     def describe(self, index: int) -> str:
         return self.samples[index][0]
 
+    def fingerprint(self) -> str:
+        paths = [path for path, _ in self.samples]
+        folder = len(os.path.commonpath([os.path.dirname(min(paths)), os.path.dirname(max(paths))]))
+        names = (f"{path[folder:]} {target}" for path, target in self.samples)
+        sizes = (
+            os.path.getsize(paths[index]) for index in spread(len(paths), SIZED_FILES) if os.path.exists(paths[index])
+        )
+        return digest(chain(names, sizes))
+
 
 class ImageArrays:
     """Pictures that a torchvision data set holds in memory, such as CIFAR-10's.
 
     Args:
         dataset: Gives a PIL image and its class for each index.
+        classes: Class names.
         root: Folder it was read from.
     """
 
-    def __init__(self, dataset: Any, root: Path) -> None:
+    def __init__(self, dataset: Any, classes: Sequence[str], root: Path) -> None:
         self.dataset = dataset
-        self.classes = tuple(dataset.classes)
+        self.classes = tuple(classes)
         self.root = root
 
     def __len__(self) -> int:
@@ -81,6 +97,9 @@ class ImageArrays:
 
     def describe(self, index: int) -> str:
         return f"image {index} of {type(self.dataset).__name__} in {self.root}"
+
+    def fingerprint(self) -> str:
+        return _pixels_of_some(self)
 
 
 class ImagesInTar:
@@ -113,13 +132,21 @@ class ImagesInTar:
 
     def __getitem__(self, index: int) -> Sample:
         member, _, inner_tar = self.samples[index]
-        with self.path.open("rb") as file:
-            file.seek(member.offset_data + (inner_tar.offset_data if inner_tar is not None else 0))
-            content = file.read(member.size)
-        return decode_image(io.BytesIO(content), self.describe(index), len(content)), int(self.targets[index])
+        try:
+            with self.path.open("rb") as file:
+                file.seek(member.offset_data + (inner_tar.offset_data if inner_tar is not None else 0))
+                # A size from a damaged header could ask for more memory than there is.
+                content = file.read(min(member.size, os.fstat(file.fileno()).st_size))
+        except OSError as error:
+            raise UnreadableImageError(f"cannot read image {self.describe(index)}: {error}") from error
+        return decode_image(content, self.describe(index)), int(self.targets[index])
 
     def describe(self, index: int) -> str:
         return f"{self.samples[index][0].name} in {self.path}"
+
+    def fingerprint(self) -> str:
+        members = (f"{member.name} {member.size}" for member, *_ in self.samples)
+        return digest(chain(members, map(int, self.targets)))
 
 
 class HuggingFaceImages:
@@ -149,32 +176,21 @@ class HuggingFaceImages:
     def __getitem__(self, index: int) -> Sample:
         row = self.dataset[index]
         content, target = row[self.image_column], row[self.target_column]
-        if content["bytes"] is None:
+        if content["bytes"] is None and content["path"] is not None:
             return open_image(content["path"]), target
-        return decode_image(io.BytesIO(content["bytes"]), self.describe(index), len(content["bytes"])), target
+        return decode_image(content["bytes"] or b"", self.describe(index)), target
 
     def describe(self, index: int) -> str:
         return f"image {index} of {self.name}"
 
-
-def open_image(path: str) -> Image.Image:
-    """Decode an image file as RGB; the error for one that cannot be decoded names the file."""
-    try:
-        with open(path, "rb") as file:
-            return decode_image(file, path, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise UnreadableImageError(f"cannot read image {path}: {error}; replace or remove it") from error
+    def fingerprint(self) -> str:
+        return _pixels_of_some(self)
 
 
-def decode_image(file: BinaryIO, name: str, num_bytes: int) -> Image.Image:
-    """Decode an image as RGB; the error for one that cannot be decoded says which."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(
-            f"cannot read image {name} ({num_bytes} bytes): {error}; replace or remove it"
-        ) from error
+def _pixels_of_some(source: ImageSource) -> str:
+    samples = [source[index] for index in spread(len(source), READ_IMAGES)]
+    sizes_and_targets = ((image.size, target) for image, target in samples)
+    return digest(chain([len(source)], sizes_and_targets, (image.tobytes() for image, _ in samples)))
 
 
 def _only_column(features: Mapping[str, Any], kind: type, name: str) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 from PIL import Image
 from timm.data.auto_augment import posterize
 from timm.data.constants import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import create_transform
-from torch import Tensor
+from torchvision.transforms import Compose
+
+from imixer.data.erasing import BoxErasing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class TimmTransforms:
         vflip: Probability of mirroring up and down.
         color_jitter: Strength of random brightness, contrast and saturation; not used beside `aa`.
         color_jitter_prob: Its probability; None always applies it.
-        grayscale_prob: Probability of taking the colours away.
+        grayscale_prob: Probability of taking the colors away.
         gaussian_blur_prob: Probability of blurring.
         aa: Policy of RandAugment or AutoAugment, such as "rand-m9-mstd0.5-inc1".
         reprob: Probability of random erasing.
@@ -77,7 +77,7 @@ class TimmTransforms:
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"timm refuses {self}: {type(error).__name__} {error}") from error
 
-    def create(self, img_size: int, *, training: bool) -> Callable[[Image.Image], Tensor]:
+    def create(self, img_size: int, *, training: bool) -> Compose:
         """Return timm's transform to uint8 tensors, (C, img_size, img_size), without normalization and erasing."""
         train_interpolation = self.interpolation if self.no_aug else self.train_interpolation
         transform = create_transform(
@@ -101,13 +101,13 @@ class TimmTransforms:
             normalize=False,
         )
         _allow_no_bits(transform)
-        return cast(Callable[[Image.Image], Tensor], transform)
+        return transform
 
-    def random_erasing(self) -> RandomErasing | None:
+    def random_erasing(self) -> BoxErasing | None:
         """Return timm's random erasing, which comes after the normalization; None for none."""
         if self.no_aug or not self.reprob:
             return None
-        return RandomErasing(self.reprob, mode=self.remode, max_count=self.recount, device="cpu")
+        return BoxErasing(self.reprob, mode=self.remode, max_count=self.recount)
 
 
 def _allow_no_bits(transform: Any) -> None:

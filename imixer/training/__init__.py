@@ -3,10 +3,11 @@
     config = TrainingConfig(**PRESETS["digits"])
     result = train(config, load_data(config))
 
-`examples/train_imixer.py` is its command line.
+`imixer-train` is its command line, in `imixer.training.train_command`.
 """
 
-from imixer.training.checkpoints import CheckpointError, load_checkpoint
+from imixer.checkpoint_file import CheckpointError
+from imixer.training.checkpoints import load_checkpoint
 from imixer.training.command_line import Command, parse
 from imixer.training.config import TrainingConfig
 from imixer.training.evaluation import Evaluation, evaluate

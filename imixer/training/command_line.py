@@ -3,14 +3,17 @@
 import argparse
 import difflib
 import types
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
+from imixer.training.checkpoints import holds_run
 from imixer.training.config import TrainingConfig
+from imixer.training.keyword_arguments import ReadKeywordArguments
+from imixer.training.model import check_model_arguments, settings_for_model
 from imixer.training.presets import PRESETS
 
 HEADINGS = {
@@ -30,23 +33,33 @@ class Command:
 
     Args:
         settings: The settings that a file or a flag names.
+        flags: Names of the settings that a flag names.
         preset: The settings below them, by name.
         resume: A run's folder, or a checkpoint, to continue.
+        allow_other_data: Whether to continue it with other images.
     """
 
     settings: dict[str, Any]
+    flags: frozenset[str] = frozenset()
     preset: str | None = None
     resume: Path | None = None
+    allow_other_data: bool = False
 
-    def config(self, saved: dict[str, Any] | None = None) -> TrainingConfig:
-        """The whole configuration: defaults, then the preset or ``saved`` settings of a run, then what was named."""
-        below = {name: value for name, value in (saved or {}).items() if name in TYPES and name != "output"}
+    def config(self, saved: dict[str, Any] | None = None, say: Callable[[str], None] = print) -> TrainingConfig:
+        """The whole configuration: defaults, then the preset or ``saved`` settings of a run, then what was named.
+
+        Settings that the model does not take are left out, which ``say`` is told, unless a flag names them.
+
+        Raises:
+            ValueError: A value is not valid, or a flag names what the model does not take.
+        """
+        below = saved_settings({name: value for name, value in (saved or {}).items() if name not in self.settings})
         preset = self.preset
         if preset is None and saved is None and not (self.settings.get("data_dir") or self.settings.get("dataset")):
             preset = "digits"
         if preset is not None:
             below |= PRESETS[preset]
-        return TrainingConfig(**(below | self.settings))
+        return TrainingConfig(**settings_for_model(below | self.settings, explicit=self.flags, say=say))
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,16 +89,45 @@ def parse(arguments: Sequence[str] | None = None, *, epilog: str = "") -> Comman
     """
     options = vars(build_parser(epilog).parse_args(arguments))
     preset, file, resume = options.pop("preset"), options.pop("config"), options.pop("resume")
+    allow_other_data = options.pop("allow_other_data")
     settings: dict[str, Any] = {}
     if file is not None:
         settings = read_settings(Path(file))
         preset = preset or settings.pop("preset", None)
         _check_known("preset", [preset] if preset else [], PRESETS, file)
-    return Command(settings=settings | options, preset=preset, resume=Path(resume) if resume else None)
+    settings |= options
+    if resume == "auto":
+        if settings.get("output") is None:
+            raise ValueError("--resume auto needs --output, the folder in which the run begins and goes on")
+        resume = settings["output"] if holds_run(Path(settings["output"])) else None
+    return Command(
+        settings=settings,
+        flags=frozenset(options),
+        preset=preset,
+        resume=Path(resume) if resume else None,
+        allow_other_data=allow_other_data,
+    )
+
+
+def saved_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint gives to a run that goes on from it, or to a test of it.
+
+    They are those of today's names, except the folder of the results and `dataset_download`: nothing is fetched because
+    a checkpoint says so.
+
+    Raises:
+        ValueError: A value is not valid, or the model's arguments are not those that a checkpoint may give.
+    """
+    left_out = ("output", "dataset_download")
+    names = [name for name in saved if name in TYPES and name not in left_out]
+    settings = {name: _converted(name, saved[name], "the checkpoint") for name in names}
+    if settings.get("model_kwargs"):
+        check_model_arguments("the checkpoint", settings.get("model", TrainingConfig.model), settings["model_kwargs"])
+    return settings
 
 
 def build_parser(epilog: str = "") -> Parser:
-    """Make the parser: its options hold what was given, and nothing else but ``preset``, ``config``, ``resume``."""
+    """Make the parser: its options hold what was given, and the command's own, such as ``resume``."""
     parser = Parser(
         usage="%(prog)s [DATA_DIR] [--preset NAME] [--config FILE] [--resume RUN] [FLAGS]",
         description="Train an iMixer, or another image classifier of timm. Flags go before --config, that before "
@@ -100,7 +142,13 @@ def build_parser(epilog: str = "") -> Parser:
     parser.add_argument("--preset", choices=list(PRESETS), default=None, help="settings that belong together")
     parser.add_argument("--config", "-c", metavar="FILE", default=None, help="YAML file of settings by their names")
     parser.add_argument(
-        "--resume", metavar="RUN", default=None, help="continue a run: its folder, or one of its checkpoints"
+        "--resume",
+        metavar="RUN",
+        default=None,
+        help="continue a run: its folder, or one of its checkpoints; auto: the one in --output, if there is one",
+    )
+    parser.add_argument(
+        "--allow-other-data", action="store_true", default=False, help="continue with other images of the same classes"
     )
     groups = {name: parser.add_argument_group(heading) for name, heading in HEADINGS.items()}
     for item in fields(TrainingConfig):
@@ -146,7 +194,10 @@ def _add_flag(group: argparse._ArgumentGroup, item: "Field[Any]") -> None:
         options |= {
             option: item.metadata[option] for option in ("choices", "const", "metavar") if option in item.metadata
         }
-        options |= {"type": kind, "nargs": "?" if "const" in options else "+" if several else None}
+        if kind is dict:
+            options |= {"action": ReadKeywordArguments, "nargs": "*"}
+        else:
+            options |= {"type": kind, "nargs": "?" if "const" in options else "+" if several else None}
     group.add_argument(f"--{flag}", *item.metadata.get("aliases", ()), **options)
     if "_" in item.name:
         group.add_argument(f"--{item.name}", **{**options, "help": argparse.SUPPRESS})
@@ -157,27 +208,33 @@ def _kind(name: str) -> tuple[type, bool]:
     hint = TYPES[name]
     if isinstance(hint, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Mapping:
+        return dict, False
     if get_args(hint):
         return get_args(hint)[0], True
     return hint, False
 
 
-def _converted(name: str, value: Any, path: Path) -> Any:
-    """A value of a YAML file as the setting's type: YAML reads 1e-3 as text, and 3 as no float."""
+def _converted(name: str, value: Any, source: Path | str) -> Any:
+    """A value of a file as the setting's type: YAML reads 1e-3 as text, and 3 as no float."""
     if value is None:
         return None
     kind, several = _kind(name)
     try:
         if several:
             return tuple(kind(entry) for entry in value)
-        if isinstance(value, bool) != (kind is bool) or isinstance(value, (list, dict)):
+        if (
+            isinstance(value, bool) != (kind is bool)
+            or isinstance(value, list)
+            or isinstance(value, dict) != (kind is dict)
+        ):
             raise TypeError
         converted = kind(value)
         if kind is int and converted != float(value):
             raise TypeError
     except (TypeError, ValueError):
         wanted = f"a list of {kind.__name__}" if several else kind.__name__
-        raise ValueError(f"{name} in {path} must be {wanted}, not {value!r}") from None
+        raise ValueError(f"{name} in {source} must be {wanted}, not {value!r}") from None
     return converted
 
 

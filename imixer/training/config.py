@@ -2,15 +2,23 @@
 
 import difflib
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
+from accelerate.utils import LoggerType
 from timm.optim import list_optimizers
+
+from imixer.imlp_options import IMLP_OPTIONS, choices, complete
+from imixer.training.global_batch import cut_into_batches
+from imixer.training.keyword_arguments import plain
 
 SCHEDULERS = ("cosine", "tanh", "poly", "step", "multistep", "constant")
 AMP_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # torch's names and accelerate's
+AUGMENT_ON = ("workers", "device")
 DEVICES = ("auto", "cpu", "cuda")
+LR_SCALES = ("linear", "sqrt")
+TRACKERS = tuple(str(name) for name in LoggerType.list() if str(name) != "all")
 # Settings of timm's transforms, which images that are decoded once do not go through.
 READ_EVERY_EPOCH = (
     "train_crop_mode",
@@ -40,9 +48,18 @@ def setting(default: Any, group: str, text: str, **options: Any) -> Any:
         default: Its value unless a preset, a file or a flag sets another.
         group: Heading in the list of flags.
         text: One line of meaning, for the list of flags.
-        **options: What the flag needs beyond that: ``metavar``, ``choices``, ``const``, ``aliases``.
+        **options: What the flag needs beyond that: ``metavar``, ``choices``, ``const``, ``aliases``. ``argument`` is
+            the keyword argument of timm's ``create_model`` or ``create_optimizer_v2`` that the setting becomes.
     """
     return field(default=default, metadata={"group": group, "text": text, **options})
+
+
+def imlp_option(name: str) -> Any:
+    """The field for an option of the iMLP, as it is declared; None leaves the value to the model."""
+    option = IMLP_OPTIONS[name]
+    shown = "" if option.default in (None, False) else f" [{option.default}]"
+    form = {"choices": choices(name)} if choices(name) else {"metavar": "NAME" if type(option.default) is str else "N"}
+    return setting(None, "model", option.meaning + shown, argument=name, **form)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +86,14 @@ class TrainingConfig:
     cache_mb: int = setting(
         0, "data", "decode all images once if they fit in this memory; 0: read them in every epoch", metavar="MIB"
     )
-    workers: int = setting(4, "data", "processes that read images from disk", metavar="N", aliases=("-j",))
+    workers: int | None = setting(
+        None, "data", "processes that read images [one per core, less one]", metavar="N", aliases=("-j",)
+    )
 
     no_aug: bool = setting(False, "augmentation", "do not augment the training images")
+    augment_on: str = setting(
+        "workers", "augmentation", "where images that are read in every epoch are augmented", choices=AUGMENT_ON
+    )
     train_crop_mode: str | None = setting(
         None, "augmentation", "how training images are cropped: rrc, rkrc, rkrr", metavar="MODE"
     )
@@ -92,7 +114,7 @@ class TrainingConfig:
     mixup: float = setting(0.0, "augmentation", "alpha of mixup; 0: none", metavar="A")
     cutmix: float = setting(0.0, "augmentation", "alpha of cutmix; 0: none", metavar="A")
     cutmix_minmax: tuple[float, ...] | None = setting(
-        None, "augmentation", "range of cutmix's side, in the place of alpha", metavar="F"
+        None, "augmentation", "range of cutmix's side, instead of alpha", metavar="F"
     )
     mixup_prob: float = setting(1.0, "augmentation", "probability of either on a batch", metavar="P")
     mixup_switch_prob: float = setting(0.5, "augmentation", "probability of cutmix when both are on", metavar="P")
@@ -107,41 +129,81 @@ class TrainingConfig:
     )
     std: tuple[float, ...] | None = setting(None, "augmentation", "standard deviation of a channel", metavar="F")
 
-    model: str = setting("imixer_ti4_32", "model", "name in timm's registry", metavar="NAME")
-    img_size: int | None = setting(None, "model", "side of the images", metavar="PX")
-    patch_size: int | None = setting(None, "model", "side of a patch", metavar="PX")
-    num_blocks: int | None = setting(None, "model", "number of mixer blocks", metavar="N")
-    embed_dim: int | None = setting(None, "model", "channels of a token", metavar="N")
-    h_ratio: float | None = setting(None, "model", "inner width of the iMLP's map over its state's", metavar="R")
-    n_iter: int | None = setting(None, "model", "solver steps (at most, with --rtol)", metavar="N")
-    n_power: int | None = setting(None, "model", "power iterations of the spectral normalization", metavar="N")
-    coeff: float | None = setting(None, "model", "bound on the spectral norm of the map's weights", metavar="C")
-    solver: str | None = setting(None, "model", "fixed-point solver: picard, anderson, broyden ...", metavar="NAME")
-    backward: str | None = setting(None, "model", "gradient of the fixed point: unrolled, implicit ...", metavar="NAME")
-    rtol: float | None = setting(None, "model", "relative tolerance that ends a solve early", metavar="TOL")
-    hidden_layers: int | None = setting(None, "model", "hidden layers of each iMLP; 1: MLP-Mixer", metavar="N")
-    hidden_solve: str | None = setting(None, "model", "how many of them are solved for: nested, joint", metavar="NAME")
-    tied: bool | None = setting(None, "model", "make the iMLP's couplings symmetric")
-    norm: str | None = setting(None, "model", "normalization in the map: spectral, none, batch ...", metavar="NAME")
-    contraction: str | None = setting(None, "model", "paper, or certified for a map that contracts", metavar="NAME")
-    drop: float | None = setting(None, "model", "dropout rate", metavar="P")
-    drop_path: float | None = setting(None, "model", "stochastic depth rate", metavar="P")
-    initial_checkpoint: str = setting("", "model", "checkpoint to take the first weights from", metavar="FILE")
+    model: str = setting("imixer_ti4_32", "model", "name of a model in timm's registry", metavar="NAME")
+    img_size: int | None = setting(None, "model", "height and width of the images", metavar="PX", argument="img_size")
+    patch_size: int | None = setting(None, "model", "height and width of a patch", metavar="PX", argument="patch_size")
+    num_blocks: int | None = setting(None, "model", "number of mixer blocks", metavar="N", argument="num_blocks")
+    embed_dim: int | None = setting(None, "model", "number of channels of a token", metavar="N", argument="embed_dim")
+    # The options of an iMLP, declared in imixer/imlp_options.py.
+    n_iter: int | None = imlp_option("n_iter")
+    solver: str | None = imlp_option("solver")
+    backward: str | None = imlp_option("backward")
+    rtol: float | None = imlp_option("rtol")
+    h_ratio: float | None = imlp_option("h_ratio")
+    n_power: int | None = imlp_option("n_power")
+    coeff: float | None = imlp_option("coeff")
+    hidden_layers: int | None = imlp_option("hidden_layers")
+    hidden_solve: str | None = imlp_option("hidden_solve")
+    tied: bool | None = imlp_option("tied")
+    norm: str | None = imlp_option("norm")
+    contraction: str | None = imlp_option("contraction")
+    drop: float | None = setting(None, "model", "dropout rate before the classifier", metavar="P", argument="drop_rate")
+    drop_path: float | None = setting(
+        None, "model", "rate at which stochastic depth skips a block", metavar="P", argument="drop_path_rate"
+    )
+    model_kwargs: Mapping[str, Any] | None = setting(
+        None, "model", "other keyword arguments of the model, such as stem_norm=True", metavar="NAME=VALUE"
+    )
+    initial_checkpoint: str = setting("", "model", "checkpoint from which training starts", metavar="FILE")
+    new_head: bool = setting(False, "model", "leave out its classifier, for other classes")
+    new_token_mixing: bool = setting(False, "model", "leave out its token mixers, for another number of patches")
 
-    opt: str = setting("adamw", "optimization", "optimizer, by timm's name", metavar="NAME")
-    opt_eps: float | None = setting(None, "optimization", "its epsilon", metavar="EPS")
-    opt_betas: tuple[float, ...] | None = setting(None, "optimization", "its betas", metavar="B")
-    momentum: float = setting(0.9, "optimization", "momentum, of optimizers that have one", metavar="M")
-    weight_decay: float = setting(0.05, "optimization", "weight decay of matrices; biases have none", metavar="W")
-    layer_decay: float | None = setting(None, "optimization", "factor of the rate from layer to layer", metavar="F")
+    opt: str = setting("adamw", "optimization", "optimizer, by timm's name", metavar="NAME", argument="opt")
+    opt_eps: float | None = setting(None, "optimization", "its epsilon", metavar="EPS", argument="eps")
+    opt_betas: tuple[float, ...] | None = setting(None, "optimization", "its betas", metavar="B", argument="betas")
+    opt_kwargs: Mapping[str, Any] | None = setting(
+        None, "optimization", "other keyword arguments of the optimizer, such as amsgrad=True", metavar="NAME=VALUE"
+    )
+    momentum: float = setting(
+        0.9, "optimization", "momentum, of optimizers that have one", metavar="M", argument="momentum"
+    )
+    weight_decay: float = setting(
+        0.05, "optimization", "weight decay of matrices; biases have none", metavar="W", argument="weight_decay"
+    )
+    layer_decay: float | None = setting(
+        None, "optimization", "factor of the rate from layer to layer", metavar="F", argument="layer_decay"
+    )
     clip_grad: float | None = setting(None, "optimization", "largest norm of the gradient", metavar="NORM")
-    grad_accum_steps: int = setting(1, "optimization", "batches to an update", metavar="N")
-    batch_size: int = setting(64, "optimization", "images to a batch, of each process", metavar="N", aliases=("-b",))
+    grad_accum_steps: int | None = setting(
+        None, "optimization", "batches per update [1, or what --global-batch needs]", metavar="N"
+    )
+    batch_size: int = setting(
+        64,
+        "optimization",
+        "images per batch of each process; with --global-batch at most",
+        metavar="N",
+        aliases=("-b",),
+    )
+    global_batch: int | None = setting(
+        None, "optimization", "images per update, of all processes together, however many they are", metavar="N"
+    )
     validation_batch_size: int | None = setting(
         None, "optimization", "of the test images, if another", metavar="N", aliases=("-vb",)
     )
     epochs: int = setting(60, "optimization", "passes over the images, warm-up included", metavar="N")
-    lr: float = setting(3e-3, "optimization", "peak learning rate", metavar="LR")
+    lr: float | None = setting(
+        None, "optimization", "peak learning rate, instead of one from --lr-base", metavar="LR", argument="lr"
+    )
+    lr_base: float = setting(
+        3e-3, "optimization", "peak learning rate at --lr-base-size images per update", metavar="LR"
+    )
+    lr_base_size: int = setting(64, "optimization", "images per update that --lr-base is for", metavar="N")
+    lr_base_scale: str | None = setting(
+        None,
+        "optimization",
+        "how the rate grows with the images per update [sqrt for adaptive optimizers, else linear]",
+        choices=LR_SCALES,
+    )
     sched: str = setting("cosine", "optimization", "learning rate schedule", choices=SCHEDULERS)
     sched_on_updates: bool = setting(False, "optimization", "change the rate at every update, not every epoch")
     min_lr: float = setting(0.0, "optimization", "rate at the schedule's end", metavar="LR")
@@ -173,14 +235,18 @@ class TrainingConfig:
     tf32: bool = setting(False, "computation", "let CUDA's float32 matrix products round to TF32")
     channels_last: bool = setting(False, "computation", "keep channels last in memory")
     torchcompile: str | None = setting(
-        None, "computation", "compile the model", metavar="BACKEND", const="inductor", aliases=("--compile",)
+        None, "computation", "compile the blocks", metavar="BACKEND", const="inductor", aliases=("--compile",)
     )
     torchcompile_mode: str | None = setting(None, "computation", "how: reduce-overhead, max-autotune", metavar="MODE")
-    fsdp: bool = setting(False, "computation", "shard weights and optimizer over the processes (FSDP2)")
+    cuda_graph: bool = setting(False, "computation", "replay updates as CUDA graphs: one GPU, fixed steps, adam(w)")
 
     seed: int = setting(42, "run", "seed of weights, order and augmentation", metavar="N")
     output: str | None = setting(None, "run", "folder of the results [runs/<data>-<model>]", metavar="DIR")
     log_interval: int = setting(50, "run", "updates between points of the training curve", metavar="N")
+    log_with: tuple[str, ...] = setting(
+        ("tensorboard",), "run", "trackers: tensorboard, wandb ... or none", metavar="NAME"
+    )
+    report_interval: int = setting(10, "run", "epochs between reports on the iMLPs; the last has one", metavar="N")
     checkpoint_interval: str = setting(
         "",
         "run",
@@ -190,10 +256,14 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        for item in fields(self):  # YAML has lists alone
+        for item in fields(self):  # YAML has lists only
             value = getattr(self, item.name)
             if isinstance(value, list):
                 object.__setattr__(self, item.name, tuple(value))
+            elif isinstance(value, dict):
+                object.__setattr__(self, item.name, self._checked_kwargs(item, value))
+        imlp_options: Any = {name: getattr(self, name) for name in IMLP_OPTIONS if getattr(self, name) is not None}
+        complete(imlp_options)  # raises for values that are not valid
         self._check_numbers()
         self._check_names()
         if self.warmup_epochs > self.epochs:
@@ -202,13 +272,15 @@ class TrainingConfig:
             )
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size must be even for mixup and cutmix, which mix pairs, not {self.batch_size}")
-        changed = [item.name for item in fields(self) if item.name in READ_EVERY_EPOCH]
+        changed = [item.name for item in fields(self) if item.name in (*READ_EVERY_EPOCH, "augment_on")]
         changed = [name for name in changed if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if self.cache_mb and changed:
             raise ValueError(
                 f"{', '.join(changed)}: for images that are read in every epoch, not for those that are decoded once; "
                 "add --cache-mb 0, or leave it out"
             )
+        if (self.new_head or self.new_token_mixing) and not self.initial_checkpoint:
+            raise ValueError("new_head and new_token_mixing leave out parts of --initial-checkpoint; give that too")
         self.checkpoint_every  # noqa: B018  raises for what it cannot read
 
     @property
@@ -229,14 +301,62 @@ class TrainingConfig:
             raise ValueError(f"checkpoint_interval must be updates such as 500 or seconds such as 600s, not {text!r}")
         return (math.inf, value) if unit else (value, math.inf)
 
+    def batches(self, world_size: int) -> tuple[int, int]:
+        """Return the images per batch of each of so many processes, and the batches per update."""
+        if self.global_batch is None:
+            return self.batch_size, self.grad_accum_steps or 1
+        return cut_into_batches(
+            self.global_batch, world_size, at_most=self.batch_size, batches=self.grad_accum_steps, even=self.mixes
+        )
+
+    def peak_lr(self, images: int) -> float:
+        """Return the peak learning rate for so many images per update: `lr`, or `lr_base` scaled as timm does."""
+        if self.lr is not None:
+            return self.lr
+        return self.lr_base * (images / self.lr_base_size) ** (0.5 if self.lr_scale == "sqrt" else 1)
+
+    @property
+    def lr_scale(self) -> str:
+        """How the rate grows with the images per update: as given, or timm's choice for the optimizer."""
+        adaptive = any(part in self.opt.lower() for part in ("ada", "lamb"))
+        return self.lr_base_scale or ("sqrt" if adaptive else "linear")
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of ``timm.create_model`` that are set."""
+        return {**self._arguments("model"), **(self.model_kwargs or {})}
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of ``timm.optim.create_optimizer_v2`` that are set."""
+        return {**self._arguments("optimization"), **(self.opt_kwargs or {})}
+
+    def _arguments(self, group: str) -> dict[str, Any]:
+        named = {argument: getattr(self, item.name) for argument, item in arguments_of_group(group).items()}
+        return {argument: value for argument, value in named.items() if value is not None}
+
+    def _checked_kwargs(self, item: "Field[Any]", kwargs: dict[str, Any]) -> dict[str, Any]:
+        flags = {argument: f"--{named.name}" for argument, named in arguments_of_group(item.metadata["group"]).items()}
+        flags |= {"num_classes": "--num-classes", "checkpoint_path": "--initial-checkpoint"}
+        for name, value in kwargs.items():
+            if name == "in_chans":
+                raise ValueError(f"{item.name} sets in_chans, which the images decide; leave it out")
+            if name in flags:
+                flag = flags[name].replace("_", "-")
+                raise ValueError(f"{item.name} sets {name} to {value!r}, which has a flag of its own: use {flag}")
+        return {name: plain(value, f"{name} in {item.name}") for name, value in kwargs.items()}
+
     def _check_numbers(self) -> None:
-        at_least_1 = ("num_classes", "img_size", "patch_size", "num_blocks", "embed_dim", "hidden_layers", "epochs")
+        at_least_1 = ("num_classes", "img_size", "patch_size", "num_blocks", "embed_dim", "epochs")
         for name in (
             *at_least_1,
             "batch_size",
             "validation_batch_size",
             "grad_accum_steps",
+            "global_batch",
+            "lr_base_size",
             "log_interval",
+            "report_interval",
             "max_nonfinite",
         ):
             value = getattr(self, name)
@@ -254,8 +374,10 @@ class TrainingConfig:
         for name in ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability, from 0 to 1, not {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, not {self.lr}")
+        for name in ("lr", "lr_base"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {value}")
 
     def _check_names(self) -> None:
         choices: dict[str, Collection[str]] = {
@@ -267,3 +389,12 @@ class TrainingConfig:
             if value is not None and value not in known:
                 near = difflib.get_close_matches(value, known, n=5) if len(known) > 10 else []
                 raise ValueError(f"{name} {value!r} is unknown; known are {', '.join(near or known)}")
+        for name in self.log_with:
+            if name not in TRACKERS and self.log_with != ("none",):
+                raise ValueError(f"log_with {name!r} is unknown; known are {', '.join(TRACKERS)}, or none alone")
+
+
+def arguments_of_group(group: str) -> dict[str, "Field[Any]"]:
+    """The fields of a group that become keyword arguments, by argument."""
+    listed = [item for item in fields(TrainingConfig) if item.metadata["group"] == group]
+    return {item.metadata["argument"]: item for item in listed if "argument" in item.metadata}

@@ -1,29 +1,38 @@
-"""One process or many: accelerate's devices, precision and data parallelism; PyTorch's FSDP2; state that fits both.
+"""One process or many: accelerate's devices, precision and data parallelism.
 
-The processes come from ``torchrun`` or ``accelerate launch``; nothing here starts one.
+The processes come from ``torchrun``, ``accelerate launch`` or SLURM's ``srun``; nothing here starts one.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+import os
+import re
+from collections.abc import MutableMapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor, distributed, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
 from imixer.training.config import AMP_DTYPES, TrainingConfig
 
-OPTIMIZER_SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
+OPTIMIZER_SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "eps", "momentum", "fused", "capturable")
+# What srun tells every task of its step.
+SLURM_STEP = (
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_STEP_TASKS_PER_NODE",
+)
 
 
 def choose_device(name: str) -> torch.device:
@@ -37,29 +46,60 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def join_slurm_step(environ: MutableMapping[str, str]) -> None:
+    """Let the tasks that ``srun`` started find each other as the processes of ``torchrun`` do.
+
+    Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT by SLURM's variables of the step.
+    Does nothing where they are set, as by ``torchrun``, or where there is one task. The first host of the step is the
+    master, and its port follows from the numbers of job and step; one that is set stays.
+
+    Args:
+        environ: The variables, such as `os.environ`, which are changed in place.
+
+    Raises:
+        ValueError: SLURM's variables are not whole; the message says what to do.
+    """
+    if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    lacking = [name for name in SLURM_STEP if not environ.get(name)]
+    if lacking:
+        raise ValueError(
+            f"srun started {environ['SLURM_STEP_NUM_TASKS']} tasks, but {', '.join(lacking)} is not set, so that they "
+            "cannot find each other; start one task on each node, which runs torchrun, or set RANK, WORLD_SIZE, "
+            "LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        )
+    # "gpu[003-008,12],login" stands for gpu003 and others, "4(x2),3" for 4, 4 and 3 tasks.
+    hosts = re.findall(r"(?:[^\[,]|\[[^\]]*\])+", environ["SLURM_STEP_NODELIST"])
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
+    tasks = [int(count) for count, times in counts for _ in range(int(times or 1))]
+    port = 15000 + (int(environ["SLURM_JOB_ID"]) + 997 * int(environ["SLURM_STEP_ID"])) % 17000
+    environ.setdefault("MASTER_ADDR", re.sub(r"\[(\d+)[^\]]*\]", r"\1", hosts[0]))
+    environ.setdefault("MASTER_PORT", str(port))
+    environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
+    environ["LOCAL_WORLD_SIZE"] = str(tasks[int(environ["SLURM_NODEID"])])
+    # --gpus-per-task=1 shows each task only its own GPU.
+    environ["LOCAL_RANK"] = "0" if torch.cuda.device_count() == 1 else environ["SLURM_LOCALID"]
+    environ["RANK"] = environ["SLURM_PROCID"]
+
+
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Set up device, precision and process group.
 
     Raises:
         ValueError: The device is missing, or cannot do what is asked for.
     """
+    join_slurm_step(os.environ)
     on_cpu = choose_device(config.device).type == "cpu"
     precision = amp_dtype(config, on_cpu)
     if precision == "float16" and on_cpu:
         raise ValueError("amp_dtype float16 needs a CUDA device; on the CPU use --amp-dtype bfloat16")
-    if precision == "float16" and config.fsdp:
-        raise ValueError("amp_dtype float16 and fsdp do not go together; with --fsdp use --amp-dtype bfloat16")
-    if config.fsdp and config.model_ema:
-        raise ValueError("model_ema holds a whole copy of the weights, and fsdp shards them; leave one of the two out")
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=AMP_DTYPES[precision] if precision else "no")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(
-            f"accelerate was configured for {accelerator.distributed_type.value}; here it starts the processes alone: "
-            "launch with --multi_gpu, and give --fsdp to the script to shard the model"
+            f"accelerate is configured for {accelerator.distributed_type.value}, and the training is data-parallel: "
+            "every process holds the whole model. Launch with --multi_gpu"
         )
-    if config.fsdp and accelerator.num_processes == 1:
-        raise ValueError("fsdp shards over processes, and there is one; start several with torchrun, or leave it out")
     return accelerator
 
 
@@ -68,32 +108,8 @@ def amp_dtype(config: TrainingConfig, on_cpu: bool) -> str | None:
     return (config.amp_dtype or ("bfloat16" if on_cpu else "float16")) if config.amp else None
 
 
-def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Shard a model's parameters over all processes (FSDP2), block by block, in place.
-
-    Only the block that computes has its whole weights in memory. Weights are gathered in float32 and rounded by
-    autocast where they are used, as without sharding: the spectral norms see them whole and exact.
-    """
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in getattr(model, "blocks", []):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
-
-
-@contextlib.contextmanager
-def accumulating(model: nn.Module, accelerator: Accelerator, *, only: bool) -> Iterator[None]:
-    """Inside, if ``only``, processes add up their own gradients alone; a later backward pass exchanges the sums."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(not only)
-        yield
-    else:
-        with accelerator.no_sync(model) if only else contextlib.nullcontext():
-            yield
-
-
 def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state dicts of model and optimizer, whole and by parameter names, whatever shards or wraps them.
+    """The state dicts of model and optimizer by parameter names, whatever wraps them.
 
     All processes have to call it; the first one gets the tensors, on the CPU.
     """
@@ -117,21 +133,3 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
         # What is no setting is state that some optimizers keep here.
         group.update({name: saved[name] for name in group if name in saved and name not in OPTIMIZER_SETTINGS})
     set_optimizer_state_dict(model, optimizer, {**state, "param_groups": groups}, options=options)
-
-
-def adder(accelerator: Accelerator) -> Callable[[list[float]], list[float]]:
-    """A function that adds up a few numbers over all processes.
-
-    The hosts talk to each other over gloo, so that no GPU has to wait for it.
-    """
-    if accelerator.num_processes == 1:
-        return lambda numbers: numbers
-    group = cast(distributed.ProcessGroup, distributed.new_group(backend="gloo"))
-
-    def add(numbers: list[float]) -> list[float]:
-        sums: Tensor = torch.tensor(numbers, dtype=torch.float64)
-        distributed.all_reduce(sums, group=group)
-        found: list[float] = sums.tolist()
-        return found
-
-    return add

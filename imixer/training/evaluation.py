@@ -35,21 +35,24 @@ def evaluate(model: nn.Module, loader: Iterable[ImageBatch], accelerator: Accele
 
     Args:
         model: A classifier, without the wrapper of data-parallel training.
-        loader: This process's share of the images; as many batches as in the others, if weights are sharded.
+        loader: This process's share of the images.
         accelerator: The run's, for its precision and its processes; None is one process in the model's precision.
     """
     model.eval()
     device = next(model.parameters()).device
     autocast: AbstractContextManager[object] = accelerator.autocast() if accelerator is not None else nullcontext()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+    num_images = 0
     with autocast:
         for images, targets in loader:
             targets = targets.to(device, non_blocking=True)
             logits = model(images.to(device, non_blocking=True)).float()  # (B, classes)
             loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
             hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5), the likeliest first
-            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), targets.new_tensor(len(targets))])
+            sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+            num_images += len(targets)
+    sums[3] = num_images
     if accelerator is not None:
         sums = accelerator.reduce(sums, "sum")
-    loss_sum, top1, top5, num_images = sums.tolist()
-    return Evaluation(loss=loss_sum / num_images, top1=100 * top1 / num_images, top5=100 * top5 / num_images)
+    loss, top1, top5, total = sums.tolist()
+    return Evaluation(loss=loss / total, top1=100 * top1 / total, top5=100 * top5 / total)

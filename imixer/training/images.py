@@ -42,6 +42,7 @@ def load_data(config: TrainingConfig, *, progress: bool = False) -> ImageData:
                 config.data_dir,
                 img_size=resolved["input_size"][-1],
                 transforms=None if config.cache_mb else TimmTransforms(**settings),
+                augment_on=config.augment_on,
                 augment=not config.no_aug,
                 hflip=config.hflip,
                 cache_mb=config.cache_mb,

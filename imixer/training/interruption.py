@@ -6,6 +6,9 @@ import time
 from types import FrameType
 from typing import Any
 
+# Of the terminal and its hang-up, of schedulers, and what SLURM sends if `--signal=USR1@300` asks for it.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
 
 class TrainingInterruptedError(Exception):
     """The run was told to stop, and has saved a checkpoint.
@@ -21,7 +24,10 @@ class TrainingInterruptedError(Exception):
 
 
 class StopSignals:
-    """Inside, the first SIGINT or SIGTERM is noted in ``received``; a SIGINT some time later interrupts at once."""
+    """Inside, the first signal of `STOPPING` is noted in ``received``; a SIGINT some time later interrupts at once.
+
+    A signal that the process was started to ignore, as ``nohup`` does with SIGHUP, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -30,8 +36,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # Python's signal handlers belong to it
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
+            for number in STOPPING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

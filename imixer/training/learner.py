@@ -1,20 +1,22 @@
 """The model in training, and everything that follows its weights."""
 
-import math
+import contextlib
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig
-from imixer.training.distributed import accumulating, load_optimizer, shard, whole_state
-from imixer.training.model import build_model, catch_up_norms
-from imixer.training.objective import make_loss, make_mixup
+from imixer.training.distributed import load_optimizer, whole_state
+from imixer.training.model import build_optimizer, catch_up_norms, create_model, load_first_weights
+from imixer.training.objective import make_loss
+from imixer.training.resuming import restoring
+from imixer.training.step import TrainingStep, compile_blocks
 
 
 class Learner:
@@ -25,11 +27,14 @@ class Learner:
         data: The images, for the model's inputs and outputs.
         accelerator: Device, precision and processes.
         checkpoint: What `state` gave, to go on from.
+        lr: Peak learning rate.
 
     Attributes:
-        plain: The model without the wrapper of data-parallel training; what is tested and saved.
-        optimizer: timm's.
+        plain: The model without the wrapper of data-parallel training, which is tested and saved.
+        optimizer: timm's optimizer.
         ema: timm's average of the weights, or None.
+        step: What changes the weights.
+        notes: What to say about the first weights.
     """
 
     def __init__(
@@ -38,90 +43,61 @@ class Learner:
         data: ImageData,
         accelerator: Accelerator,
         checkpoint: dict[str, Any] | None = None,
+        *,
+        lr: float,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
         self._data = data
-        self.plain = build_model(config, data).to(accelerator.device)
+        self._looked_into: nn.Module | None = None
+        self.plain = create_model(config, data).to(accelerator.device)
         if config.channels_last:
             self.plain = self.plain.to(memory_format=torch.channels_last)
+        self.notes: list[str] = []
         if checkpoint is not None:
-            self.plain.load_state_dict(checkpoint["state_dict"])
+            with restoring("weights"):
+                self.plain.load_state_dict(checkpoint["state_dict"])
+        elif config.initial_checkpoint:
+            self.notes.append(load_first_weights(self.plain, config))
         self.ema = None
         if config.model_ema:
             self.ema = ModelEmaV3(self.plain, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
             if checkpoint is not None and checkpoint["state_dict_ema"] is not None:
-                self.ema.module.load_state_dict(checkpoint["state_dict_ema"])
+                with restoring("averaged weights"):
+                    self.ema.module.load_state_dict(checkpoint["state_dict_ema"])
         if config.torchcompile:
-            self.plain.compile(backend=config.torchcompile, mode=config.torchcompile_mode)  # in place, names stay
-        self._model = shard(self.plain, accelerator) if config.fsdp else accelerator.prepare_model(self.plain)
-        given: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas, "layer_decay": config.layer_decay}
-        self.optimizer = create_optimizer_v2(
-            self.plain,
-            opt=config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        self._scaled_optimizer = accelerator.prepare_optimizer(self.optimizer)
+            compile_blocks(self.plain, config.torchcompile, config.torchcompile_mode)
+        self._model = accelerator.prepare_model(self.plain)
+        self.optimizer = build_optimizer(config, self.plain, lr=lr)
+        scaler = accelerator.scaler
         if checkpoint is not None:
-            load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])
-            if accelerator.scaler is not None and checkpoint["scaler"] is not None:
-                accelerator.scaler.load_state_dict(checkpoint["scaler"])
-        self._mixup = make_mixup(config, len(data.classes))
-        self._loss = make_loss(config).to(accelerator.device)
+            with restoring("optimizer"):
+                load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])
+            if scaler is not None and checkpoint["scaler"] is not None:
+                with restoring("gradient scaler"):
+                    scaler.load_state_dict(checkpoint["scaler"])
+        self.step = TrainingStep(
+            self._model,
+            make_loss(config).to(accelerator.device),
+            self.optimizer,
+            plain=self.plain,
+            autocast=accelerator.autocast,
+            scaler=scaler,
+            clip_grad=config.clip_grad,
+            ema=self.ema,
+            exchange=lambda last: contextlib.nullcontext() if last else accelerator.no_sync(self._model),
+            cuda_graph=config.cuda_graph,
+        )
 
-    def start_epoch(self, epoch: int) -> None:
+    def start_epoch(self) -> None:
         """Make ready for the training part of an epoch."""
         self._model.train()
-        if self._mixup is not None:
-            self._mixup.mixup_enabled = not self.config.mixup_off_epoch or epoch < self.config.mixup_off_epoch
 
-    def add_gradient(self, images: Tensor, targets: Tensor, *, share: float, last: bool) -> Tensor:
-        """Add the gradient of ``share`` of a batch's loss, and return that share of it.
-
-        Args:
-            images: (B, C, H, W), on the device.
-            targets: (B,) classes.
-            share: One over the number of batches to the update.
-            last: Whether the update comes next, so that processes exchange their gradients now.
-        """
-        if self._mixup is not None:
-            images, targets = self._mixup(images, targets)
+    def add_gradient(self, images: Tensor, targets: Tensor, *, share: float, last: bool) -> None:
+        """Add the gradient of ``share`` of a batch's loss; see :meth:`TrainingStep.add_gradient`."""
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with accumulating(self._model, self.accelerator, only=not last):
-            with self.accelerator.autocast():
-                logits = self._model(images)  # (B, classes)
-            loss: Tensor = self._loss(logits.float(), targets) * share
-            self.accelerator.backward(loss)
-        return loss.detach()
-
-    def measure(self, loss: Tensor) -> tuple[float, float]:
-        """Clip the gradient, and copy this process's loss, and the norm before clipping, to the host.
-
-        The norm is that of the gradient of all processes, and the same in each.
-        """
-        norm = self.accelerator.clip_grad_norm_(self._model.parameters(), self.config.clip_grad or math.inf)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        values = torch.stack([loss.float(), norm.float()]).tolist()  # the one wait for the device in an update
-        return values[0], values[1]
-
-    def update(self, updates: int, *, finite: bool) -> None:
-        """Change the weights by the gradient, if it is finite, and forget it.
-
-        Args:
-            updates: How many updates there have been with this one.
-            finite: Whether the loss and the gradient are.
-        """
-        if finite or self.accelerator.scaler is not None:
-            # float16's scaler leaves out a step that is not finite by itself, and goes on with a smaller scale.
-            self._scaled_optimizer.step()
-        self._scaled_optimizer.zero_grad()
-        if finite and self.ema is not None:
-            self.ema.update(self.plain, step=updates)
+        self.step.add_gradient(images, targets, share=share, last=last)
 
     def end_epoch(self) -> None:
         """Make ready to be tested: running statistics of batch normalizations become those of all processes."""
@@ -138,30 +114,37 @@ class Learner:
         return averaged
 
     def whole_model(self) -> nn.Module | None:
-        """In the first process the model with whole weights, in float32, not compiled, to be looked into; else None.
+        """In the first process the model in float32, not compiled, to be looked into; else None.
 
-        All processes have to call it.
+        The same model comes back each time, with the weights of the moment.
         """
         first = self.accelerator.is_main_process
-        if not (self.config.fsdp or self.config.torchcompile or self.config.amp):
+        if not (self.config.torchcompile or self.config.amp):
             return self.plain if first else None
-        weights, _ = whole_state(self.plain, self.optimizer)
         if not first:
             return None
-        model = build_model(self.config, self._data).to(self.accelerator.device)
-        model.load_state_dict(weights)
-        return model
+        if self._looked_into is None:
+            self._looked_into = create_model(self.config, self._data).to(self.accelerator.device)
+        self._looked_into.load_state_dict(self.plain.state_dict())
+        return self._looked_into
 
     def state(self) -> dict[str, Any]:
-        """What a run goes on from. All processes have to call it; the first one gets the tensors."""
+        """Everything that a run goes on from, copied to the host: later updates do not change it.
+
+        All processes have to call it; the first one gets the tensors.
+        """
         weights, optimizer = whole_state(self.plain, self.optimizer)
         scaler = self.accelerator.scaler
-        return {
+        state = {
             "state_dict": weights,
             "state_dict_ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": optimizer,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
+        # On the CPU the tensors of the state are those of the model; from a device they have been copied.
+        on_host = partial(torch.Tensor.to, device="cpu", copy=self.accelerator.device.type == "cpu")
+        copied: dict[str, Any] = tree_map_only(Tensor, on_host, state)
+        return copied
 
     def trained(self) -> nn.Module:
         """The model in eval mode, without what mixed precision put on it."""

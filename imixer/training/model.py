@@ -1,16 +1,27 @@
-"""The model of a run: built from its settings and the images."""
+"""The model and the optimizer of a run: built from its settings and the images."""
 
 import difflib
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import timm
 import torch
+from timm.optim import get_optimizer_class
 from torch import nn
 from torch.nn.utils import parametrize
 
 import imixer.imixer  # noqa: F401  registers the models
+from imixer.checkpoint import load_checkpoint
 from imixer.data import ImageData
-from imixer.training.config import TrainingConfig
+from imixer.training.config import TrainingConfig, arguments_of_group
+from imixer.training.step import make_optimizer
+
+# A keyword argument that no model takes.
+_NOT_AN_ARGUMENT = "imixer_asks_what_the_model_takes"
 
 
 def check_model_name(name: str) -> None:
@@ -23,40 +34,109 @@ def check_model_name(name: str) -> None:
     raise ValueError(f"unknown model {name!r}; {hint}the iMixers are {imixers}")
 
 
+def refused_arguments(model: str, arguments: Mapping[str, Any]) -> set[str]:
+    """Which of these keyword arguments of ``timm.create_model`` a model does not take, or sets itself.
+
+    Each attempt includes one that no model takes. So Python refuses to call the constructor, and names an argument that
+    the model does not take; nothing is built. A model that takes any argument is built, and takes them all.
+    """
+    refused: set[str] = set()
+    while True:
+        left = {name: value for name, value in arguments.items() if name not in refused}
+        asked: dict[str, Any] = {**left, _NOT_AN_ARGUMENT: True}
+        try:
+            timm.create_model(model, **asked)
+        except TypeError as error:
+            complaint = str(error).partition("keyword argument")[2]  # unexpected, or given multiple values
+            named = set(re.findall(r"'(\w+)'", re.split("did you mean", complaint, flags=re.IGNORECASE)[0]))
+            if not named & left.keys():
+                return refused
+            refused |= named & left.keys()
+        except Exception:  # a value that is not valid, which building the model will report
+            return refused
+        else:
+            return refused
+
+
+def settings_for_model(
+    settings: dict[str, Any], *, explicit: Collection[str], say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """The settings without those that their model does not take, so that one preset serves several models.
+
+    Args:
+        settings: Values of fields of `TrainingConfig` by name.
+        explicit: Names of the settings that must not be left out, because the user gave them for this model.
+        say: Told what is left out.
+
+    Raises:
+        ValueError: The model does not exist, or does not take a setting that must not be left out.
+    """
+    model = settings.get("model", TrainingConfig.model)
+    check_model_name(model)
+    items = arguments_of_group("model")
+    names = {argument: item.name for argument, item in items.items() if settings.get(item.name) is not None}
+    names.pop("img_size", None)  # which says how large the images are in any case
+    refused = refused_arguments(model, {argument: settings[name] for argument, name in names.items()})
+    unfit = [name for argument, name in names.items() if argument in refused]
+    wrong = [f"--{name.replace('_', '-')}" for name in unfit if name in explicit]
+    if wrong:
+        raise ValueError(f"{model} does not take {', '.join(wrong)}; leave that out, or choose another --model")
+    if unfit:
+        say(f"{model} does not take {', '.join(unfit)}: these settings of the preset or the file are left out")
+    return {name: value for name, value in settings.items() if name not in unfit}
+
+
 def model_arguments(config: TrainingConfig, data: ImageData) -> dict[str, Any]:
     """Return the arguments of `timm.create_model` that `config` sets or `data` demands."""
-    img_size, patch_size = config.img_size, config.patch_size
+    arguments = {"num_classes": len(data.classes), "in_chans": data.in_chans} | config.model_arguments
     if config.data_dir is None and not config.dataset:
         # Digits are smaller than any model's own size, and its own patches would leave few tokens.
-        img_size = data.img_size
-        patch_size = patch_size or max(img_size // 4, 1)
-    arguments = {
-        "num_classes": len(data.classes),
-        "in_chans": data.in_chans,
-        "img_size": img_size,
-        "patch_size": patch_size,
-        "num_blocks": config.num_blocks,
-        "embed_dim": config.embed_dim,
-        "h_ratio": config.h_ratio,
-        "n_iter": config.n_iter,
-        "n_power": config.n_power,
-        "coeff": config.coeff,
-        "solver": config.solver,
-        "backward": config.backward,
-        "rtol": config.rtol,
-        "hidden_layers": config.hidden_layers,
-        "hidden_solve": config.hidden_solve,
-        "tied": config.tied,
-        "norm": config.norm,
-        "contraction": config.contraction,
-        "drop_rate": config.drop,
-        "drop_path_rate": config.drop_path,
-    }
-    return {name: value for name, value in arguments.items() if value is not None}
+        arguments["img_size"] = data.img_size
+        arguments.setdefault("patch_size", max(data.img_size // 4, 1))
+    cfg = timm.get_pretrained_cfg(config.model)
+    if cfg is not None and not cfg.fixed_input_size:  # takes images of any size, and does not ask for it
+        arguments.pop("img_size", None)
+        if config.patch_size is None:
+            arguments.pop("patch_size", None)
+    return arguments
+
+
+def check_model_arguments(source: Path | str, name: str, arguments: Mapping[str, Any]) -> None:
+    """Check what a checkpoint says of its model before a model is built by it.
+
+    `timm.create_model` also takes arguments that name files and addresses to load weights from. A checkpoint may give
+    only plain values, and only for what the constructor of the model's class takes.
+
+    Raises:
+        ValueError: There is no such model, or an argument is of another kind.
+    """
+    check_model_name(name)
+    kind = inspect.signature(timm.model_entrypoint(name)).return_annotation
+    taken = {parameter for cls in getattr(kind, "__mro__", ()) for parameter in inspect.signature(cls).parameters}
+    for argument, value in arguments.items():
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if argument not in taken or not all(isinstance(entry, (int, float, str, NoneType)) for entry in entries):
+            raise ValueError(
+                f"{source} asks for {name} with {argument}={str(value)[:80]!r}, which is not taken from a checkpoint; "
+                "give it yourself, by --model-kwargs or timm.create_model"
+            )
 
 
 def build_model(config: TrainingConfig, data: ImageData) -> nn.Module:
     """Create the model with fresh weights, or those of `config.initial_checkpoint`.
+
+    Raises:
+        ValueError: The model does not exist, or does not take the arguments, or the checkpoint does not fit.
+        OSError: The checkpoint cannot be read.
+    """
+    model = create_model(config, data)
+    if config.initial_checkpoint:
+        load_first_weights(model, config)
+    return model
+
+
+def create_model(config: TrainingConfig, data: ImageData) -> nn.Module:
+    """Create the model with fresh weights.
 
     Raises:
         ValueError: The model does not exist, or does not take the arguments.
@@ -64,10 +144,50 @@ def build_model(config: TrainingConfig, data: ImageData) -> nn.Module:
     check_model_name(config.model)
     arguments = model_arguments(config, data)
     try:
-        return timm.create_model(config.model, checkpoint_path=config.initial_checkpoint or None, **arguments)
+        return timm.create_model(config.model, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        raise ValueError(f"cannot build {config.model} with {given}: {error}") from error
+        raise ValueError(f"cannot build {config.model} with {_listed(arguments)}: {error}") from error
+
+
+def build_optimizer(config: TrainingConfig, model: nn.Module, *, lr: float | None = None) -> torch.optim.Optimizer:
+    """Create timm's optimizer for a model, with no weight decay for biases and other vectors.
+
+    Args:
+        config: The settings.
+        model: The model that is trained.
+        lr: The peak learning rate; None takes `config.lr`, or without it the optimizer's own.
+
+    Raises:
+        ValueError: The optimizer does not take the arguments.
+    """
+    arguments = {**config.optimizer_arguments, **({} if lr is None else {"lr": lr})}
+    try:
+        return make_optimizer(model, capturable=config.cuda_graph, **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        takes = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
+        raise ValueError(
+            f"cannot make the optimizer {config.opt} with {_listed(arguments)}: {error}; it takes "
+            f"{', '.join(list(takes)[1:])}"
+        ) from error
+
+
+def _listed(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def load_first_weights(model: nn.Module, config: TrainingConfig) -> str:
+    """Load `config.initial_checkpoint`, and return one line that says so, and what was left out of it.
+
+    Raises:
+        ValueError: The checkpoint is damaged or does not fit.
+        OSError: It cannot be read.
+    """
+    path = config.initial_checkpoint
+    fresh = load_checkpoint(model, path, new_head=config.new_head, new_token_mixing=config.new_token_mixing)
+    if not fresh:
+        return f"the first weights are those of {path}"
+    shown = ", ".join(fresh if len(fresh) <= 4 else [*fresh[:4], "..."])
+    return f"the first weights are those of {path}, except {len(fresh)} tensors that start anew: {shown}"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What is minimized: timm's losses, on images that timm's Mixup mixed."""
+"""What is minimized: timm's losses, on images that the loader mixes by timm's Mixup."""
 
 import numpy as np
 from accelerate.utils import set_seed
@@ -10,7 +10,7 @@ from imixer.training.config import TrainingConfig
 
 
 def make_mixup(config: TrainingConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix, or None if both are off."""
+    """Return timm's mixup and CutMix for the loader, or None if both are off."""
     if not config.mixes:
         return None
     return Mixup(
@@ -26,7 +26,7 @@ def make_mixup(config: TrainingConfig, num_classes: int) -> Mixup | None:
 
 
 def make_loss(config: TrainingConfig) -> nn.Module:
-    """The training loss. Mixed targets are soft and smoothed already."""
+    """Return the training loss. Mixed targets are soft and smoothed already."""
     if config.bce_loss:
         smoothing = 0.0 if config.mixes else config.smoothing
         loss: nn.Module = BinaryCrossEntropy(smoothing=smoothing, target_threshold=config.bce_target_thresh)
@@ -40,7 +40,7 @@ def make_loss(config: TrainingConfig) -> nn.Module:
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
-    """Make all that is random in one step of one process, dropout and mixup, a function of where it stands.
+    """Make all that is random in one step of one process, such as dropout, a function of its place in the run.
 
     No state of a random number generator has to be carried from step to step, or into a checkpoint.
     """

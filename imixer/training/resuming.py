@@ -1,25 +1,152 @@
-"""Whether a run can go on from a checkpoint, and what is not as it was."""
+"""Where a run begins: a folder of its own, and the checkpoint that it goes on from, checked to be of this run."""
 
-from dataclasses import asdict
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from imixer.checkpoint_file import CheckpointError
 from imixer.data import ImageData
-from imixer.training.checkpoints import CheckpointError
+from imixer.training.checkpoints import is_run, load_checkpoint, read_checkpoint, set_aside_refused
 from imixer.training.config import TrainingConfig
 from imixer.training.model import model_arguments
+from imixer.training.progress import Progress
+from imixer.training.run_folder import claimed, claimed_new_folder, environment, prepare_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins.
+
+    Args:
+        folder: Its folder, which this run has claimed.
+        checkpoint: What it goes on from; None for a new run.
+        progress: Where that stands.
+        fingerprint: Which images it is trained on.
+        notes: What to say about that, each one line.
+    """
+
+    folder: Path
+    checkpoint: dict[str, Any] | None
+    progress: Progress
+    fingerprint: dict[str, str | int]
+    notes: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def begin(
+    config: TrainingConfig, data: ImageData, accelerator: Accelerator, resume: Path | None, *, allow_other_data: bool
+) -> Iterator[Start]:
+    """Claim the folder of a run, for as long as the context lasts, and read what it goes on from.
+
+    A run that is resumed goes on in its own folder, unless `config.output` names another. One state of it, such as
+    `best.pt`, goes on in a new folder, and the run stays as it is. All processes have to call it; the first one claims
+    the folder, and what goes wrong there is raised in all of them.
+
+    Args:
+        config: The settings.
+        data: The images.
+        accelerator: The processes.
+        resume: A run's folder, or one of its checkpoints; None begins a new run.
+        allow_other_data: Go on with other images of the same classes.
+
+    Raises:
+        ValueError: The folder of a new run holds one, or the checkpoint is damaged or of another run.
+        OSError: The folder is in use or cannot be written, or there is no checkpoint.
+    """
+    first = accelerator.is_main_process
+    with contextlib.ExitStack() as claim:
+        agreed: list[Any] = [None]
+        checkpoint = None
+        if first:
+            try:
+                folder, source, checkpoint, notes = _claim(claim, config, data.name, resume)
+                fingerprint = data.fingerprint()
+                del fingerprint["name"]  # that of the folder, which may move
+                if source is not None and checkpoint is not None:
+                    world_size = accelerator.num_processes
+                    this_run = identity(config, data, world_size)
+                    check_same_run(source, checkpoint, this_run, world_size)
+                    notes += _differences(source, checkpoint, fingerprint, allow_other_data)
+                    if folder == source.parent:
+                        set_aside_refused(source)
+                prepare_folder(folder, config)
+                agreed[0] = (folder, source, notes, fingerprint)
+            except (ValueError, OSError) as error:
+                agreed[0] = error
+        if accelerator.num_processes > 1:
+            broadcast_object_list(agreed)
+        if isinstance(agreed[0], Exception):
+            raise agreed[0]
+        folder, source, notes, fingerprint = agreed[0]
+        if source is not None and not first:
+            checkpoint = read_checkpoint(source)
+        progress = Progress() if checkpoint is None else Progress.from_dict(checkpoint["progress"])
+        yield Start(
+            folder=folder, checkpoint=checkpoint, progress=progress, fingerprint=fingerprint, notes=tuple(notes)
+        )
+
+
+def _claim(
+    claim: contextlib.ExitStack, config: TrainingConfig, data_name: str, resume: Path | None
+) -> tuple[Path, Path | None, dict[str, Any] | None, list[str]]:
+    """Claim a folder; return it, the checkpoint to go on from with its file, and what to say."""
+    if resume is None:
+        return claim.enter_context(claimed_new_folder(config, data_name)), None, None, []
+    notes: list[str] = []
+    folder = resume if resume.is_dir() else resume.parent
+    elsewhere = config.output is not None and Path(config.output).resolve() != folder.resolve()
+    if is_run(resume) and not elsewhere:
+        if folder.exists():
+            claim.enter_context(claimed(folder))  # before reading, so that no other run changes what is there
+        checkpoint, source = load_checkpoint(resume, notes.append)
+        return folder, source, checkpoint, notes
+    checkpoint, source = load_checkpoint(resume, notes.append)
+    folder = claim.enter_context(claimed_new_folder(config, data_name))
+    notes.append(f"going on from {source} in {folder}; {source.parent} stays as it is")
+    return folder, source, checkpoint, notes
+
+
+def _differences(
+    source: Path, checkpoint: dict[str, Any], fingerprint: dict[str, str | int], allow_other_data: bool
+) -> list[str]:
+    """What is not as it was besides the settings, as lines.
+
+    Raises:
+        CheckpointError: The images are others and may not be.
+    """
+    notes = []
+    other_data = changes(checkpoint.get("data"), fingerprint)
+    if other_data and not allow_other_data:
+        raise CheckpointError(
+            f"{source} is of a run on other images ({other_data}); give it the same ones, or go on with these by "
+            "--allow-other-data"
+        )
+    if other_data:
+        notes.append(f"the images are others than before: {other_data}")
+    other_versions = changes(*(_versions(place) for place in (checkpoint["environment"], environment())))
+    if other_versions:
+        notes.append(f"not as before, so that results may differ in the last bits: {other_versions}")
+    with restoring("progress"):
+        Progress.from_dict(checkpoint["progress"])
+    return notes
 
 
 def identity(config: TrainingConfig, data: ImageData, world_size: int) -> dict[str, Any]:
-    """What a run cannot change: its model, its images, how many of them make an update, and what an optimizer keeps."""
+    """Settings that must match the checkpoint: model, classes, images of an update, and what an optimizer keeps."""
+    batch_size, grad_accum_steps = config.batches(world_size)
     return {
         "model": config.model,
         "model_args": model_arguments(config, data),
         "classes": list(data.classes),
-        "training_images": len(data.train),
-        "global_batch": config.batch_size * world_size,
-        "grad_accum_steps": config.grad_accum_steps,
+        "global_batch": batch_size * world_size,
+        "grad_accum_steps": grad_accum_steps,
         "opt": config.opt,
+        "opt_kwargs": config.opt_kwargs,
         "layer_decay": config.layer_decay,
     }
 
@@ -33,7 +160,7 @@ def check_same_run(source: Path, checkpoint: dict[str, Any], here: dict[str, Any
     differing = [name for name, value in here.items() if checkpoint.get(name) != value]
     if not differing:
         return
-    if differing == ["global_batch"]:
+    if differing == ["global_batch"] and isinstance(checkpoint.get("global_batch"), int):
         batch, rest = divmod(checkpoint["global_batch"], world_size)
         advice = f"--batch-size {batch}" if not rest else "another number of processes"
         raise CheckpointError(
@@ -46,12 +173,36 @@ def check_same_run(source: Path, checkpoint: dict[str, Any], here: dict[str, Any
 
 def describe_changes(checkpoint: dict[str, Any], config: TrainingConfig) -> str:
     """The settings that are not those of the run so far, as the end of a sentence."""
-    changes = [
-        f"{name} {checkpoint['config'].get(name)!r} -> {value!r}"
-        for name, value in asdict(config).items()
-        if name != "output" and checkpoint["config"].get(name) != value
-    ]
-    return f", with {', '.join(changes)}" if changes else ""
+    changed = changes(checkpoint["config"], {k: v for k, v in asdict(config).items() if k != "output"})
+    return f", with {changed}" if changed else ""
+
+
+def changes(there: Any, here: dict[str, Any]) -> str:
+    """The entries of ``here`` that have another value in ``there``, as text."""
+    before = there if isinstance(there, dict) else {}
+    pairs = {name: (before.get(name), value) for name, value in here.items() if before.get(name) != value}
+    return ", ".join(f"{name} {_short(old)} -> {_short(new)}" for name, (old, new) in pairs.items())
+
+
+@contextlib.contextmanager
+def restoring(what: str) -> Iterator[None]:
+    """Inside, a part of a checkpoint is loaded.
+
+    Raises:
+        CheckpointError: It does not fit.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"the {what} of the checkpoint cannot be used: {reason}") from error
+
+
+def _versions(environment: Any) -> dict[str, Any]:
+    """What the bits of a result depend on besides settings and images."""
+    found = environment if isinstance(environment, dict) else {}
+    versions = found.get("versions")
+    return {**(versions if isinstance(versions, dict) else {}), "threads": found.get("threads")}
 
 
 def _short(value: Any) -> str:

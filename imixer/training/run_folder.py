@@ -3,19 +3,21 @@
 - ``config.yaml``: the settings, for ``--config``; ``environment.json``: versions and git commit;
 - ``last.pt``, ``previous.pt``, ``best.pt``: see :mod:`imixer.training.checkpoints`;
 - ``curves.csv``: one row per epoch; ``curves.png``: its plot; ``convergence.csv``: one row per epoch and iMLP;
-- ``summary.json``: the run in short; ``tensorboard/``: the curves as they grow.
+- ``summary.json``: the run in short; ``tensorboard/``: the curves as they grow;
+- ``.lock``: which process writes here, see :mod:`imixer.training.folder_lock`.
 
 Every file but TensorBoard's is replaced in one step, so that a run stopped at any moment leaves whole files.
 """
 
+import contextlib
 import csv
 import io
+import itertools
 import json
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,9 +25,10 @@ from typing import Any
 
 import torch
 
-from imixer.training.checkpoints import LAST, PREVIOUS, remove_unfinished, write_atomically
+from imixer.training.checkpoints import holds_run, remove_unfinished, write_atomically
 from imixer.training.command_line import write_settings
 from imixer.training.config import TrainingConfig
+from imixer.training.folder_lock import FolderInUseError, locked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,50 +74,93 @@ class EpochMetrics:
         )
 
 
-def new_folder(config: TrainingConfig, data_name: str) -> Path:
-    """Choose the folder of a new run. One that holds a run is never used again.
+@contextlib.contextmanager
+def claimed_new_folder(config: TrainingConfig, data_name: str) -> Iterator[Path]:
+    """Claim the folder of a new run, for as long as the context lasts. One that holds a run is never used again.
 
     Raises:
         ValueError: The folder asked for holds a run.
+        FolderInUseError: Another process writes into the folder asked for.
+        OSError: It cannot be written.
     """
-    if config.output is not None:
-        folder = Path(config.output)
-        if _holds_run(folder):
-            raise ValueError(f"{folder} holds a run; continue it with --resume {folder}, or choose another --output")
-        return folder
-    folder = base = Path("runs") / f"{data_name}-{config.model}"
-    number = 1
-    while _holds_run(folder):
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder
+    asked_for = config.output is not None
+    base = Path(config.output) if config.output is not None else Path("runs") / f"{data_name}-{config.model}"
+    with contextlib.ExitStack() as stack:
+        for number in itertools.count(1):
+            folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+            with contextlib.ExitStack() as claim:
+                try:
+                    if not holds_run(folder):
+                        claim.enter_context(claimed(folder))
+                except FolderInUseError:
+                    if asked_for:
+                        raise
+                    continue
+                # Another run may have begun and ended there before this one had the lock.
+                if not holds_run(folder):
+                    stack.push(claim.pop_all())
+                    break
+            if asked_for:
+                raise ValueError(
+                    f"{folder} holds a run; continue it with --resume {folder}, or choose another --output"
+                )
+        yield folder
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[Path]:
+    """Make the folder, and hold its lock for as long as the context lasts.
+
+    Raises:
+        FolderInUseError: Another process holds it.
+        OSError: It cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+        except FolderInUseError:
+            raise
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        yield folder
 
 
 def prepare_folder(folder: Path, config: TrainingConfig) -> None:
-    """Make the folder and write the settings, so that a folder that cannot be written fails before the training.
+    """Write the settings, so that a folder that cannot be written fails before the training.
 
     Raises:
         OSError: It cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
         write_atomically(folder / "config.yaml", write_settings(config).encode())
         write_json(folder / "environment.json", environment())
     except OSError as error:
-        raise OSError(f"cannot write to the output folder {folder}: {error}; choose another --output") from error
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(folder: Path, error: OSError) -> OSError:
+    """The error for a folder that cannot be written, with what to do."""
+    return OSError(f"cannot write to the output folder {folder}: {error}; choose another --output")
 
 
 def environment() -> dict[str, Any]:
-    """What a run depends on besides its settings: versions, commit of the code, machine."""
-    packages = ("implicit-layers", "torchvision", "timm", "accelerate", "numpy")
+    """What a run depends on besides its settings: versions, threads, commit of the code, machine."""
+    packages = ("implicit-layers", "torchvision", "timm", "accelerate", "numpy", "pillow")
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # used from a checkout
             versions[package] = "not installed"
-    return {"versions": versions, "git_commit": _git_commit(), "machine": platform.platform(), "command": sys.argv}
+    return {
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+        "git_commit": _git_commit(),
+        "machine": platform.platform(),
+        "command": sys.argv,
+    }
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -129,11 +175,6 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _holds_run(folder: Path) -> bool:
-    # os.path's function is false for a folder that may not be looked into, where Path's raises.
-    return any(os.path.exists(folder / name) for name in (LAST, PREVIOUS))
 
 
 def _git_commit() -> str | None:

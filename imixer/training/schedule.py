@@ -11,14 +11,15 @@ class Schedule:
 
     Args:
         config: The settings.
-        optimizer: Whose rates to set.
+        optimizer: The optimizer whose rates are set.
+        lr: Peak learning rate.
         updates_per_epoch: Updates of the weights in an epoch.
 
     Attributes:
         num_epochs: Epochs to train, the cool-down included.
     """
 
-    def __init__(self, config: TrainingConfig, optimizer: Optimizer, *, updates_per_epoch: int) -> None:
+    def __init__(self, config: TrainingConfig, optimizer: Optimizer, *, lr: float, updates_per_epoch: int) -> None:
         self._optimizer = optimizer
         self._on_updates = config.sched_on_updates
         # Early versions of timm do not know a constant rate by its name: steps that change nothing.
@@ -29,8 +30,8 @@ class Schedule:
             num_epochs=config.epochs,
             warmup_epochs=config.warmup_epochs,
             # A warm-up rises and a schedule falls, from and to whatever rate.
-            warmup_lr=min(config.warmup_lr, config.lr),
-            min_lr=min(config.min_lr, config.lr),
+            warmup_lr=min(config.warmup_lr, lr),
+            min_lr=min(config.min_lr, lr),
             cooldown_epochs=config.cooldown_epochs,
             decay_epochs=config.decay_epochs,
             decay_milestones=list(config.decay_milestones),

@@ -77,25 +77,26 @@ class SHINE(Backward):
             return solve_implicitly(f, z0, args, options, self._estimate_after, _FirstOrderProblem)
         estimate = _Estimate(shine=self, inverses=[])
         solution = solve_under_transform(f, z0, args, options, estimate, _FirstOrderProblem)
-        estimate.inverses.append((solution.state.inverse, _factor(solution)))
+        estimate.inverses.append(solution.state.inverse)
+        estimate.factors.append(_factor(solution))
         return solution
 
     def _estimate_after(self, solution: Solution) -> "_Estimate":
-        return _Estimate(shine=self, inverses=[(solution.state.inverse, _factor(solution))])
+        return _Estimate(shine=self, inverses=[solution.state.inverse], factors=[_factor(solution)])
 
 
-def _factor(solution: Solution) -> Tensor:
-    """(B, 1) what H is to be multiplied by: -1, or for a root the c of ``z - c F(z)``, whose operator is -F'."""
-    like = solution.state.z[:, :1]
-    return torch.full_like(like, -1.0) if solution.scaling is None else solution.scaling.reshape(like.shape)
+def _factor(solution: Solution) -> Tensor | float:
+    """What H is to be multiplied by: -1, or for a root the c (B, 1) of ``z - c F(z)``, because the operator is -F'."""
+    return -1.0 if solution.scaling is None else solution.scaling.reshape(-1, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Estimate(LinearSolver):
-    """``x = -H' b``, corrected where it is poor. ``inverses`` holds H and its factor once the forward solve is done."""
+    """``x = -H' b``, corrected where it is poor. The lists hold H and its factor after the forward solve."""
 
     shine: SHINE
     inverses: list[Any]
+    factors: list[Any] = dataclasses.field(default_factory=list)
 
     def with_default_rtol(self, rtol: float) -> "_Estimate":
         if self.shine.fallback is None:
@@ -104,7 +105,7 @@ class _Estimate(LinearSolver):
         return dataclasses.replace(self, shine=shine)
 
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
-        ((inverse, factor),) = self.inverses
+        (inverse,), (factor,) = self.inverses, self.factors
         norm_b = rms_norm(b)
 
         def residual_of(x: Tensor) -> tuple[Tensor, Tensor]:

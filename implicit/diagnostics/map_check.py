@@ -1,6 +1,7 @@
 """A check that a map can be solved: it is the same in every call, changes nothing, and does not mix samples."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,9 +57,10 @@ def check_map(f: Callable[..., Any], z0: Any, *inputs: Any, batch_dims: int = 1)
         - A call changes running_mean, running_var, num_batches_tracked of Sequential.1 (BatchNorm1d). ...
         - What Sequential.1 (BatchNorm1d) returns for one sample depends on the others in the batch. ...
     """
-    findings = _findings(f, z0, inputs, batch_dims)
-    if findings:
-        raise ValueError("\n- ".join(["f is not a map that can be solved for a fixed point.", *findings]))
+    problems = map_problems(f, z0, inputs, batch_dims)
+    if problems:
+        messages = (problem.message for problem in problems)
+        raise ValueError("\n- ".join(["f is not a map that can be solved for a fixed point.", *messages]))
 
 
 @contextlib.contextmanager
@@ -100,7 +102,23 @@ def checked_maps(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _findings(f: Callable[..., Any], z0: Any, inputs: tuple[Any, ...], batch_dims: int) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class MapProblem:
+    """A reason why a map cannot be solved.
+
+    Attributes:
+        message: What is wrong and what to do.
+        mixes: Whether it is that samples mix; else the map changes.
+        modules: The modules to blame by their names; empty if it is f itself.
+    """
+
+    message: str
+    mixes: bool
+    modules: dict[str, nn.Module]
+
+
+def map_problems(f: Callable[..., Any], z0: Any, inputs: tuple[Any, ...], batch_dims: int) -> list[MapProblem]:
+    """Return what :func:`check_map` finds near ``z0``."""
     layout = Layout(z0, batch_dims)
     unchanged = restored(modules_used_by(f), layout.device)
     with torch.inference_mode(False), torch.no_grad(), unchanged, constant_weights():
@@ -111,33 +129,42 @@ def _findings(f: Callable[..., Any], z0: Any, inputs: tuple[Any, ...], batch_dim
         return [*_changes(observed, z), *_mixing(observed, z)]
 
 
-def _changes(observed: ObservedMap, z: Tensor) -> list[str]:
+def _changes(observed: ObservedMap, z: Tensor) -> list[MapProblem]:
     """Find what a call changes, and whether the next calls return the same."""
     before = observed.snapshot()
     first = observed(z)
     found = []
+
+    def add(module: nn.Module | None, message: str) -> None:
+        modules = {} if module is None else {observed.name_of(module): module}
+        found.append(MapProblem(message, mixes=False, modules=modules))
+
     for argument, module in first.changed_arguments.items():
-        found.append(
+        add(
+            module,
             f"{observed.name_of(module)} changes {argument} in place. Write z + x instead of z += x, and construct "
-            "activations with inplace=False."
+            "activations with inplace=False.",
         )
     for module, names in observed.changed(before).items():
-        found.append(
+        add(
+            module,
             f"A call changes {', '.join(names)} of {observed.name_of(module)}. Use GroupNorm or LayerNorm instead of "
-            "BatchNorm, torch.nn.utils.parametrizations instead of hooks on weights, or eval mode."
+            "BatchNorm, torch.nn.utils.parametrizations instead of hooks on weights, or eval mode.",
         )
     calls = (observed(z) for _ in range(_REPETITIONS))
     different = next((call for call in calls if not same([first.value], [call.value])), None)
     if different is not None:
-        found.append(
-            f"{observed.name_of(first.first_difference(different))} returns something else in each call for the same "
+        module = first.first_difference(different)
+        add(
+            module,
+            f"{observed.name_of(module)} returns something else in each call for the same "
             "input. Draw random numbers before the solve and pass them to the map as an input (for dropout, use "
-            "implicit.dropout_mask), carry no state from call to call, or use eval mode."
+            "implicit.dropout_mask), carry no state from call to call, or use eval mode.",
         )
     return found
 
 
-def _mixing(observed: ObservedMap, z: Tensor) -> list[str]:
+def _mixing(observed: ObservedMap, z: Tensor) -> list[MapProblem]:
     """Find whether the result for one sample depends on the state of another.
 
     For each bit of the sample numbers, the samples in which it is set are changed first, and then the others. The
@@ -159,9 +186,11 @@ def _mixing(observed: ObservedMap, z: Tensor) -> list[str]:
             after = call(torch.where(kept.unsqueeze(1), z, other))
             if not same([before.value[kept]], [after.value[kept]]):
                 module = before.first_mixing(after, kept)
-                return [
+                message = (
                     f"What {observed.name_of(module)} returns for one sample depends on the others in the batch. Use "
                     "GroupNorm or LayerNorm instead of BatchNorm, or eval mode; if the samples form one coupled "
                     "problem, solve it with batch_dims=0."
-                ]
+                )
+                modules = {} if module is None else {observed.name_of(module): module}
+                return [MapProblem(message, mixes=True, modules=modules)]
     return []

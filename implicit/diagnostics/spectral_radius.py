@@ -84,7 +84,7 @@ def spectral_radius(
     with constant_weights():
         _, pullback = torch.func.vjp(FlatMap(f, inputs, layout), flat)[:2]
     start = torch.randn(flat.shape, generator=generator, dtype=flat.dtype, device=flat.device)
-    hessenberg, below = _arnoldi(lambda u: pullback(u)[0], start, min(steps, flat.shape[1]))
+    hessenberg, below = arnoldi(lambda u: pullback(u)[0], start, min(steps, flat.shape[1]))
     finite = hessenberg.isfinite().all(dim=(1, 2))
     values, vectors = torch.linalg.eig(torch.where(finite[:, None, None], hessenberg, 0.0))
     # The absolute values of a conjugate pair may differ by rounding; prefer the one with positive imaginary part.
@@ -97,7 +97,7 @@ def spectral_radius(
     return SpectralRadius(*(layout.unpack_batch(x) for x in (found.value, found.eigenvalue, found.residual)))
 
 
-def _arnoldi(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def arnoldi(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Return the Hessenberg matrices (B, m, m) of the Krylov spaces from ``start`` (B, D), and the entries (B,) below.
 
     When the Krylov space of a sample is exhausted, zeros fill its matrix, which only adds zero eigenvalues.

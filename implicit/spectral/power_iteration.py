@@ -77,6 +77,8 @@ class PowerIteration(SpectralNorm):
         self.n_power_iterations = n_power_iterations
         # Set inside of power_iterations_advanced while torch.compile traces, which knows no ContextVar.
         self._advanced: Vectors | None = None
+        # Set inside of power_iterations_advanced, for layers that are compiled while the model around them is not.
+        self._is_advanced = False
         v = weight.new_empty(weight.shape[1] * operator.groups, *(input_size or ()))
         self.register_buffer("u", torch.empty_like(operator(weight, v)))
         self.register_buffer("v", v)
@@ -114,7 +116,7 @@ class PowerIteration(SpectralNorm):
         advanced = self.advanced_vectors()
         if advanced is not None:
             return advanced
-        if self.training and not in_backward_pass():
+        if self.training and not in_backward_pass() and not (torch.compiler.is_compiling() and self._is_advanced):
             return self._advance(weight.detach(), self.n_power_iterations)
         # The buffers may change before the backward pass of this computation, so it gets copies.
         return self.u.clone(), self.v.clone()
@@ -180,10 +182,14 @@ def power_iterations_advanced(module: nn.Module) -> Iterator[None]:
     if not torch.compiler.is_compiling():
         found = {norm: vectors for group in groups.values() for norm, vectors in _advanced_together(group).items()}
         token = _advanced.set({**_advanced.get(), **found})
+        for norm in found:
+            norm._is_advanced = True
         try:
             yield
         finally:
             _advanced.reset(token)
+            for norm in found:
+                norm._is_advanced = False
         return
     try:
         for group in groups.values():

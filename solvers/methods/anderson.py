@@ -10,7 +10,16 @@ from torch import Tensor
 from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.problem.hyperparameters import require_damping, require_positive_int
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
-from solvers.problem.window import add_combination, cleared, dot, recorded, store_difference, zero_where_not_finite
+from solvers.problem.window import (
+    add_combination,
+    cleared,
+    dot,
+    recorded,
+    row_of_products,
+    slots,
+    store_difference,
+    zero_where_not_finite,
+)
 
 # Bound on the rounding error in a column of unit length among n columns, in units of n * eps.
 RIDGE = 8
@@ -26,7 +35,7 @@ class AndersonState(State):
         df: (B, m, D) differences of ``f(z)``.
         dg: (B, m, D) differences of ``g``.
         gram: (B, n, n) inner products of the differences of ``g``, with the ridge added to the diagonal.
-        norms: (B, m + 1) norms of the last ``g``, infinite where there is none yet; None without the safeguard.
+        norms: (B, m + 1, 1) norms of the last ``g``, infinite where there is none yet; None without the safeguard.
     """
 
     g: Tensor
@@ -95,7 +104,7 @@ class Anderson(Solver):
         g = fz - z0
         norms = None
         if self.safeguard:
-            norms = _put_norm(g.detach().new_full((g.shape[0], self.memory + 1), math.inf), 0, g)
+            norms = _put_norm(g.detach().new_full((g.shape[0], self.memory + 1, 1), math.inf), 0, g)
         return AndersonState(z=z0, fz=fz, g=g, norms=norms)
 
     def step(self, f: FlatMapping, state: AndersonState) -> AndersonState:
@@ -108,17 +117,17 @@ class Anderson(Solver):
         if state.df is None or state.dg is None or state.gram is None:
             return z
         n = state.gram.shape[1]
-        df, dg = state.df[:, :n], state.dg[:, :n]
+        df, dg = slots(state.df, n), slots(state.dg, n)
         if self.least_squares == "gram":
-            gamma = _least_squares_gram(state.gram, dot(dg, state.g))
+            gamma = _least_squares_gram(state.gram, row_of_products(dg, state.g))  # (B, 1, n)
         else:
             # The newest comes first, so that of two dependent columns the older is left out.
             slot = state.steps % self.memory
-            gamma = _least_squares_qr(dg.roll(-slot, dims=1).flip(1), state.g).flip(1).roll(slot, dims=1)
+            gamma = _least_squares_qr(dg.roll(-slot, dims=1).flip(1), state.g).flip(1).roll(slot, dims=1).unsqueeze(1)
         if state.norms is not None:
             # Coefficients that are all 1 take every remembered step back.
             oldest = (state.steps + 1) % (self.memory + 1)
-            in_vain = state.norms.argmin(dim=1, keepdim=True) == oldest  # (B, 1)
+            in_vain = state.norms.argmin(dim=1, keepdim=True) == oldest  # (B, 1, 1)
             gamma = gamma.masked_fill(in_vain, 1.0)
         if self.damping != 1.0:
             z = add_combination(z, dg, gamma, 1.0 - self.damping)
@@ -131,7 +140,8 @@ class Anderson(Solver):
         g = fz - z
         df = store_difference(state.df, slot, zero_where_not_finite(fz, g), state.fz, self.memory)
         dg = store_difference(state.dg, slot, zero_where_not_finite(g, g), state.g, self.memory)
-        gram = _with_row(state.gram, slot, dot(dg[:, :n], dg[:, slot]), RIDGE * self.memory)
+        row = row_of_products(slots(dg, n), dg[:, slot])
+        gram = _with_row(state.gram, slot, row, RIDGE * self.memory)
         norms = None if state.norms is None else _put_norm(state.norms, steps % (self.memory + 1), g)
         return AndersonState(z=z, fz=fz, g=g, steps=steps, df=df, dg=dg, gram=gram, norms=norms)
 
@@ -150,39 +160,42 @@ class Anderson(Solver):
 
 
 def _put_norm(norms: Tensor, slot: int, g: Tensor) -> Tensor:
-    """``norms`` with the norm of g in a slot. No gradient is recorded, because norms are only compared."""
-    norms = norms.clone()
-    norms[:, slot] = torch.linalg.vector_norm(g.detach(), dim=1)
+    """``norms`` with the norm of g in a slot. No gradient is recorded, because norms are only compared.
+
+    Writes in place where none is recorded of g either: what is recorded may be computed again.
+    """
+    if recorded(g):
+        norms, g = norms.clone(), g.detach()
+    norms[:, slot] = torch.linalg.vector_norm(g, dim=1, keepdim=True)
     return norms
 
 
 def _with_row(gram: Tensor | None, slot: int, row: Tensor, ridge: float) -> Tensor:
-    """The Gram matrix (B, n, n) with ``row`` (B, n) as row and column ``slot``; it may grow by one.
+    """The Gram matrix (B, n, n) with ``row`` (B, 1, n) as row and column ``slot``; it may grow by one.
 
     The diagonal gets a ridge, in units of rounding errors of the column's own square. A square that has underflowed is
     replaced by 1, which makes the coefficient of that column negligible.
     """
     info = torch.finfo(row.dtype)
-    square = row[:, slot]
-    vanished = square < info.tiny / info.eps
-    square.mul_(1 + ridge * info.eps).masked_fill_(vanished, 1.0)
+    square = row.select(2, slot).mul_(1 + ridge * info.eps)
+    torch.threshold_(square, info.tiny / info.eps, 1.0)
     if gram is None:
-        return row.unsqueeze(2)
+        return row
     if slot == gram.shape[1]:
         gram = torch.nn.functional.pad(gram, (0, 1, 0, 1))
     elif recorded(gram, row):
         gram = gram.clone()
-    gram[:, slot] = row
-    gram[:, :, slot] = row
+    gram.narrow(1, slot, 1).copy_(row)
+    gram.narrow(2, slot, 1).copy_(row.mT)
     return gram
 
 
 def _least_squares_gram(gram: Tensor, products: Tensor) -> Tensor:
-    """Minimize ``|b - A x|``, given ``A' A`` (B, n, n) with its ridge and ``A' b`` (B, n); returns (B, n)."""
+    """Minimize ``|b - A x|``, given ``A' A`` (B, n, n) with its ridge and ``b' A`` (B, 1, n); returns x' (B, 1, n)."""
     # The rounding errors of Cholesky's method do not depend on how the columns are scaled. cholesky_ex does not check
     # its result, which would wait for the device: with the ridge the matrices are positive definite or not finite.
     factor = torch.linalg.cholesky_ex(gram)[0]
-    return torch.cholesky_solve(products.unsqueeze(2), factor).squeeze(2)
+    return torch.cholesky_solve(products.mT, factor).mT
 
 
 def _least_squares_qr(columns: Tensor, rhs: Tensor) -> Tensor:

@@ -10,7 +10,15 @@ from torch import Tensor
 from solvers.methods.low_rank_inverse import LowRankInverse
 from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.problem.hyperparameters import require_damping, require_positive_int
-from solvers.problem.window import add_combination, dot, recorded, store, store_quotient, zero_where_not_finite
+from solvers.problem.window import (
+    add_combination,
+    dot,
+    recorded,
+    row_of_products,
+    store,
+    store_quotient,
+    zero_where_not_finite,
+)
 
 # The line search accepts a step if |g| is at most _GROWTH times its largest value at the last _RECENT iterates.
 # Otherwise it multiplies the step by _SHORTER, at most _MOST_TRIALS times. Stricter tests cost more calls than they
@@ -108,9 +116,10 @@ class Broyden(Solver):
 
         if self.method == "bad":
             v_block, vy = self._append_bad(inverse, state, g)
-        vg_old, vg = dot(v_block[:, : n + 1], g).split((n, 1), dim=1)  # (B, n) with the old v, (B, 1) with the new one
+        # (B, 1, n) with the old v, (B, 1, 1) with the new one
+        vg_old, vg = row_of_products(v_block[:, : n + 1], g).split((n, 1), dim=2)
         if self.method == "good":
-            vy = vg + overlap
+            vy = vg.squeeze(1) + overlap
         divisor = torch.where(_is_usable(vy, fz, state.recent[:, -1:]), vy, math.inf)  # infinite for no update
         recent = torch.cat((state.recent[:, 1:], _norm(g)), dim=1) if self.line_search else _norm(g)
 

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from solvers.problem.window import add_combination, cleared, dot
+from solvers.problem.window import add_combination, cleared, row_of_products
 
 # A truncation resolves angles between vectors down to the square root of this. The value is small compared with the
 # angles that matter, and large enough to keep the rounding errors of the old vectors from growing in the new ones.
@@ -30,7 +30,7 @@ class LowRankInverse:
         """``H x`` for x of shape (B, D)."""
         if self.u is None or self.v is None or self.rank == 0:
             return -x
-        return add_combination(x, self.u[:, : self.rank], dot(self.v[:, : self.rank], x), 1.0, scale=-1.0)
+        return add_combination(x, self.u[:, : self.rank], row_of_products(self.v[:, : self.rank], x), 1.0, scale=-1.0)
 
     def rmv(self, x: Tensor) -> Tensor:
         """``H' x`` for x of shape (B, D): ``(rmv(x) * y).sum() == (x * mv(y)).sum()``."""

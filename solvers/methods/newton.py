@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from solvers.methods.dense_jacobian import with_jacobian
-from solvers.methods.descent import SUFFICIENT, Point
+from solvers.methods.descent import SUFFICIENT, Point, backtrack
 from solvers.methods.jacobian_product import Way
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.methods.trust_region import DenseModel, descend
+from solvers.problem.flat_map import FlatMap
 from solvers.problem.hyperparameters import require_positive_int
+from solvers.problem.norms import rms_norm
 from solvers.problem.slopes import direction_of
 
 
@@ -46,6 +48,10 @@ class NewtonState(State):
     @property
     def displacement(self) -> Tensor:
         return self.newton if self.of_root else self.residual
+
+    @property
+    def image_is_nearer(self) -> bool:
+        return self.of_root
 
     @property
     def num_stuck(self) -> int:
@@ -117,11 +123,15 @@ class Newton(Solver):
             state = self._at(f, state.z, state.radius, state.way)
         eps = torch.finfo(state.error.dtype).eps
         trial = self._at(f, state.z + state.newton, None, state.way)
-        enough = trial.error <= (1 - SUFFICIENT) * state.error
+        # Where the matrix is singular, a plain step that does no harm may lead to where it is not.
+        enough = trial.error <= torch.where(state.singular, 1.0, 1 - SUFFICIENT) * state.error
         # A full step at the level of rounding is as good as any.
         tiny = state.newton.abs().amax(dim=1) <= 4 * eps * state.z.abs().amax(dim=1) if state.z.shape[1] else enough
         rejected = ~(enough | tiny | (state.error == 0)) & state.error.isfinite()
         limited = state.radius.isfinite()
+        frozen = f.frozen if isinstance(f, FlatMap) else None
+        if frozen is not None:  # whose residual does not belong to their iterate
+            rejected, limited, enough = rejected & ~frozen, limited & ~frozen, enough | frozen
         if not bool((rejected | limited | ~enough).any()):
             return trial
         rejected = rejected | (limited & (state.error > 0))
@@ -130,12 +140,18 @@ class Newton(Solver):
         radius = torch.where(rejected, state.radius, math.inf)
         if bool(rejected.any()):
             # In the units of the map that f is, for which a root's residual is scaled.
-            unit = f.scaling if isinstance(f, RootMap) and f.scaling is not None else torch.ones_like(z[:, :1])
-            model = DenseModel.of(state.matrix * unit.unsqueeze(2), state.residual * unit)
-            error = torch.linalg.vector_norm(model.g, dim=1) / math.sqrt(z.shape[1])
-            start = Point(state.z, state.z + model.g, error)
-            lower, radius, found = descend(f, start, model, radius, rejected)
-            z = lower.where(found, Point(z, z, error)).z
+            scaling = f.scaling if isinstance(f, RootMap) else None
+            matrix, g = state.matrix, state.residual
+            if scaling is not None:
+                matrix, g = matrix * scaling.unsqueeze(2), g * scaling
+            start = Point(state.z, state.z + g, rms_norm(g))
+            if z.shape[1] == 1:  # where a shorter step is all that a trust region can find
+                end = trial.residual if scaling is None else trial.residual * scaling
+                full = Point(trial.z, trial.z + end, rms_norm(end))
+                lower, found = backtrack(f, start, trial.z - state.z, full, rejected)
+            else:
+                lower, radius, found = descend(f, start, DenseModel.of(matrix, g), radius, rejected)
+            z = torch.where(found.unsqueeze(1), lower.z, z)
             radius = torch.where(rejected, radius, math.inf)
         moved = (z != trial.z).any(dim=1)
         if not bool(moved.any()):
@@ -149,7 +165,7 @@ class Newton(Solver):
             residual, matrix, way = with_jacobian(f.residual, z, way)
             if f.scaling is None:
                 direction = direction_of(residual)
-                f.set_scaling(z, residual, direction, (matrix @ direction.unsqueeze(2)).squeeze(2))
+                f.set_scaling(z, residual, direction, (matrix * direction.unsqueeze(1)).sum(dim=2))
             residual = -residual
             fz = z
         else:

@@ -43,6 +43,7 @@ class RootMap(FlatMap):
         default = other * inverse_or_zero(size, 0.0)
         default = torch.where((default > 0) & default.isfinite(), default, 1.0)
         self.scaling = torch.where(c.isfinite() & (c != 0), c, default)
+        self.scaling_of_all = self.scaling.squeeze(1)
 
     @property
     def unit(self) -> Tensor | None:

@@ -34,6 +34,11 @@ class State:
         """(B, D) ``f(z) - z``. A state that stores it returns the stored one."""
         return self.fz - self.z
 
+    @property
+    def image_is_nearer(self) -> bool:
+        """Whether f(z) is known to be nearer to the solution than z; otherwise the steps have to show it."""
+        return False
+
 
 class Resource(abc.ABC):
     """A field of a state that is more than data, such as a running solver of another package."""

@@ -72,9 +72,9 @@ class Squarem(Solver):
         if state.phase == 1:
             r = state.z - state.kept
             v = g - r
-            alpha = self._step_length(r, v)
+            length = self._step_length(r, v)
             # y as in the class's docstring, written so that alpha = -1 is exactly the plain step.
-            z = state.fz - (1 + alpha) * torch.add((1 - alpha) * v, r, alpha=2)
+            z = state.fz - (1 - length) * torch.add((1 + length) * v, r, alpha=2)
             return SquaremState(z=z, fz=f(z), kept=state.fz, square=inner(g, g), phase=2)
         # A NaN is not accepted either.
         accepted = inner(g, g) <= _TOLERATED_GROWTH**2 * state.square
@@ -89,13 +89,13 @@ class Squarem(Solver):
         return dataclasses.replace(state, kept=replaced(state.kept, rows, z if state.phase == 1 else fz))
 
     def _step_length(self, r: Tensor, v: Tensor) -> Tensor:
-        """alpha (B, 1), negative; -1 where the differences vanish or determine no positive length."""
+        """-alpha (B, 1), positive; 1 where the differences vanish or determine no positive length."""
         tiny = torch.finfo(r.dtype).tiny
         if self.scheme == "S1":
             length = -inner(r, v) * inverse_or_zero(inner(v, v), tiny)
         elif self.scheme == "S2":
             length = -inner(r, r) * inverse_or_zero(inner(r, v), tiny)
         else:
-            square = inner(r, r) * inverse_or_zero(inner(v, v), tiny)
-            length = torch.where(square > 0, square, 1.0).sqrt()
-        return -torch.where(length > 0, length, 1.0).clamp_max(_LONGEST)
+            length = inner(r, r) * inverse_or_zero(inner(v, v), tiny)
+        length = torch.where(length > 0, length, 1.0)
+        return (length.sqrt() if self.scheme == "S3" else length).clamp_max(_LONGEST)

@@ -20,10 +20,12 @@ class FlatMap:
     Attributes:
         called: What messages call the user's function.
         scaling: (B, 1) what the user's function is multiplied by, for one whose roots are sought; else None.
+        scaling_of_all: (B,) the same, of the samples that have been taken out as well.
     """
 
     called = "f"
     scaling: Tensor | None = None
+    scaling_of_all: Tensor | None = None
 
     def __init__(self, f: Callable[..., Any], args: tuple[Any, ...], layout: Layout) -> None:
         self._f = f
@@ -31,7 +33,7 @@ class FlatMap:
         self._layout = layout
         # The driver switches autocast off for the solver's algebra; f runs in the mode that it was given in.
         self._autocast = AutocastMode.current(layout.device.type)
-        self._done: Tensor | None = None
+        self._active: Tensor | None = None
         self._value: Tensor | None = None
         self.num_evals = 0
 
@@ -46,12 +48,17 @@ class FlatMap:
         """(B,) the size of a state that belongs to an absolute tolerance of 1; None where it is 1."""
         return None
 
-    def freeze(self, done: Tensor, value: Tensor) -> None:
-        """From now on call f with the rows of ``value`` (B, D) where ``done`` (B,), whatever the solver asks for.
+    def freeze(self, active: Tensor, value: Tensor) -> None:
+        """From now on call f with the rows of ``value`` (B, D) where not ``active`` (B,), whatever the solver asks for.
 
         A finished sample's row in the solver's state may degenerate (differences of equal vectors); f never sees it.
         """
-        self._done, self._value = done.unsqueeze(1), value
+        self._active, self._value = active.unsqueeze(1), value
+
+    @property
+    def frozen(self) -> Tensor | None:
+        """(B,) bool, the samples for which f is called with another value than is asked for; None without any."""
+        return None if self._active is None else ~self._active.squeeze(1)
 
     def check_in_dims(self, in_dims: InDims) -> None:
         """Raise a ValueError unless every argument has the samples where ``in_dims`` says."""
@@ -73,7 +80,7 @@ class FlatMap:
 
         self._args = tuple(take(arg, dim) for arg, dim in zip(self._args, self._dims(in_dims), strict=True))
         self._layout = self._layout.resized(len(keep))
-        self._done = self._value = None
+        self._active = self._value = None
 
     def _dims(self, in_dims: InDims) -> tuple[int | None, ...]:
         """One entry an argument."""
@@ -84,8 +91,8 @@ class FlatMap:
         return in_dims
 
     def __call__(self, z: Tensor) -> Tensor:
-        if self._done is not None and self._value is not None:
-            z = torch.where(self._done, self._value, z)
+        if self._active is not None and self._value is not None:
+            z = torch.where(self._active, z, self._value)
         argument = self._layout.unpack(z)
         self.num_evals += 1
         versioned = not (torch.compiler.is_compiling() or z.is_inference())
@@ -109,7 +116,7 @@ class FlatMap:
         number = torch.arange(len(z), device=z.device)
         if len(z) < 2:
             return False
-        self._done = self._value = None
+        self._active = self._value = None
         try:
             with torch.random.fork_rng(devices=[]):
                 image = self(z)

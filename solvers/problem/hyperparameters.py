@@ -3,7 +3,9 @@
 import dataclasses
 import numbers
 import operator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+
+import torch
 
 from solvers.problem.foreign_names import hint
 
@@ -15,14 +17,21 @@ class Hyperparameters:
     but not the ones that exist.
     """
 
+    # Of each class by itself, found when it is first used.
+    _option_names: ClassVar[list[str]]
+
     def __new__(cls, *args: Any, **options: Any) -> Self:
         if not dataclasses.is_dataclass(cls):
             raise TypeError(
                 f"{cls.__name__} is not a dataclass. Put @dataclasses.dataclass(frozen=True, kw_only=True) above it."
             )
-        # Not by dataclasses.fields, which torch.compile does not trace.
-        fields = cls.__dataclass_fields__.values()
-        names = [field.name for field in fields if field.init and "ClassVar" not in str(field.type)]
+        names = cls.__dict__.get("_option_names")
+        if names is None:
+            # Not by dataclasses.fields, which torch.compile does not trace.
+            fields = cls.__dataclass_fields__.values()
+            names = [field.name for field in fields if field.init and "ClassVar" not in str(field.type)]
+            if not torch.compiler.is_compiling():
+                cls._option_names = names
         known = ", ".join(names) or "none"
         if args:
             raise TypeError(f"{cls.__name__} takes keyword arguments only, got {args!r}. Its options: {known}.")

@@ -66,6 +66,8 @@ class Layout:
         for dtype in self.dtypes:
             if dtype == torch.float64:
                 self.dtype = dtype
+        # Whether the state is one (B, D) tensor in the dtype of the algebra, which needs no conversion.
+        self._flat = self.spec.is_leaf() and first.dtype == self.dtype and first.dim() == 2 and batch_dims == 1
 
     def resized(self, batch_size: int) -> "Layout":
         """The layout for another number of samples. Only for one batch dimension."""
@@ -76,13 +78,8 @@ class Layout:
         return other
 
     def _is_flat(self, tree: Any) -> bool:
-        """Whether the state is one (B, D) tensor in the dtype of the algebra, and ``tree`` is such a tensor too."""
-        return (
-            isinstance(tree, Tensor)
-            and self.spec.is_leaf()
-            and self.dtypes[0] == self.dtype == tree.dtype
-            and tree.shape == self.shapes[0] == (self.batch_size, self.sizes[0])
-        )
+        """Whether ``tree``, like the state, is one (B, D) tensor in the dtype of the algebra."""
+        return self._flat and isinstance(tree, Tensor) and tree.dtype == self.dtype and tree.shape == self.shapes[0]
 
     def pack(self, tree: Any) -> Tensor:
         """A pytree like z0 -> (B, D) in the dtype of the algebra. A view where possible."""

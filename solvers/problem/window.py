@@ -91,10 +91,20 @@ def recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def slots(block: Tensor, n: int) -> Tensor:
+    """The first n slots of a block (B, m, D)."""
+    return block if block.shape[1] == n else block[:, :n]
+
+
 def dot(block: Tensor, vector: Tensor) -> Tensor:
     """(B, m, D), (B, D) -> (B, m) inner products."""
+    return row_of_products(block, vector).squeeze(1)
+
+
+def row_of_products(block: Tensor, vector: Tensor) -> Tensor:
+    """``dot(block, vector)`` as a row (B, 1, m), which :func:`add_combination` takes."""
     # A row times a matrix is several times faster on the CPU than the same matrix times a column.
-    return torch.bmm(vector.unsqueeze(1), block.transpose(1, 2)).squeeze(1)
+    return torch.bmm(vector.unsqueeze(1), block.mT)
 
 
 def combine(block: Tensor, coefficients: Tensor) -> Tensor:
@@ -105,17 +115,17 @@ def combine(block: Tensor, coefficients: Tensor) -> Tensor:
 def add_combination(
     vector: Tensor, block: Tensor, coefficients: Tensor, factor: float, *, scale: float = 1.0, reuse: bool = False
 ) -> Tensor:
-    """(B, D), (B, m, D), (B, m) -> (B, D) ``scale * vector + factor * combine(block, coefficients)``.
+    """(B, D), (B, m, D), (B, 1, m) -> (B, D) ``scale * vector + factor * combine(block, coefficients)``.
 
     Args:
         vector: (B, D).
         block: (B, m, D).
-        coefficients: (B, m).
+        coefficients: (B, 1, m).
         factor: A Python number.
         scale: A Python number.
         reuse: Whether to return the result in the memory of ``vector`` where no gradient is recorded.
     """
-    row, coefficients = vector.unsqueeze(1), coefficients.unsqueeze(1)
+    row = vector.unsqueeze(1)
     # Under torch.vmap the in-place variant gives a warning.
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if reuse and not transformed and not recorded(vector, block, coefficients):

@@ -1,0 +1,117 @@
+"""The report of a sweep: tables in the terminal, CSV files, figures, and one page of HTML with all of them."""
+
+import platform
+import shlex
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from imixer.reproduction.experiments import Experiment
+from imixer.reproduction.figures import make_figures
+from imixer.reproduction.page import (
+    code,
+    contents,
+    figure_element,
+    folded,
+    heading,
+    page,
+    paragraph,
+    table_element,
+    table_of,
+)
+from imixer.reproduction.results import ArmResults, read_results
+from imixer.reproduction.sweep import Sweep
+from imixer.reproduction.tables import Table, make_table
+from imixer.reproduction.trial import replace_file
+
+READING = (
+    "Numbers are means over seeds of the test accuracy after the last epoch; no epoch was chosen by it. Deviations are "
+    "sample standard deviations, intervals 95% intervals of Student's t over seeds, and differences are paired by "
+    "seed. A difference is called better or worse only where its interval, of three seeds or more, excludes 0. "
+    "Intervals are not corrected for the number of comparisons: of twenty differences that do not exist, one is "
+    "expected to be called so."
+)
+
+
+def tables_of(sweep: Sweep) -> list[tuple[Experiment, list[ArmResults], Table]]:
+    """The experiments of a sweep with their results and tables, as far as they are there."""
+    found = []
+    for experiment in sweep.experiments():
+        results = read_results(experiment, sweep.output, sweep.seeds(experiment), sweep.place)
+        found.append((experiment, results, make_table(experiment, results)))
+    return found
+
+
+def print_tables(sweep: Sweep) -> None:
+    """Print the tables of a sweep."""
+    for experiment, results, table in tables_of(sweep):
+        print(f"\n{experiment.title} ({sweep.scale} scale)\n\n{table.text()}")
+        for name, reason in experiment.left_out:
+            print(f"left out: {name}: {reason}")
+        for result in results:
+            for seed, reason in result.failures.items():
+                print(f"failed: {result.arm.name}, seed {seed}: {reason}")
+
+
+def write_report(sweep: Sweep) -> Path:
+    """Write ``report.html``, and the tables and figures in ``report/``.
+
+    Returns:
+        The page.
+    """
+    sections, entries = [], []
+    for experiment, results, table in tables_of(sweep):
+        entries.append((experiment.name, experiment.title))
+        replace_file(sweep.output / "report" / f"{experiment.name}.csv", table.csv().encode())
+        sections += [heading(experiment.title, experiment.name), paragraph(experiment.question), table_element(table)]
+        for figure in make_figures(experiment, results):
+            for kind, content in (("png", figure.png()), ("pdf", figure.pdf())):
+                replace_file(sweep.output / "report" / f"{figure.name}.{kind}", content)
+            sections.append(figure_element(figure.svg(), figure.caption))
+        failures = [
+            (result.arm.name, str(seed), reason) for result in results for seed, reason in result.failures.items()
+        ]
+        if failures:
+            sections.append(f"<h3>Failed trials</h3>{table_of(('arm', 'seed', 'reason'), failures)}")
+        if experiment.left_out:
+            sections.append(
+                folded(f"Left out: {len(experiment.left_out)}", table_of(("arm", "reason"), experiment.left_out))
+            )
+        sections += [paragraph("To run it again:", "muted"), code(command(sweep, experiment.name))]
+        settings = [
+            (result.arm.name, ", ".join(f"{name}={value!r}" for name, value in sorted(result.arm.settings.items())))
+            for result in results
+        ]
+        sections.append(folded("Settings of every arm", table_of(("arm", "settings"), settings)))
+    about = [
+        ("scale", sweep.scale),
+        ("images", str(sweep.data_dir or "scikit-learn's digits")),
+        ("device", sweep.device),
+        *versions(),
+    ]
+    body = [paragraph(READING), contents(entries), *sections, heading("Configuration", "configuration")]
+    body += [table_of(("what", "value"), about), code("\n".join(command(sweep, name) for name in sweep.names))]
+    path = sweep.output / "report.html"
+    replace_file(path, page(f"iMixer experiments, {sweep.scale} scale", body).encode())
+    return path
+
+
+def command(sweep: Sweep, name: str) -> str:
+    """The command line that runs an experiment again, and goes on where it was stopped."""
+    data = "" if sweep.data_dir is None else f" {shlex.quote(str(sweep.data_dir))}"
+    seeds = "" if sweep.num_seeds is None else f" --seeds {sweep.num_seeds}"
+    output = shlex.quote(str(sweep.output))
+    return f"imixer-reproduce {name}{data} --scale {sweep.scale}{seeds} --output {output}"
+
+
+def versions() -> list[tuple[str, str]]:
+    """What the results depend on besides the settings."""
+    found = [("python", platform.python_version()), ("torch", str(torch.__version__)), ("machine", platform.platform())]
+    found.append(("threads", str(torch.get_num_threads())))
+    for package in ("implicit-layers", "timm", "torchvision", "accelerate", "scipy"):
+        try:
+            found.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            found.append((package, "not installed"))
+    return found

@@ -1,0 +1,28 @@
+"""A diagnosis as one HTML page that needs no other file."""
+
+import base64
+import html
+import io
+
+from implicit.diagnostics.diagnosis import Diagnosis
+
+_STYLE = (
+    "body{font-family:sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}"
+    "pre{background:#f4f4f4;padding:1em;overflow-x:auto}img{max-width:100%}"
+)
+
+
+def html_page(diagnosis: Diagnosis, title: str, *extra: str) -> str:
+    """Return the page: the report, further texts, and a figure for each layer. Needs matplotlib."""
+    heading = html.escape(title)
+    parts = [f"<h1>{heading}</h1>", *(f"<pre>{html.escape(text)}</pre>" for text in (str(diagnosis), *extra))]
+    for name, layer in diagnosis.layers.items():
+        image = io.BytesIO()
+        diagnosis.plot(name).savefig(image, format="png", dpi=90)
+        code = base64.b64encode(image.getvalue()).decode("ascii")
+        text = html.escape(layer.name)
+        parts.append(f'<h2>{text}</h2><img alt="figures of {text}" src="data:image/png;base64,{code}">')
+        parts.append(f"<pre>{html.escape(str(layer))}</pre>")
+    body = "\n".join(parts)
+    head = f'<meta charset="utf-8"><title>{heading}</title><style>{_STYLE}</style>'
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'

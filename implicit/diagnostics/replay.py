@@ -1,0 +1,161 @@
+"""A solve of a layer that can be made again with other settings."""
+
+import contextlib
+import dataclasses
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from implicit.autograd.modules_used import modules_used_by
+from implicit.diagnostics.observed_map import restored
+from implicit.implicit_layer import ImplicitLayer
+from solvers import NOT_GIVEN, Picard, Solution, Solver, Stopping, StopRule, solve
+from solvers.problem import FlatMap, Layout
+
+# The most solves of a layer that one diagnosis makes, with those of the model itself.
+MOST_SOLVES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What differs from the layer's own settings; None where nothing does.
+
+    Attributes:
+        solver: The solver.
+        max_steps: The largest number of steps.
+        rtol: The relative tolerance.
+        batch_dims: How many leading dimensions index independent problems.
+        start: A state to start from, and the code that makes it.
+        evaluating: Modules of the map that are in eval mode, and their names.
+    """
+
+    solver: Solver | None = None
+    max_steps: int | None = None
+    rtol: float | None = None
+    batch_dims: int | None = None
+    start: tuple[str, Any] | None = None
+    evaluating: tuple[tuple[str, nn.Module], ...] = ()
+
+    def __str__(self) -> str:
+        """The setting as it is written in a program."""
+        options = {"solver": self.solver, "rtol": self.rtol, "max_steps": self.max_steps, "batch_dims": self.batch_dims}
+        code = [f"{name}={_short(value)}" for name, value in options.items() if value is not None]
+        code += [self.start[0]] if self.start else []
+        code += [f"{name} in eval mode" for name, _ in self.evaluating]
+        return ", ".join(code)
+
+
+@dataclasses.dataclass
+class Replay:
+    """A solve of a layer with everything that it depends on.
+
+    Attributes:
+        layer: The layer.
+        f: The map.
+        z0: The start.
+        inputs: The inputs of the map.
+        stopping: When the layer's own solve stopped.
+        num_solves: The number of solves so far, with those that the model itself made.
+    """
+
+    layer: ImplicitLayer
+    f: Callable[..., Any]
+    z0: Any
+    inputs: tuple[Any, ...]
+    stopping: StopRule
+    num_solves: int = 0
+
+    def __post_init__(self) -> None:
+        self.z0, self.inputs = tree_map_only(Tensor, torch.Tensor.detach, (self.z0, self.inputs))
+        self.layout = Layout(self.z0, self.layer.batch_dims)
+        self.start = self.layout.pack(self.z0)  # (B, D)
+        self._flat = FlatMap(self.f, self.inputs, self.layout)
+
+    def flat(self, z: Tensor) -> Tensor:
+        """The map on (B, D)."""
+        return self._flat(z)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer takes plain steps."""
+        return self.layer.solver == Picard()
+
+    @property
+    def tested(self) -> Stopping:
+        """The layer's stopping; the default one where it takes a fixed number of steps."""
+        return self.stopping if isinstance(self.stopping, Stopping) else Stopping(max_steps=max(self.stopping.n, 50))
+
+    def asked(self, size: Tensor) -> Tensor:
+        """(B,) the relative residual that the tolerances ask for, given the size of the state."""
+        rule = self.tested
+        absolute = float(rule.atol) if isinstance(rule.atol, numbers.Real) else 0.0
+        return torch.clamp(absolute / size.double().cpu().clamp_min(1e-300), min=rule.relative or 0.0)
+
+    @property
+    def rtol(self) -> float | None:
+        """The relative tolerance, if one number is given and it alone decides."""
+        rule = self.stopping
+        if not isinstance(rule, Stopping) or not (rule.atol is NOT_GIVEN or rule.atol in (None, 0)):
+            return None
+        return float(rule.rtol) if isinstance(rule.rtol, numbers.Real) else None
+
+    def has_room(self) -> bool:
+        """Whether another solve is within the limit."""
+        return self.num_solves < MOST_SOLVES
+
+    def run(self, setting: Setting) -> Solution[Any]:
+        """Solve with a setting."""
+        self.num_solves += 1
+        rule = self.tested
+        changes = {name: getattr(setting, name) for name in ("rtol", "max_steps")}
+        rule = dataclasses.replace(rule, **{name: value for name, value in changes.items() if value is not None})
+        with _evaluating([module for _, module in setting.evaluating]):
+            return solve(
+                self.f,
+                setting.start[1] if setting.start else self.z0,
+                setting.solver or self.layer.solver,
+                args=self.inputs,
+                stopping=rule,
+                batch_dims=self.layer.batch_dims if setting.batch_dims is None else setting.batch_dims,
+                on_failure="ignore",
+            )
+
+    def restored(self) -> contextlib.AbstractContextManager[None]:
+        """Restore the modules' tensors and random number generators on leaving the context."""
+        return restored(modules_used_by(self.f), self.layout.device)
+
+    def allows(self, solver: Solver | None) -> bool:
+        """Whether the layer's backward mode goes with a solver."""
+        try:
+            self.layer.backward.check(solver or self.layer.solver)
+        except ValueError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _short(value: Any) -> str:
+    """``Anderson(memory=5)``: a solver with what it remembers and the options that are not the default; or a number."""
+    if not isinstance(value, Solver) or not dataclasses.is_dataclass(value):
+        return f"{value:g}" if isinstance(value, float) else repr(value)
+    shown = [
+        f"{field.name}={option!r}"
+        for field in dataclasses.fields(value)
+        if (option := getattr(value, field.name)) != field.default or (field.name == "memory" and option is not None)
+    ]
+    return f"{type(value).__name__}({', '.join(shown)})"

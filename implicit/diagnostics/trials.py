@@ -1,0 +1,151 @@
+"""The settings that are tried instead of a layer's own."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
+
+from implicit.diagnostics.layer_report import Proposal, largest
+from implicit.diagnostics.replay import Replay, Setting
+from solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solution, Solver
+
+# Solvers that are tried where the layer's own fails.
+SOLVERS: tuple[Solver, ...] = (
+    Picard(),
+    Picard(damping=0.5),
+    Anderson(),
+    Anderson(memory=10),
+    Broyden(),
+    Auto(),
+    NewtonKrylov(),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A setting that was tried, and whether each sample (B,) converged."""
+
+    setting: Setting
+    solution: Solution[Any]
+    converged: Tensor
+
+
+class Trials:
+    """Solves with other settings.
+
+    Args:
+        replay: The solve.
+        solution: How it went with the layer's own settings.
+        point: (B, D) its value.
+        failed: (B,) bool, the samples that failed.
+
+    Attributes:
+        made: The trials so far.
+    """
+
+    def __init__(self, replay: Replay, solution: Solution[Any], point: Tensor, failed: Tensor) -> None:
+        self._replay, self._solution, self._point, self._failed = replay, solution, point, failed
+        self.made: list[Trial] = []
+
+    def make(self, setting: Setting, *, keep: bool = True) -> Trial | None:
+        """Run a setting, and keep it as a possible proposal; None if there is no room for it or it does not run."""
+        if not self._replay.has_room() or any(trial.setting == setting for trial in self.made if not setting.start):
+            return None
+        try:
+            with self._replay.restored():
+                solution = self._replay.run(setting)
+        except Exception:  # products that the map does not support, or a start that it refuses: no cure
+            return None
+        converged = solution.converged.flatten().cpu()
+        if len(converged) != len(self._failed):  # batch_dims=0
+            converged = converged.all().expand(len(self._failed))
+        trial = Trial(setting, solution, converged)
+        if keep:
+            self.made.append(trial)
+        return trial
+
+    def cure(self, rows: Tensor) -> bool:
+        return any(bool(trial.converged[rows].all()) for trial in self.made)
+
+    def proposal(self, rows: Tensor) -> Proposal | None:
+        """Propose the setting with which most samples converge, the cheapest of these."""
+        usable = [trial for trial in self.made if self._replay.allows(trial.setting.solver)]
+        better = [trial for trial in usable if bool(trial.converged[rows].any())]
+        if not better:
+            return None
+        best = max(better, key=lambda trial: (int(trial.converged.sum()), -trial.solution.num_evals))
+        if int(best.converged.sum()) <= int((~self._failed).sum()) and bool(self._failed.any()):
+            return None
+        return Proposal(
+            str(best.setting),
+            int(best.converged.sum()),
+            len(best.converged),
+            int(best.solution.num_steps.max()),
+            best.solution.num_evals,
+        )
+
+    def search(self, rows: Tensor) -> None:
+        """Try other solvers, and then other starts, until every sample has an equilibrium.
+
+        A slow solve looks as if there were none, so one of them may take ten times as many steps.
+        """
+        replay = self._replay
+        steps = max(replay.tested.max_steps, 50)
+        more = None if steps == replay.tested.max_steps else steps
+        for solver in SOLVERS:
+            if solver != replay.layer.solver or more is not None:
+                self.make(Setting(solver=None if solver == replay.layer.solver else solver, max_steps=more))
+        if not self.cure(rows):
+            self.make(Setting(solver=Anderson(memory=10), max_steps=10 * steps))
+        if not self.cure(rows):
+            self.search_starts()
+
+    def search_starts(self) -> None:
+        for start in self._starts():
+            self.make(Setting(start=start))
+
+    def _starts(self) -> Iterator[tuple[str, Any]]:
+        replay = self._replay
+        if bool((replay.start != 0).any()):
+            yield "init=zeros", tree_map(torch.zeros_like, replay.z0)
+        first = replay.inputs[0] if replay.inputs else None
+        leaves, others = tree_leaves(first), tree_leaves(replay.z0)
+        if tree_structure(first) == tree_structure(replay.z0) and all(
+            isinstance(a, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+            for a, b in zip(leaves, others, strict=True)
+        ):
+            yield "init=<the first input>", first
+
+    def equilibria(self) -> tuple[Tensor, Tensor]:
+        """(B,) which samples have one, and (B, D) where, or the best point."""
+        own = ~self._failed
+        found, point = own.clone(), self._point
+        for trial in self.made:
+            new = (trial.converged & ~found).to(point.device)
+            point = torch.where(new.unsqueeze(1), self._replay.layout.pack(trial.solution.value), point)
+            found |= trial.converged
+        return found, point
+
+    def least_residual(self, rows: Tensor) -> float:
+        """Return the largest, over the samples ``rows`` (B,), of the smallest residual in any trial."""
+        residuals = [solution.residual for solution in (self._solution, *(trial.solution for trial in self.made))]
+        flat = [r.flatten().cpu().double() for r in residuals if r is not None and r.numel() == len(rows)]
+        return largest(functools.reduce(torch.fmin, flat)[rows]) if bool(rows.any()) else math.nan
+
+    def make_damped(self, eigenvalues: Tensor) -> None:
+        """Try plain steps with the damping that makes the measured eigenvalues, and 0, smallest."""
+        if not len(eigenvalues):
+            return
+        dampings = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+        known = torch.cat([eigenvalues[~eigenvalues.isnan()], torch.zeros(1, dtype=eigenvalues.dtype)])
+        rates = (1 - dampings[:, None] + dampings[:, None] * known).abs().amax(dim=1)
+        rate, best = float(rates.min()), float(dampings[rates.argmin()])
+        if rate < 1:
+            steps = math.ceil(1.3 * math.log(1e-6) / math.log(rate)) + 10
+            solver = Picard(damping=round(best, 2))
+            self.make(Setting(solver=solver, max_steps=max(min(steps, 1000), self._replay.tested.max_steps)))

@@ -1,0 +1,148 @@
+"""The audit of gradients, against biases that are computed by hand."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from sick_maps import healthy
+from torch import nn
+
+from implicit import JFB, FixedPointLayer, Phantom, audit_gradients, spectral_norm
+from implicit.diagnostics import USES
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+class Linear(nn.Module):
+    """The map ``q z + w x`` with the parameters w and q."""
+
+    def __init__(self, q):
+        super().__init__()
+        self.w, self.q = nn.Parameter(torch.ones(())), nn.Parameter(torch.tensor(q))
+
+    def forward(self, z, x):
+        return self.q * z + self.w * x
+
+
+@pytest.mark.parametrize("q", [0.5, -0.5, 0.9])
+def test_bias_of_jfb_by_hand(q):
+    """The exact gradient is ``(df/dt)' w / (1 - q)``; JFB leaves the factor out, and Phantom the rest of its series."""
+    layer = FixedPointLayer(Linear(q), solver="picard", rtol=1e-10, max_steps=1000)
+    modes = {"jfb": JFB(), "three": Phantom(steps=3), "implicit": "implicit"}
+    audit = audit_gradients(layer, torch.randn(4, 3), loss=lambda z: z.square().sum(), modes=modes)
+    for group in ("f", "(inputs)"):
+        jfb, three, exact = (audit.modes[mode].groups[group] for mode in modes)
+        assert jfb.norm_ratio == pytest.approx(1 - q, rel=1e-6)
+        assert three.norm_ratio == pytest.approx(1 - q**3, rel=1e-6)
+        assert exact.norm_ratio == pytest.approx(1, rel=1e-6)
+        assert all(found.cosine == pytest.approx(1, rel=1e-6) for found in (jfb, three, exact))
+    assert audit.modes["jfb"].products == 1
+    assert audit.modes["three"].products == 3
+
+
+def test_cosine_of_jfb_by_hand():
+    """With J = diag(0.9, 0) the exact gradient of w = (1, 1) to the input is (10, 1), and that of JFB (1, 1)."""
+    rates = torch.tensor([0.9, 0.0])
+    layer = FixedPointLayer(lambda z, x: rates * z + x, rtol=1e-10, max_steps=500)
+    audit = audit_gradients(layer, torch.randn(1, 2), loss=torch.sum, modes=("jfb",))
+    found = audit.modes["jfb"].groups["(inputs)"]
+    assert found.cosine == pytest.approx(11 / math.sqrt(2 * 101))
+    assert found.norm_ratio == pytest.approx(math.sqrt(2 / 101))
+    assert audit.modes["jfb"].worst == found
+    assert not audit.modes["jfb"].is_good_for("the beginning of training")
+    assert audit.cheapest("the beginning of training") is None
+
+
+def test_cheapest_mode_for_each_use():
+    """A bias of a thousandth is good enough for training and not for exact derivatives."""
+    layer = FixedPointLayer(lambda z, x: 0.01 * z + x, rtol=1e-8, solver="anderson")
+    audit = audit_gradients(layer, torch.randn(2, 3), loss=lambda z: z.square().sum(), modes=("implicit", "jfb"))
+    exact, training, _ = USES
+    assert audit.cheapest(training) == "jfb"
+    assert audit.cheapest(exact) == "implicit"
+    assert "- for training to the end: jfb" in str(audit)
+
+
+def test_fixed_number_of_steps_is_compared_with_its_own_derivative():
+    layer = FixedPointLayer(lambda z, x: 0.5 * z + x, solver="picard", rtol=None, max_steps=2)
+    audit = audit_gradients(layer, torch.randn(2, 3), loss=torch.sum, modes=("unrolled", "implicit"))
+    ratios = {name: mode.groups["(inputs)"].norm_ratio for name, mode in audit.modes.items()}
+    assert ratios["unrolled"] == pytest.approx(1)
+    assert ratios["implicit"] == pytest.approx(2 / 1.5, rel=1e-6)
+    assert audit.exact == "the gradient of the steps that are taken"
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Linear(3, 4)
+        self.linear = spectral_norm(nn.Linear(4, 4))
+        self.layer = FixedPointLayer(lambda z, x: torch.tanh(self.linear(z) + x), solver="broyden")
+        self.drop = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(self.drop(self.layer(self.before(x))))
+
+
+def test_model_is_left_as_it_was_and_groups_are_its_modules():
+    model, x = Model(), torch.randn(5, 3)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    backward, stopping = model.layer.backward, model.layer.stopping
+    audit = audit_gradients(model, x, loss=lambda y: y.square().sum() + y[0, 0])
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert (model.layer.backward, model.layer.stopping, model.layer.on_failure) == (backward, stopping, "warn")
+    assert "_solve" not in vars(model.layer)
+    assert not x.requires_grad
+    assert set(audit.modes["jfb"].groups) == {"before", "linear", "norm", "(inputs)"}
+    # The same masks of dropout in every pass: implicit and unrolled derivatives agree.
+    assert audit.modes["unrolled"].worst.cosine > 1 - 1e-5
+    assert audit.modes["implicit"].worst.cosine > 1 - 1e-5
+    assert not any(mode.error for mode in audit.modes.values())
+    json.dumps(audit.to_dict(), allow_nan=False)
+
+
+def test_costs_are_counted():
+    layer = FixedPointLayer(lambda z, x: 0.5 * torch.tanh(z) + x, solver="picard", rtol=None, max_steps=7)
+    audit = audit_gradients(layer, torch.randn(2, 3), loss=torch.sum)
+    calls = {name: (mode.calls, mode.products) for name, mode in audit.modes.items() if not mode.error}
+    assert calls["unrolled"] == (7, 7)
+    assert calls["jfb"] == (8, 1)
+    assert calls["phantom"] == (12, 5)
+    assert calls["neumann"][0] == 8
+    assert audit.modes["unrolled"].peak_bytes > audit.modes["jfb"].peak_bytes > 0
+
+
+def test_mode_that_does_not_go_with_the_solver_says_why():
+    layer = FixedPointLayer(lambda z, x: 0.5 * torch.tanh(z) + x, solver="newton_krylov")
+    audit = audit_gradients(layer, torch.randn(2, 3), loss=torch.sum)
+    assert {name for name, mode in audit.modes.items() if mode.error} == {"unrolled", "checkpointed", "shine"}
+    assert "needs gradients through the steps" in audit.modes["unrolled"].error
+    assert "unrolled: Unrolled() needs gradients" in str(audit)
+    assert not audit.modes["unrolled"].is_good_for("training to the end")
+
+
+def test_groups_of_an_imlp_belong_to_its_layer():
+    patient = healthy("iMLP")
+    audit = audit_gradients(nn.Sequential(patient.model), *patient.inputs, loss=torch.sum, modes=("jfb",))
+    assert audit.layers == {"0.fixed_point": ("0.fc1", "0.fc_sn1", "0.fc_sn2", "0.fc2")}
+
+
+def test_unfit_arguments_are_refused():
+    layer = FixedPointLayer(lambda z, x: 0.5 * z + x)
+    x = torch.ones(2, 3)
+    with pytest.raises(TypeError, match="loss must be a callable"):
+        audit_gradients(layer, x, loss=None)
+    with pytest.raises(ValueError, match=re.escape("got shape (2, 3)")):
+        audit_gradients(layer, x, loss=lambda z: z)
+    with pytest.raises(ValueError, match="scalar that depends"):
+        audit_gradients(layer, x, loss=lambda z: torch.zeros(()))
+    with pytest.raises(ValueError, match="unknown|not a known|backward mode"):
+        audit_gradients(layer, x, loss=torch.sum, modes=("exact",))
+    with pytest.raises(ValueError, match="no implicit layer"):
+        audit_gradients(nn.Linear(3, 3), x, loss=torch.sum)

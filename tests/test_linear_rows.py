@@ -1,0 +1,146 @@
+"""Every linear solver that tests its residual against dense linear algebra. A new solver is one new row."""
+
+import pytest
+import torch
+
+from solvers import ConvergenceWarning, Status
+from solvers.linear import (
+    CG,
+    GMRES,
+    AutoLinear,
+    BiCGStab,
+    Dense,
+    NormalCG,
+    Richardson,
+    get_linear_solver,
+    linear_solve,
+)
+
+pytestmark = pytest.mark.usefixtures("double")
+
+ROWS = {
+    "gmres": GMRES(max_steps=300),
+    "gmres preconditioned": GMRES(max_steps=300, preconditioner=lambda x: x / 2),
+    "bicgstab": BiCGStab(max_steps=300),
+    "bicgstab preconditioned": BiCGStab(max_steps=300, preconditioner=lambda x: x / 2),
+    "cg": CG(max_steps=300),
+    "cg preconditioned": CG(max_steps=300, preconditioner=lambda x: x / 2),
+    "normal_cg": NormalCG(max_steps=1000),
+    "dense": Dense(),
+    "richardson": Richardson(),
+    "auto": AutoLinear(),
+    "auto large": AutoLinear(max_unknowns=4),
+}
+SYMMETRIC = {"cg", "cg preconditioned"}
+
+
+def systems(name, size=12):
+    """(6, size, size) matrices, symmetric positive definite where the solver needs that, and right-hand sides."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(6, size, size, generator=generator) / size
+    shift = torch.linspace(1, 3, 6).view(-1, 1, 1) * torch.eye(size)
+    a = shift + (noise @ noise.mT if name in SYMMETRIC else noise)
+    return a, torch.randn(6, size, generator=generator)
+
+
+def product(a):
+    return lambda x: (a @ x.unsqueeze(2)).squeeze(2)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_solves(name):
+    a, b = systems(name)
+    solution = linear_solve(product(a), b, ROWS[name], on_failure="raise", history=True)
+    assert torch.allclose(solution.value, torch.linalg.solve(a, b), rtol=1e-8)
+    residual = (b - product(a)(solution.value)).norm(dim=1) / b.norm(dim=1)
+    assert torch.allclose(solution.residual, residual, rtol=1e-2, atol=1e-12)
+    assert solution.num_evals >= int(solution.num_steps.max())
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("sign", [1.0, -1e-9, 1e9])
+def test_units(name, sign):
+    """A number in front of the operator changes the answer alone."""
+    a, b = systems(name)
+    solutions = [linear_solve(product(c * a), b, ROWS[name], on_failure="raise") for c in (1.0, sign)]
+    assert torch.allclose(solutions[0].value, sign * solutions[1].value, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_samples_are_independent(name):
+    a, b = systems(name)
+    together = linear_solve(product(a), b, ROWS[name])
+    for i in (0, 5):
+        alone = linear_solve(product(a[i : i + 1]), b[i : i + 1], ROWS[name])
+        assert torch.allclose(alone.value[0], together.value[i], rtol=1e-9)
+    spoiled = torch.where(torch.arange(6).unsqueeze(1) == 2, torch.nan, b)
+    beside = linear_solve(product(a), spoiled, ROWS[name], on_failure="ignore")
+    assert beside.status[2] == Status.NONFINITE
+    assert torch.allclose(beside.value[3:], together.value[3:], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_edges(name):
+    solver = ROWS[name]
+    zero = linear_solve(lambda x: 2 * x, torch.zeros(2, 3), solver)
+    assert (zero.value == 0).all()
+    assert zero.converged.all()
+    assert linear_solve(lambda x: 2 * x, torch.zeros(0, 3), solver).value.shape == (0, 3)
+    d = torch.tensor([1.0, 2.0, 0.0])
+    singular = linear_solve(
+        lambda x: d * x, torch.tensor([[1.0, 1, 0], [1, 1, 1], [0, 0, 1]]), solver, on_failure="ignore"
+    )
+    assert singular.converged.tolist() == [True, False, False]
+    assert torch.allclose(singular.value[0], torch.tensor([1.0, 0.5, 0.0]))
+    assert set(singular.status[1:].tolist()) <= {Status.BREAKDOWN, Status.STAGNATED}
+
+
+def test_cg_notices_what_is_not_definite():
+    indefinite = torch.diag(torch.tensor([1.0, -1.0]))
+    solution = linear_solve(lambda x: x @ indefinite, torch.ones(1, 2), CG(), on_failure="ignore")
+    assert solution.status.item() == Status.BREAKDOWN
+    negative = linear_solve(lambda x: -2 * x, torch.ones(1, 2), CG(), on_failure="raise")
+    assert torch.equal(negative.value, torch.full((1, 2), -0.5))
+
+
+def test_normal_cg_finds_least_squares_solutions_with_a_given_or_a_derived_transpose():
+    a = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
+    for transpose in (None, lambda x: x @ a):
+        solution = linear_solve(
+            lambda x: x @ a.T, torch.tensor([[1.0, 1.0]]), NormalCG(), rmatvec=transpose, on_failure="ignore"
+        )
+        assert torch.allclose(solution.value[0], torch.linalg.pinv(a) @ torch.ones(2))
+        assert solution.status.item() == Status.BREAKDOWN
+
+
+def test_dense_notices_products_that_mix_samples():
+    with pytest.warns(ConvergenceWarning, match="STAGNATED"):
+        linear_solve(lambda x: x + 2 * x.roll(1, 0), torch.ones(4, 2).cumsum(0), Dense())
+    with pytest.raises(ValueError, match="3000 x 3000 for every sample"):
+        linear_solve(lambda x: x, torch.ones(1, 3000), Dense())
+
+
+def test_preconditioner_saves_steps():
+    scale = torch.logspace(0, 5, 40)
+    for solver in (CG, GMRES, BiCGStab):
+        plain, helped = (
+            linear_solve(lambda x: scale * x, torch.ones(2, 40), solver(max_steps=500, preconditioner=p))
+            for p in (None, lambda x: x / scale)
+        )
+        assert helped.num_steps.max() <= 2 < plain.num_steps.max()
+    tree = linear_solve(
+        lambda x: {"a": scale * x["a"]}, {"a": torch.ones(2, 40)}, GMRES(preconditioner=lambda x: {"a": x["a"] / scale})
+    )
+    assert tree.num_steps.max() == 1
+
+
+def test_names():
+    for name in ("gmres", "cg", "normal_cg", "bicgstab", "dense", "richardson", "neumann", "auto"):
+        assert get_linear_solver(name) == get_linear_solver(get_linear_solver(name))
+    assert get_linear_solver("gmres", restart=7) == GMRES(restart=7)
+    with pytest.raises(ValueError, match="There is no linear solver 'lu'. The known ones: gmres, cg,"):
+        get_linear_solver("lu")
+    with pytest.raises(TypeError, match="preconditioner=...\\) must be a function"):
+        CG(preconditioner=torch.eye(2))
+    with pytest.raises(ValueError, match="NormalCG takes no preconditioner"):
+        NormalCG(preconditioner=lambda x: x)

@@ -1,0 +1,79 @@
+"""What a solve for a root says of starts, functions and options that are not as they should be."""
+
+import pytest
+import torch
+
+from implicit import fixed_point, root
+from solvers import Anderson, ConvergenceError, ConvergenceWarning, solve
+from solvers.linear import GMRES
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def test_bad_samples_leave_the_others_alone():
+    x = torch.tensor([[4.0], [torch.nan], [9.0], [-1.0]])
+    value, solution = root(lambda z, x: z**2 - x, torch.ones(4, 1), x, on_failure="ignore", return_solution=True)
+    assert solution.statuses()[0] == solution.statuses()[2] == "CONVERGED"
+    assert solution.statuses()[1] == "NONFINITE"
+    assert solution.statuses()[3] not in ("CONVERGED", "NONFINITE")  # there is no root
+    assert torch.allclose(value[::2], torch.tensor([[2.0], [3.0]]))
+
+
+def test_a_start_that_is_a_root_and_a_root_at_zero():
+    value, solution = root(lambda z: z**2 - 4, torch.full((1, 1), 2.0), return_solution=True)
+    assert value.item() == 2.0
+    assert solution.num_steps.item() == 1
+    assert root(lambda z: z + z**3, torch.ones(1, 1), on_failure="raise").abs() < 1e-8
+    assert root(lambda z: z - z, torch.ones(1, 1), on_failure="ignore").item() == 1.0
+
+
+def test_singular_jacobian_says_so():
+    with pytest.warns(ConvergenceWarning, match="(?s)root solve did not converge.*matrix is singular where 1 samples"):
+        root(lambda z: torch.stack((z.sum(1), z.sum(1) + 1), dim=1), torch.ones(1, 2))
+    x = torch.ones(1, 2, requires_grad=True)
+    # A continuum of roots: the answer is one of them, and has no derivative.
+    z = root(lambda z, x: torch.stack((z.sum(1) - x.sum(1),) * 2, dim=1), torch.ones(1, 2), x)
+    with pytest.warns(ConvergenceWarning, match="(?s)linear solve of the derivative.*BREAKDOWN.*Jacobian of F"):
+        z[:, 0].sum().backward()
+
+
+def test_function_that_mixes_samples_says_so():
+    def mixing(z, x):
+        return z.roll(1) * 2 + z - x
+
+    x = torch.ones(3, requires_grad=True)
+    z = root(mixing, torch.full((3,), 1 / 3), x)
+    with pytest.warns(ConvergenceWarning, match="(?s)derivative did not.*mixes samples.*batch_dims=0"):
+        z[0].backward()
+    z = root(mixing, torch.zeros(3), x, batch_dims=0)
+    assert torch.allclose(z, x.detach() / 3)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="F must return the shape of the state: got \\(2, 1\\)"):
+        root(lambda z: z[:, :1], torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="F changed its argument z in place"):
+        root(lambda z: z.sub_(1), torch.ones(2, 3), solver="broyden")
+    with pytest.raises(ValueError, match="There is no solver 'newtn'"):
+        root(torch.cos, torch.ones(1, 1), solver="newtn")
+    with pytest.raises(ConvergenceError, match="The root solve did not converge"):
+        root(lambda z: z**2 + 1, torch.ones(1, 1), on_failure="raise")
+
+
+@pytest.mark.parametrize(
+    ("face", "option", "ours"),
+    [
+        (lambda **options: fixed_point(torch.cos, torch.ones(1), **options), "tol", "rtol=... for a relative"),
+        (lambda **options: fixed_point(torch.cos, torch.ones(1), **options), "b_solver", "backward=Implicit"),
+        (lambda **options: solve(torch.cos, torch.ones(1), **options), "maxiter", "max_steps=... here"),
+        (lambda **options: solve(torch.cos, torch.ones(1), **options), "m", "solver=Anderson"),
+        (lambda **options: solve(torch.cos, torch.ones(1), **options), "slover", "Did you mean 'solver'"),
+        (lambda **options: root(torch.cos, torch.ones(1), **options), "f_solver", 'It is solver="anderson" here'),
+        (Anderson, "m", "memory=... here"),
+        (Anderson, "beta", "damping=... here"),
+        (GMRES, "maxiter", "max_steps=... here"),
+    ],
+)
+def test_names_of_other_libraries(face, option, ours):
+    with pytest.raises(TypeError, match=ours):
+        face(**{option: 1})
