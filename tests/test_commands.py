@@ -151,8 +151,8 @@ def test_wheel_has_the_commands(tmp_path: Path) -> None:
         names = archive.namelist()
         (points,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
     assert "imixer_commands.py" in names
-    commands = "imixer-train = imixer_commands:train\nimixer-validate = imixer_commands:validate"
-    assert points.strip() == f"[console_scripts]\n{commands}"
+    commands = [f"imixer-{name} = imixer_commands:{name}" for name in ("reproduce", "train", "validate")]
+    assert points.split("\n")[:4] == ["[console_scripts]", *commands]
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True)
     clean = {**os.environ, "PYTHONPATH": str(site)}
