@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from solvers._fixed_steps import Outcome
-from solvers._samples import News, Samples, Tests, Verdict
+from solvers._samples import News, Samples, Tests, Verdict, count_true
 from solvers._secant import Secant, some_entries
 from solvers._solution import ACTIVE, Status
 from solvers._stopping import Measure, Stopping
@@ -166,7 +166,7 @@ class ToleranceTest:
         samples, first = self._samples, self._step == 1
         if secant is None and not first and self._num_is_exact and (not asked or self._all_contract):
             # The look at the host. Samples that have stopped fail the tests that matter.
-            count: Tests[int] = Tests(*news.tests.sum(dim=1).tolist())
+            count: Tests[int] = Tests(*count_true(news.tests))
             num_before = samples.active.shape[0] - self.num_done
             active = samples.active if count.allowed == num_before else news.of_samples.allowed
             contracts = news.of_samples.contracts if asked else None
@@ -191,7 +191,7 @@ class ToleranceTest:
         if idle is not None:
             flags.insert(0, active & waiting)
         # The look at the host.
-        *counts, num_active, num_before, num_contracting = torch.stack(flags).sum(dim=1).tolist()
+        *counts, num_active, num_before, num_contracting = count_true(torch.stack(flags))
         if idle is not None and not counts.pop(0):
             self._all_improved_at = self._step - self._patience // 2 + 1
         return Verdict(met, idle, active, contracts, Tests(*counts), num_before, num_active, True, num_contracting)

@@ -1,10 +1,13 @@
 """Newton-Krylov on the problem bank, where Picard converges and where it cannot."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from implicit import fixed_point
-from solvers import NewtonKrylov, Status, solve
+from solvers import Newton, NewtonKrylov, Status, solve
 from solvers.linear import GMRES, BiCGStab
 from solvers.testing import BANK
 
@@ -109,3 +112,22 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"forcing=...\) must be in \(0, 1\) or None, got 1.0"):
         NewtonKrylov(forcing=1.0)
     assert NewtonKrylov(linear_solver=GMRES()) == NewtonKrylov(linear_solver=GMRES())
+
+
+@pytest.mark.parametrize("solver", [NewtonKrylov(), Newton()], ids=["krylov", "dense"])
+def test_threads_do_not_disturb_each_other(solver):
+    """PyTorch's forward mode has one level for all threads."""
+    starts = torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
+
+    def solved(start):
+        return solve(lambda z: 0.9 * torch.cos(z), start.expand(5, 2), solver, rtol=1e-10).value
+
+    alone = [solved(start) for start in starts]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(20):
+                assert all(map(torch.equal, pool.map(solved, starts), alone))
+    finally:
+        sys.setswitchinterval(interval)

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from solvers.methods.jacobian_product import JacobianProduct, Way, derivatives_allowed
+from solvers.methods.jacobian_product import FORWARD_MODE, JacobianProduct, Way, derivatives_allowed
 from solvers.methods.solver import FlatMapping
 
 
 def with_jacobian(f: FlatMapping, z: Tensor, way: Way = "forward mode") -> tuple[Tensor, Tensor, Way]:
     """``f(z)`` and its Jacobian at z, for (B, D) tensors whose rows are independent.
 
-    By forward mode along all unit vectors at once, which is one call of ``f``; for one unknown, along a vector of ones.
-    Where the map does not support that, column by column as :class:`JacobianProduct` does it.
+    By forward mode along all unit vectors at once, which is one call of ``f``; for one unknown, by one backward pass,
+    which costs less. Where the map does not support that, column by column as :class:`JacobianProduct` does it.
 
     Args:
         f: The map.
@@ -26,14 +26,14 @@ def with_jacobian(f: FlatMapping, z: Tensor, way: Way = "forward mode") -> tuple
         with derivatives_allowed(z) as z:
             try:
                 if size == 1:
-                    fz, tangent = torch.func.jvp(f, (z,), (torch.ones_like(z),))[:2]
-                    return fz, tangent.to(z.dtype).unsqueeze(2), way
+                    return *_with_slope(f, z), way
                 units = torch.eye(size, dtype=z.dtype, device=z.device).unsqueeze(1).expand(size, *z.shape).contiguous()
                 along = torch.func.vmap(
                     lambda v: torch.func.jvp(f, (z,), (v,)),
                     out_dims=(None, 2),  # type: ignore[arg-type]
                 )
-                fz, columns = along(units)[:2]
+                with FORWARD_MODE:
+                    fz, columns = along(units)[:2]
                 return fz, columns.to(z.dtype), way
             except torch.OutOfMemoryError:
                 raise
@@ -42,3 +42,15 @@ def with_jacobian(f: FlatMapping, z: Tensor, way: Way = "forward mode") -> tuple
     fz = f(z)
     product = JacobianProduct(f, z, fz, way)
     return fz, product.matrix(), product.way
+
+
+def _with_slope(f: FlatMapping, z: Tensor) -> tuple[Tensor, Tensor]:
+    """``f(z)`` and its Jacobian for one unknown: (B, 1) and (B, 1, 1)."""
+    ones = torch.ones_like(z)
+    try:
+        fz, pull = torch.func.vjp(f, z)[:2]
+        return fz, pull(ones)[0].to(z.dtype).unsqueeze(2)
+    except (NotImplementedError, RuntimeError, ValueError):
+        with FORWARD_MODE:
+            fz, tangent = torch.func.jvp(f, (z,), (ones,))[:2]
+        return fz, tangent.to(z.dtype).unsqueeze(2)

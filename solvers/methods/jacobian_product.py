@@ -1,6 +1,7 @@
 """Products of a map's Jacobian with vectors, by the first way that the map supports."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -13,6 +14,10 @@ from solvers.problem.small_systems import inverse_or_zero
 
 # The ways to form a product, the best first.
 Way = Literal["forward mode", "double backward", "finite differences"]
+
+# PyTorch (2.11 to 2.14) keeps the level of forward mode in global variables, so that two threads in it disturb each
+# other: derivatives vanish, or an error says that there is no level.
+FORWARD_MODE = threading.RLock()
 
 
 class JacobianProduct:
@@ -77,7 +82,7 @@ class JacobianProduct:
 
     def _forward_mode(self, v: Tensor) -> Tensor:
         # PyTorch 2.11's forward mode gives zeros under inference mode, without an error.
-        with _without_inference_mode():
+        with _without_inference_mode(), FORWARD_MODE:
             product: Tensor = torch.func.jvp(self._f, (_normal(self._z),), (_normal(v),))[1]
             return product
 
