@@ -166,7 +166,8 @@ class Iteration(Generic[S]):
             raise ValueError(f"compact=True needs batch_dims=1, so that samples can leave the batch; got {batch_dims}.")
         self._layout = Layout(z0, batch_dims)
         self._map = RootMap(f, args, self._layout) if root else FlatMap(f, args, self._layout)
-        self._whole_map = copy.copy(self._map)  # which keeps the arguments of all samples
+        # For F at the end, with the arguments of all samples.
+        self._whole_map = copy.copy(self._map) if isinstance(self._map, RootMap) else None
         if compact:
             self._map.check_in_dims(in_dims)
         self._in_dims = in_dims
@@ -268,7 +269,7 @@ class Iteration(Generic[S]):
             return None if per_sample is None else self._layout.unpack_batch(per_sample)
 
         change, num_evals = outcome.change, self._map.num_evals
-        if isinstance(self._whole_map, RootMap) and self.tested:
+        if self._whole_map is not None and self.tested:
             with torch.no_grad(), without_autocast(self._layout.device.type):
                 residual = self._whole_map.residual(outcome.value.detach())
             change, num_evals = self._measure.norm(residual), num_evals + 1
@@ -299,6 +300,8 @@ class Iteration(Generic[S]):
         other.state = with_tensors(self.state, apart)
         other._progress = copy_with_tensors(self._progress, apart)
         other._map = copy_with_tensors(self._map, apart)
+        if self._whole_map is not None:
+            other._whole_map = copy_with_tensors(self._whole_map, apart)
         return other
 
     def _set_finished_apart(self, progress: ToleranceTest) -> None:

@@ -222,8 +222,12 @@ def test_refusals():
         certified(act_layer=Sine)
     with pytest.raises(ValueError, match=r"The slope of PReLU\(num_parameters=1\) changes with its parameters"):
         certified(act_layer=nn.PReLU)
-    for coeff in (1.0, 0.0, -0.5):
-        with pytest.raises(ValueError, match=f"bounds Lip.g. by coeff, in .0, 1.; got {coeff}"):
+    for coeff, reason in (
+        (1.0, "bounds Lip.g. by coeff, in .0, 1.; got 1.0"),
+        (0.0, "coeff must be a positive number, got 0.0"),
+        (-0.5, "coeff must be a positive number, got -0.5"),
+    ):
+        with pytest.raises(ValueError, match=reason):
             certified(coeff=coeff)
     with pytest.raises(ValueError, match="needs norm=\"spectral\", got 'weight'"):
         small(contraction="certified", norm="weight")

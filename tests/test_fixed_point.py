@@ -301,8 +301,8 @@ def test_refusals():
         FixedPointLayer(TanhMap(), backward="exact")
     with pytest.raises(TypeError, match="backward mode must be an implicit.Backward object or a name, got 3"):
         FixedPointLayer(TanhMap(), backward=3)
-    with pytest.raises(ValueError, match="no solver 'newton'"):
-        FixedPointLayer(TanhMap(), solver="newton")
+    with pytest.raises(ValueError, match="no solver 'secant'"):
+        FixedPointLayer(TanhMap(), solver="secant")
     with pytest.raises(ValueError, match="max_steps must be a positive integer, got 0"):
         FixedPointLayer(TanhMap(), max_steps=0)
     with pytest.raises(TypeError, match="no option 'solver'. .*Its options: linear_solver"):

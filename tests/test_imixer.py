@@ -227,8 +227,8 @@ def test_refusals():
         timm.create_model("imixer_s16_224", pretrained=True, num_blocks=1)
     with pytest.raises(ValueError, match="img_size=18 is no multiple of patch_size=4"):
         small(img_size=18)
-    with pytest.raises(ValueError, match="no solver 'newton'"):
-        small(solver="newton")
+    with pytest.raises(ValueError, match="no solver 'secant'"):
+        small(solver="secant")
     with pytest.raises(ValueError, match="h_ratio=0.01 leaves the block of a state of size 12"):
         small(h_ratio=0.01)
 

@@ -71,7 +71,7 @@ def test_changes_add_up_and_can_be_taken_back():
     [
         ({"n_iter": 0}, ValueError, "n_iter must be a positive integer, got 0"),
         ({"n_iter": None}, ValueError, "must be a positive integer, got None"),
-        ({"solver": "newton"}, ValueError, "no solver 'newton'"),
+        ({"solver": "secant"}, ValueError, "no solver 'secant'"),
         ({"solver": None}, TypeError, "None"),
         ({"rtol": -1.0}, ValueError, "rtol must be a number >= 0 or None"),
         ({"rtol": "1e-3"}, ValueError, "rtol must be a number >= 0 or None, got '1e-3'"),

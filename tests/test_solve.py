@@ -350,7 +350,11 @@ def test_options_are_checked():
     fails(ValueError, "max_steps must be a positive integer, got 0", max_steps=0)
     fails(ValueError, "max_steps must be a positive integer, got 2.0", max_steps=2.0)
     fails(ValueError, 'on_failure must be "warn", "raise" or "ignore", got \'log\'', on_failure="log")
-    fails(ValueError, "no solver 'newton'. The known ones: picard, anderson, broyden, newton_krylov", solver="newton")
+    fails(
+        ValueError,
+        "no solver 'secant'. The known ones: picard, anderson, broyden, newton, newton_krylov",
+        solver="secant",
+    )
     fails(TypeError, "solver must be a solvers.Solver object or a name, got 3", solver=3)
 
 

@@ -182,7 +182,7 @@ def test_wrong_checkpoints_are_refused(run: Path, tmp_path: Path, capsys: pytest
         str(run), "--data-dir", str(tmp_path / "tree"), "--img-size", "8"
     )
     assert "unknown model 'imixer'" in error(str(tmp_path / "foreign.pt"), "--model", "imixer")
-    assert "no solver 'newton'" in error(str(run), "--solver", "newton")
+    assert "no solver 'secant'" in error(str(run), "--solver", "secant")
     assert not (tmp_path / "out").exists()
 
 

@@ -124,6 +124,8 @@ def _train(
     test_loader = loader(data.test, batch_size=test_batch, training=False, device=device)
     num_steps = len(train_loader)
     schedule = Schedule(config, learner.optimizer, lr=lr, updates_per_epoch=math.ceil(num_steps / group))
+    if at.updates:  # the rate of the last update, which is saved again if no other one comes before
+        schedule.move_to(at.epoch if at.step else at.epoch - 1, at.updates - 1)
     epoch_images = min(len(data.train), num_steps * batch_size * world_size)
     about = {"model": config.model, "data": data.name, **environment()}
 

@@ -15,6 +15,7 @@ from solvers.problem import Layout, OnFailure, relative, rms_norm, with_tensors
 from solvers.problem.norms import FLOOR
 
 Leaves = Sequence[Tensor]
+Product = Callable[[Leaves], list[Tensor]]
 Map = Callable[[Leaves, Leaves], list[Tensor]]
 Report = Callable[[Solution], None] | None
 
@@ -131,12 +132,12 @@ class Problem:
 
     def _solve_linear(
         self,
-        product: Callable[[Leaves], list[Tensor]],
+        product: Product,
         rhs: Leaves,
         tensors: Leaves,
         batch_dims: int,
         report: Report,
-        transposed: Callable[[Leaves], list[Tensor]] | None = None,
+        transposed: Product | None = None,
     ) -> list[Tensor]:
         """Solve ``u - product(u) = rhs``, or ``-product(u) = rhs`` for a root."""
         solver = self.adjoint_solver
@@ -144,7 +145,7 @@ class Problem:
             supply = iter(tensors[-self.num_solver_tensors :])
             solver = with_tensors(solver, lambda _: next(supply))
 
-        def operator(product: Callable[[Leaves], list[Tensor]], u: Leaves) -> list[Tensor]:
+        def operator(product: Product, u: Leaves) -> list[Tensor]:
             return [-b for b in product(u)] if self.root else [a - b for a, b in zip(u, product(u), strict=True)]
 
         matvec = functools.partial(operator, product)

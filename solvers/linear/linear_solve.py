@@ -22,7 +22,7 @@ from solvers.problem.norms import FLOOR
 def linear_solve(
     matvec: Callable[[Any], Any],
     b: Any,
-    solver: LinearSolver | str = "gmres",
+    solver: LinearSolver | str | None = None,
     *,
     rmatvec: Callable[[Any], Any] | None = None,
     rtol: float | None = None,
@@ -36,7 +36,7 @@ def linear_solve(
     Args:
         matvec: A linear map of something like ``b`` to something like ``b``, which does not mix samples.
         b: The right-hand sides: a tensor or a pytree of tensors.
-        solver: A linear solver, or its name. It holds the tolerances.
+        solver: A linear solver, or its name; GMRES by default. It holds the tolerances.
         rmatvec: The product with the transpose, for solvers that need it; by default that is found by differentiating
             ``matvec``.
         rtol: The relative tolerance of a solver whose own is None, at least what rounding allows. None means
@@ -61,7 +61,7 @@ def linear_solve(
         >>> linear_solve(lambda x: x @ a.T, torch.tensor([[4.0, 4.0]]), GMRES()).value
         tensor([[1.5000, 1.0000]])
     """
-    solver = get_linear_solver(solver)
+    solver = get_linear_solver("gmres" if solver is None else solver)
     layout = Layout(b, batch_dims)
     autocast = AutocastMode.current(layout.device.type)
     num_evals = 0
