@@ -20,6 +20,7 @@ class Sine(nn.Module):
         return 0.9 * torch.sin(z) + x
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("solver", "layered"),
     [("picard", True), ("anderson", True), ("broyden", True), ("auto", True), ("anderson", False)],

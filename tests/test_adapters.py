@@ -87,6 +87,7 @@ def threads_end(left=0):
     return num_threads() == left
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ROWS)
 def test_no_thread_is_left_by_a_solve(name):
     solver, problem = made(name), RowContractions.make()

@@ -171,6 +171,7 @@ def test_the_state_has_no_unit():
         assert counts[0] == counts[1] == counts[2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("scale", "least"), [(1, 23), (10, 22)])
 @pytest.mark.parametrize("sign", ["minus", "plus"])
 def test_solves_classical_systems_of_equations(sign, scale, least):

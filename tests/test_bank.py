@@ -38,16 +38,9 @@ UNSOLVED = {
 TOO_LARGE = {("newton", "conv"), ("newton", "adjoint")}
 
 
-def solvers_by(problems, *, long=()):
-    return pytest.mark.parametrize(
-        ("solver", "problem"),
-        [
-            pytest.param(solver, problem, marks=pytest.mark.long if problem in long else ())
-            for problem in problems
-            for solver in SOLVERS
-            if (solver, problem) not in TOO_LARGE
-        ],
-    )
+def solvers_by(problems):
+    cases = [(solver, problem) for solver in SOLVERS for problem in problems if (solver, problem) not in TOO_LARGE]
+    return pytest.mark.parametrize(("solver", "problem"), cases)
 
 
 @functools.cache
@@ -91,7 +84,8 @@ def test_solves_the_bank(solver, problem):
         assert solution.value.dtype == dtype
 
 
-@solvers_by(BANK, long=BANK.keys() - set(EASY))
+@pytest.mark.long
+@solvers_by(BANK)
 def test_the_form_of_the_state_does_not_matter(solver, problem):
     """As a pytree, and with two batch dimensions: bit for bit. A sample alone, without any: the same answer."""
     bank = bank_problem(problem, torch.float64)

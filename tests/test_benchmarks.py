@@ -16,6 +16,7 @@ def run(*command: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.long
 def test_imixer() -> None:
     options = ("--quick", "--no-compile", "--repeats", "1", "--models", "imixer_ti4_32", "--n-iter", "1", "8")
     done = run("benchmarks.imixer", *options)

@@ -154,6 +154,7 @@ def test_gradients_many_steps_past_convergence(solver, dtype):
         assert torch.allclose(gradient.double(), expected, rtol=1e3 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", [Broyden(memory=2), Broyden(method="bad"), Broyden(damping=0.7)], ids=str)
 def test_fixed_steps_compile_to_one_graph(solver):
     weight = torch.randn(4, 4) / 4

@@ -122,6 +122,7 @@ def of_pytree(backward, x):
     return fixed_point(f, z0, {"w": w, "x": [x], "k": 2}, backward=backward, **STEPS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "backward",
     ["unrolled", SERIES, pytest.param("implicit", marks=pytest.mark.long)],
@@ -144,6 +145,7 @@ def test_captured_tensors_get_their_gradients(function, captured, backward):
     assert len(graphs) == (2 if backward == "implicit" else 1)
 
 
+@pytest.mark.long
 def test_gmres_breaks_the_graph_once():
     layer = FixedPointLayer(TanhMap(), **STEPS)
     fast, _ = compiled(lambda x: layer(x).sin(), fullgraph=False)
@@ -169,6 +171,7 @@ def test_adjoint_of_a_compiled_layer_is_reported():
     assert solution.adjoint.converged.all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("norm", [pytest.param(False, marks=pytest.mark.long), True], ids=["plain", "normalized"])
 @pytest.mark.parametrize("backward", [pytest.param("unrolled", marks=pytest.mark.long), "implicit"])
 def test_tolerance_breaks_at_the_test_alone(backward, norm):

@@ -77,6 +77,7 @@ def work(rank, rendezvous, backward, results):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("backward", ["implicit", pytest.param("unrolled", marks=pytest.mark.long)])
 def test_losses_are_those_of_one_process(backward, tmp_path):

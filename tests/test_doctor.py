@@ -38,6 +38,7 @@ def test_cause_of_a_sick_map_is_named_and_cured(name):
     check(name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "unit", "batch", "seed"),
     [

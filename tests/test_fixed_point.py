@@ -63,6 +63,7 @@ def test_matches_the_dense_implicit_gradient(solver, backward):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [True, False])
 @all_backwards
 @all_solvers

@@ -53,6 +53,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         held.kill()
 
 
+@pytest.mark.long
 def test_lock_names_its_holder_and_goes_with_it(holder: subprocess.Popen[bytes], tmp_path: Path) -> None:
     pattern = rf"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()} since 20\d\d-\S+ \S+; wait"
     with pytest.raises(FolderInUseError, match=pattern), locked(tmp_path):
@@ -74,6 +75,7 @@ def test_lock_names_its_holder_and_goes_with_it(holder: subprocess.Popen[bytes],
         pass
 
 
+@pytest.mark.long
 def test_workers_do_not_hold_it_for_a_killed_process(holder: subprocess.Popen[bytes], tmp_path: Path) -> None:
     """A killed run's worker processes live on for seconds; the run can be resumed at once."""
     assert holder.stdout is not None

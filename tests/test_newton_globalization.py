@@ -46,6 +46,7 @@ def waves(z, x):
     return 3 * torch.sin(z) + 0.5 * z.roll(1, dims=1) + x
 
 
+@pytest.mark.long
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(st.integers(0, 2**32), st.sampled_from([1, 3, FEW_UNKNOWNS, FEW_UNKNOWNS + 1]))
 def test_never_uphill(seed, size):
@@ -64,6 +65,7 @@ def test_never_uphill(seed, size):
         active = iteration.solution().status == Status.MAX_STEPS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("unit", [2.0**-27, 2.0**27])
 @pytest.mark.parametrize("name", NONLINEAR)
 def test_units_do_not_matter(name, unit):
@@ -79,6 +81,7 @@ def test_units_do_not_matter(name, unit):
     assert torch.equal(scaled.value, unit * plain.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [5, FEW_UNKNOWNS + 8])
 def test_samples_do_not_depend_on_their_batch_mates(size):
     """Easy ones, ones that need the trust region or leaps, one that is NaN; also where finished ones are dropped."""

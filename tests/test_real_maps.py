@@ -31,6 +31,7 @@ def calls(name, solver, max_steps):
     return solution.num_evals if solution.converged.all() else math.inf
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", REAL_MAPS)
 def test_auto_needs_few_calls(name):
     # A step of Newton's method takes many calls, and a method that needs more steps than these is not the best.
@@ -48,6 +49,7 @@ def test_auto_finds_the_solution(name):
     assert (real_map(name).error(solved(name, Auto(), 500).value) <= ERROR.get(name, 2e-4)).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", REAL_MAPS)
 def test_dtypes_and_batch_sizes(name):
     """The map keeps the structure, dtype and shape of its state, and a batch can have any size."""

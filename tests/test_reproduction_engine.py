@@ -150,6 +150,7 @@ def wait_for(condition: Callable[[], object], *, seconds: float = 200) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.long
 def test_two_processes_at_once_run_no_trial_twice(tmp_path: Path) -> None:
     tasks = tiny_tasks(4)
     reports = [tmp_path / "a.json", tmp_path / "b.json"]
@@ -164,6 +165,7 @@ def test_two_processes_at_once_run_no_trial_twice(tmp_path: Path) -> None:
     assert not any(task.missing(tmp_path) for task in tasks)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_trial_goes_on_to_the_same_result(tmp_path: Path, number: signal.Signals) -> None:
     tasks = tiny_tasks(2, epochs=6)
@@ -185,6 +187,7 @@ def test_an_interrupted_trial_goes_on_to_the_same_result(tmp_path: Path, number:
         assert len(top1(task, stopped)) == 6
 
 
+@pytest.mark.long
 def test_processes_share_the_trials_and_report_one_that_dies(tmp_path: Path) -> None:
     tasks = tiny_tasks(3)
     endings: list[tuple[int, Ending]] = []

@@ -86,6 +86,7 @@ def checked(text: str) -> Checker:
     return page
 
 
+@pytest.mark.long
 def test_the_page_stands_by_itself_and_has_everything(written: Sweep) -> None:
     text, folder = page_of(written), written.output / "report"
     page = checked(text)
@@ -140,6 +141,7 @@ def test_only_intervals_that_exclude_zero_are_claims(tmp_path: Path) -> None:
     assert claims  # of so many differences of random numbers a few are claims
 
 
+@pytest.mark.long
 def test_a_report_is_made_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = Sweep(output=tmp_path, scale="smoke", names=("table1", "solvers"))
     sweep.save()

@@ -154,6 +154,7 @@ def test_units_change_nothing(solver, problem):
     assert all(result == results[0] for result in results)
 
 
+@pytest.mark.long
 @given(st.integers(0, 10**6), st.integers(1, 5), st.floats(-8, 8), st.sampled_from(["newton", "newton_krylov"]))
 def test_random_systems_in_random_units(seed, size, exponent, solver):
     """The same seed in other units gives the same statuses and steps, and what is CONVERGED is a root."""

@@ -54,6 +54,7 @@ STOPPINGS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compact", [False, True], ids=["held", "compact"])
 @pytest.mark.parametrize("stopping", STOPPINGS.values(), ids=STOPPINGS.keys())
 @pytest.mark.parametrize("rates", RATES)

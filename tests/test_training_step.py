@@ -182,6 +182,7 @@ class Counting:
         return graph
 
 
+@pytest.mark.long
 @compiling
 @pytest.mark.parametrize("options", [{}, {"norm": "batch"}, {"tied": True}, {"drop_path_rate": 0.1}], ids=str)
 def test_blocks_compile_once(options: dict[str, Any]) -> None:
@@ -207,6 +208,7 @@ def test_a_model_without_blocks_compiles_as_a_whole() -> None:
     assert backend.graphs == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options", [{}, {"norm": "batch"}, {"backward": "implicit", "n_iter": 30, "rtol": 1e-5}], ids=str
 )

@@ -207,6 +207,7 @@ def server() -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
