@@ -179,7 +179,7 @@ def table(problems: dict[str, BankProblem], repeats: int) -> None:
 
 
 def compaction(repeats: int) -> None:
-    """What leaves the call of f need not be computed: easy and hard samples in one batch, with a dear f."""
+    """What leaves the call of f need not be computed: easy and hard samples in one batch, with an expensive f."""
     problem = BANK["mixed"](torch.float32)
     tensors = inspect.getclosurevars(problem.f).nonlocals
     a, b, c = tensors["a"], tensors["b"], tensors["c"]
@@ -195,8 +195,8 @@ def compaction(repeats: int) -> None:
     plain, compact = medians_ms([functools.partial(run, False), functools.partial(run, True)], repeats)
     difference = (run(False).value - run(True).value).abs().max().item()
     print(
-        f"mixed, picard with a dear f: {plain:.1f} ms, with compact=True {compact:.1f} ms, {plain / compact:.2f} times "
-        f"faster; the answers differ by at most {difference:.1e}"
+        f"mixed, picard with an expensive f: {plain:.1f} ms, with compact=True {compact:.1f} ms, "
+        f"{plain / compact:.2f} times faster; the answers differ by at most {difference:.1e}"
     )
 
 

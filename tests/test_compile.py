@@ -180,7 +180,9 @@ def test_tolerance_breaks_at_the_test_alone(backward, norm):
     parameters = list(layer.parameters())
     assert_same(layer, fast, [torch.randn(4, 3, requires_grad=True)], parameters)
     for reason in counters["graph_break"]:
-        assert "ToleranceTest" in reason or "_with_secant_ratio" in reason or "nonzero" in reason or "adjoint" in reason
+        # PyTorch 2.11 does not trace context variables, in which records of solves are found.
+        places = ("ToleranceTest", "_with_secant_ratio", "nonzero", "adjoint", "ContextVar")
+        assert any(place in reason for place in places)
     for scale in (0.1, 0.3, 3.0):  # other numbers of steps
         assert_same(layer, fast, [torch.randn(4, 3) * scale], parameters)
     count = len(graphs)
