@@ -1,11 +1,12 @@
 """The input pipeline alone: how many augmented images a second reach the device, with no model to feed.
 
 The loader of training runs with the recipe of the paper (random resized crop, flip, RandAugment, random erasing) over
-real photographs, as files of the size of CIFAR-10's images and of ImageNet's; and, for where that is too slow,
-torchvision's transforms of uint8 images that lie on the device already, one draw for ``GROUP`` images.
+real photographs, as files of the size of CIFAR-10's images and of ImageNet's. The workers augment the images, or the
+device does (``--augment-on device``).
 """
 
 import functools
+import itertools
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +15,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 from benchmarks.on_gpu.cells import Cell
 from benchmarks.on_gpu.setup import Setup
@@ -23,7 +23,6 @@ from imixer.data.sources import ImageFiles
 
 TABLE = "Input pipeline alone"
 FILES = {"JPEG 500 x 375": ("jpg", (500, 375)), "PNG 32 x 32": ("png", (32, 32))}
-GROUP = 32
 ERASING = 0.25
 
 
@@ -45,40 +44,18 @@ def images_per_second(batches: Iterable[Tensor], setup: Setup, *, skip: int) -> 
     return counted / (now - start)
 
 
-def from_files(kind: str, workers: int, setup: Setup) -> Mapping[str, float]:
+def from_files(kind: str, workers: int, augment_on: str, setup: Setup) -> Mapping[str, float]:
     """The rate of the loader over files of this kind."""
     batch = 4 if setup.toy else 64
     with tempfile.TemporaryDirectory() as folder:
         files = write_photographs(Path(folder), *FILES[kind], count=8 if setup.toy else 64)
         source = ImageFiles(2 * files if setup.toy else 1000 * files, classes=("china", "flower"))
         transforms = TimmTransforms(aa="rand-m9-mstd0.5-inc1", reprob=ERASING)
-        images = TransformedImages(source, transforms, img_size=224, training=True)
+        images = TransformedImages(source, transforms, img_size=224, training=True, augment_on=augment_on)
         loader = make_loader(images, batch_size=batch, training=True, workers=workers, seed=0, device=setup.device)
         rate = images_per_second(_forever(loader), setup, skip=1 if setup.toy else 3 * workers)
         del loader  # its workers end before their files do
     return {"images/s": rate, "images/s a worker": rate / max(workers, 1)}
-
-
-def on_device(setup: Setup) -> Mapping[str, float]:
-    """The rate of torchvision's transforms on the device."""
-    side, batch = (32, 64) if setup.toy else (256, 512)
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(224, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandAugment(num_ops=2, magnitude=9),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5] * 3, [0.5] * 3),
-            v2.RandomErasing(ERASING),
-        ]
-    )
-    images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=setup.device)
-
-    def batches() -> Iterator[Tensor]:
-        while True:
-            yield torch.cat([transform(group) for group in images.split(GROUP)])
-
-    return {"images/s": images_per_second(batches(), setup, skip=1)}
 
 
 def write_photographs(folder: Path, suffix: str, size: tuple[int, int], *, count: int) -> list[tuple[str, int]]:
@@ -107,12 +84,10 @@ def _forever(loader: ImageLoader) -> Iterator[Tensor]:
 
 def cells(setup: Setup) -> list[Cell]:
     found = []
-    for kind in FILES:
+    for kind, augment_on in itertools.product(FILES, ("workers", "device")):
         for workers in dict.fromkeys((setup.workers, min(setup.workers, 1))):
-            labels = {"pipeline": "files, timm's transforms", "images": kind, "workers": workers}
-            run = functools.partial(from_files, kind, workers, setup)
+            labels = {"images": kind, "augmented on": augment_on, "workers": workers}
+            run = functools.partial(from_files, kind, workers, augment_on, setup)
             rank = 5 if workers == setup.workers else 7
             found.append(Cell(section="pipeline", table=TABLE, labels=labels, run=run, rank=rank, seconds=20))
-    labels = {"pipeline": f"torchvision on the device, {GROUP} images a draw", "images": "uint8 256 x 256"}
-    run = functools.partial(on_device, setup)
-    return [*found, Cell(section="pipeline", table=TABLE, labels=labels, run=run, rank=5, seconds=10)]
+    return found
