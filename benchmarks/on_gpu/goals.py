@@ -93,7 +93,9 @@ def _pipeline(rows: Sequence[Row], kind: str) -> Goal:
     ratio, how = None, ""
     if supply and demand:
         ratio = supply.values["images/s"] / demand.values["images/s"]
-        how = f"{supply.cell.labels['workers']} workers; {demand.values['images/s']:.0f} images/s wanted"
+        labels = supply.cell.labels
+        how = f"{labels['workers']} workers, augmented on {labels['augmented on']}"
+        how += f"; {demand.values['images/s']:.0f} images/s wanted"
     name = f"images/s of the pipeline over those of training, {kind}"
     return _goal(name, "at least 1", ratio, lambda ratio: ratio >= 1, how)
 
