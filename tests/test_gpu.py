@@ -12,8 +12,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 
-from imixer.training.step import OnItsWay, TrainingStep, make_optimizer
+from imixer.training.step import TrainingStep, make_optimizer
 from implicit import FixedPointLayer, Implicit, spectral_norm
+from implicit.diagnostics import OnItsWay
 from solvers import Anderson, Broyden, NewtonKrylov, Picard, solve
 from solvers.linear import GMRES, NeumannSeries
 from solvers.testing import BANK

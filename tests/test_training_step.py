@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import difference
 
-from imixer.training.step import OnItsWay, TrainingStep, compile_blocks, make_optimizer
+from imixer.training.step import TrainingStep, compile_blocks, make_optimizer
+from implicit.diagnostics import OnItsWay
 
 WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default}
 

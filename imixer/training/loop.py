@@ -34,7 +34,7 @@ from imixer.training.reporting import Report, check_trackers
 from imixer.training.resuming import Start, begin, describe_changes, identity
 from imixer.training.run_folder import EpochMetrics, environment
 from imixer.training.schedule import Schedule
-from imixer.training.step import OnItsWay
+from implicit.diagnostics import OnItsWay
 
 IMLP_IMAGES = 16  # test images that the iMLPs are looked at on
 # Updates that are under way before the first one's loss is looked at, by the kind of device.

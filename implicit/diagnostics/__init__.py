@@ -6,6 +6,7 @@ from implicit.diagnostics.doctor import diagnose
 from implicit.diagnostics.gradient_audit import USES, GradientAudit, audit_gradients
 from implicit.diagnostics.layer_report import Finding, LayerReport, Proposal
 from implicit.diagnostics.map_check import check_map, checked_maps
+from implicit.diagnostics.on_its_way import OnItsWay
 from implicit.diagnostics.recording import record_solutions
 from implicit.diagnostics.solve_monitor import SolveMonitor, SolveStatistics, monitor_solves
 from implicit.diagnostics.spectral_radius import SpectralRadius, spectral_radius
@@ -16,6 +17,7 @@ __all__ = [
     "Finding",
     "GradientAudit",
     "LayerReport",
+    "OnItsWay",
     "Proposal",
     "SolveMonitor",
     "SolveStatistics",

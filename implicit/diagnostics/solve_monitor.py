@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
+from implicit.diagnostics.on_its_way import OnItsWay
 from implicit.diagnostics.solve_hook import around_solves, implicit_layers
 from implicit.implicit_layer import ImplicitLayer
 from solvers import ConvergenceWarning, Solution, Status
@@ -75,8 +76,8 @@ class SolveMonitor:
         if self._writer is not None:
             self._writer.writerow(("step", "layer", *COLUMNS))
         self._step = 0
-        self._running: dict[str, list[_Arriving]] = {}
-        self._waiting: tuple[int, dict[str, list[_Arriving]]] | None = None
+        self._running: dict[str, list[OnItsWay]] = {}
+        self._waiting: tuple[int, dict[str, list[OnItsWay]]] | None = None
         self._baselines: dict[str, list[SolveStatistics]] = {}
         self._recent: dict[str, list[SolveStatistics]] = {}
 
@@ -111,7 +112,7 @@ class SolveMonitor:
     ) -> Solution[Any]:
         solution = solve(f, z0, inputs, **options)
         if not torch.compiler.is_compiling():
-            self._running.setdefault(name, []).append(_Arriving(_row(solution)))
+            self._running.setdefault(name, []).append(OnItsWay(_row(solution)))
         return solution
 
     def _read(self) -> None:
@@ -120,7 +121,7 @@ class SolveMonitor:
         step, solves = self._waiting
         self._waiting = None
         for name, arriving in solves.items():
-            found = SolveStatistics.of([row.read() for row in arriving])
+            found = SolveStatistics.of([row.arrived() for row in arriving])
             self.latest[name] = found
             if step % self._every == 0:
                 self._write(step, name, found)
@@ -234,26 +235,6 @@ def _row(solution: Solution[Any]) -> Tensor:
     # full_like fills on the device; a tensor of Python numbers would be copied there.
     count, calls = (torch.full_like(failed, float(n)) for n in (steps.numel(), solution.num_evals))
     return torch.stack((count, failed, steps.sum(), most, worst, calls))
-
-
-class _Arriving:
-    """A few numbers on their way to the host."""
-
-    def __init__(self, row: Tensor) -> None:
-        self._event: torch.Event | None = None
-        self._row = row
-        if row.device.type == "cuda":
-            self._row = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
-            self._row.copy_(row, non_blocking=True)
-            self._event = torch.Event(device=row.device)
-            self._event.record()
-
-    def read(self) -> list[float]:
-        """Return the numbers; waits if they have not arrived."""
-        if self._event is not None:
-            self._event.synchronize()
-        found: list[float] = self._row.tolist()
-        return found
 
 
 def _mean(found: list[SolveStatistics], name: str) -> float:
