@@ -12,12 +12,11 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from training_runs import TINY_FLAGS
 
 import imixer_commands
 from imixer.training.checkpoints import read_checkpoint, save_checkpoint
@@ -25,28 +24,9 @@ from imixer.training.train_command import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "train_imixer.py"
-TINY = [
-    "--num-blocks",
-    "1",
-    "--embed-dim",
-    "16",
-    "--epochs",
-    "2",
-    "--warmup-epochs",
-    "1",
-    "--lr",
-    "1e-2",
-    "--device",
-    "cpu",
-]
 
 
-@pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.chdir(tmp_path)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "in_empty_folder")
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -63,7 +43,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 def test_resume_auto_starts_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     """The same command, as a scheduler repeats it."""
-    command = [*TINY, "--output", "run", "--resume", "auto"]
+    command = [*TINY_FLAGS, "--output", "run", "--resume", "auto"]
     assert main(command) == 0
     assert "continuing" not in capsys.readouterr().out
     assert main(command) == 0
@@ -100,7 +80,7 @@ def test_resume_auto_starts_and_goes_on(capsys: pytest.CaptureFixture[str]) -> N
 def test_settings_in_a_checkpoint_are_checked(
     settings: dict[str, object], message: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*TINY, "--output", "run", "--epochs", "1"]) == 0
+    assert main([*TINY_FLAGS, "--output", "run", "--epochs", "1"]) == 0
     checkpoint = read_checkpoint(Path("run/last.pt"))
     save_checkpoint(Path("run"), {**checkpoint, "config": {**checkpoint["config"], **settings}})
     capsys.readouterr()
@@ -163,7 +143,7 @@ def test_wheel_has_the_commands(tmp_path: Path) -> None:
         return done.stdout
 
     assert run(str(site / "bin" / "imixer-train"), "--help").startswith("usage: imixer-train [DATA_DIR]")
-    run(str(site / "bin" / "imixer-train"), *TINY, "--epochs", "1", "--output", "run")
+    run(str(site / "bin" / "imixer-train"), *TINY_FLAGS, "--epochs", "1", "--output", "run")
     assert "500 test images of digits" in run(str(site / "bin" / "imixer-validate"), "run", "--n_iter", "2")
     assert "usage: " in run(sys.executable, "-m", "imixer.training.train_command", "--help")
     assert "usage: " in run(sys.executable, "-m", "imixer.validate_command", "--help")
@@ -179,7 +159,7 @@ def test_examples_are_the_commands() -> None:
 @pytest.mark.long
 def test_only_one_of_two_repeated_commands_runs() -> None:
     """Started at once; the other one says which process is in its way, and the run is whole."""
-    command = [*TINY, "--epochs", "4", "--output", "run", "--resume", "auto"]
+    command = [*TINY_FLAGS, "--epochs", "4", "--output", "run", "--resume", "auto"]
     processes = [start(*command) for _ in range(2)]
     errors = [process.communicate(timeout=200)[1] for process in processes]
     assert sorted(process.returncode for process in processes) == [0, 2]
@@ -191,7 +171,7 @@ def test_only_one_of_two_repeated_commands_runs() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
 def test_exit_code_is_that_of_the_signal(name: str) -> None:
-    process = start(*TINY, "--epochs", "100000", "--output", "run")
+    process = start(*TINY_FLAGS, "--epochs", "100000", "--output", "run")
     for _ in range(1200):
         if Path("run/curves.csv").exists() or process.poll() is not None:
             break
@@ -207,7 +187,7 @@ def test_exit_code_is_that_of_the_signal(name: str) -> None:
 
 @pytest.mark.long
 def test_interrupt_saves_and_says_how_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
-    process = start(*TINY, "--epochs", "100000", "--output", "run")
+    process = start(*TINY_FLAGS, "--epochs", "100000", "--output", "run")
     for _ in range(1200):
         if Path("run/curves.csv").exists() or process.poll() is not None:
             break

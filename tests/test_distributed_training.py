@@ -7,7 +7,6 @@ import io
 import math
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ TWO = replace(ONE, batch_size=32, validation_batch_size=36)
 STOPPED_AT = (0, 11)
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerate"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
     pytest.mark.long,
 ]
@@ -69,13 +69,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
         for process in processes:
             process.kill()
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def work(rank: int, port: int, folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -12,7 +11,6 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from digit_images import write_digit_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,12 +27,7 @@ from imixer.validation import load_trained_model, read_run, settings_of
 MIXER = ["cifar10", "--preset", "paper-small", "--model", "mixer_s16_224"]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.chdir(tmp_path)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "in_empty_folder")
 
 
 # The options of an iMLP

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from training_runs import LIVELY, TINY, difference, read_curves, saved
 
@@ -34,12 +33,7 @@ from imixer.training.distributed import make_accelerator
 from imixer.training.learner import Learner
 from imixer.training.objective import seed_step
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module", autouse=True)

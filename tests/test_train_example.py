@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,37 +10,18 @@ import pytest
 import timm
 import torch
 import torchvision
-from accelerate.state import AcceleratorState
 from digit_images import write_digit_tree
 from image_archives import checksums, write_cifar
+from training_runs import TINY_FLAGS
 
 from imixer.training import PRESETS, TrainingConfig, parse
 from imixer.training.train_command import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "train_imixer.py"
-TINY = [
-    "--num-blocks",
-    "1",
-    "--embed-dim",
-    "16",
-    "--epochs",
-    "2",
-    "--warmup-epochs",
-    "1",
-    "--lr",
-    "1e-2",
-    "--device",
-    "cpu",
-]
 
 
-@pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.chdir(tmp_path)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "in_empty_folder")
 
 
 # As the paper's authors published it, after the name of the script.
@@ -54,7 +34,7 @@ PUBLISHED = shlex.split("""
 
 
 def test_digits_need_no_arguments_but_speed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(TINY) == 0
+    assert main(TINY_FLAGS) == 0
     out = capsys.readouterr().out
     assert "1,297 training and 500 test images in 10 classes" in out
     assert "64 x 1 x 1 = 64 images to an update" in out
@@ -149,8 +129,8 @@ def test_flags_go_before_the_file_and_that_before_the_preset(capsys: pytest.Capt
     assert (config.opt_betas, config.h_ratio, config.torchcompile) == ((0.9, 0.95), 3.0, None)
     assert parse(["--compile"]).config().torchcompile == "inductor"
     assert parse(["--preset", "paper-small", "--no-amp", "data"]).config().amp is False
-    assert main([*TINY, "--epochs", "1", "--output", "one"]) == 0
-    assert parse(["--config", "one/config.yaml"]).config() == parse([*TINY, "--epochs", "1"]).config()
+    assert main([*TINY_FLAGS, "--epochs", "1", "--output", "one"]) == 0
+    assert parse(["--config", "one/config.yaml"]).config() == parse([*TINY_FLAGS, "--epochs", "1"]).config()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -183,7 +163,7 @@ def test_folder_of_images_with_the_papers_flags(tmp_path: Path, capsys: pytest.C
     flags = "--img-size 8 --patch-size 2 --h_ratio 1 --n_iter 30 --n_power 4 --coeff 0.8 --drop-path 0.1 "
     flags += "--solver anderson --rtol 1e-3 --backward implicit --batch-size 16 --smoothing 0 --sched constant "
     flags += "--cache-mb 512 --output here"
-    assert main(["shapes", *TINY, *flags.split()]) == 0
+    assert main(["shapes", *TINY_FLAGS, *flags.split()]) == 0
     assert "72 training and 24 test images in 3 classes, 3 x 8 x 8, held in memory" in capsys.readouterr().out
     arguments = torch.load("here/last.pt", weights_only=True)["model_args"]
     assert arguments == {
@@ -287,7 +267,7 @@ def test_error_is_one_line_and_exit_code_2(
     tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_digit_tree(tmp_path / "shapes", num_train=4, num_test=2)
-    assert main([*TINY, *arguments]) == 2
+    assert main([*TINY_FLAGS, *arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("training:", "\r"))]
     lines = [line for line in errors if line.strip()]
     assert lines[-1].startswith(message)
@@ -298,5 +278,5 @@ def test_image_broken_inside_is_named_by_worker_processes(tmp_path: Path, capsys
     path = tmp_path / "shapes" / "train" / "0" / "000.png"
     path.write_bytes(path.read_bytes()[:60])
     flags = ["--img-size", "8", "--patch-size", "2", "--workers", "1"]
-    assert main(["shapes", *TINY, *flags]) == 2
+    assert main(["shapes", *TINY_FLAGS, *flags]) == 2
     assert "error: cannot read image shapes/train/0/000.png" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import nn
 from training_runs import TINY, read_curves
@@ -44,12 +42,7 @@ RUN_FILES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Let each test choose its own precision: Accelerate keeps the first one for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import accelerate.tracking
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from digit_images import write_digit_tree
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,12 +38,7 @@ from imixer.training.learner import Learner
 from imixer.training.objective import seed_step
 from imixer.training.schedule import Schedule
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

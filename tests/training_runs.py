@@ -27,6 +27,21 @@ TINY = TrainingConfig(
         "device": "cpu",
     }
 )
+# A run of this size by flags.
+TINY_FLAGS = [
+    "--num-blocks",
+    "1",
+    "--embed-dim",
+    "16",
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "1",
+    "--lr",
+    "1e-2",
+    "--device",
+    "cpu",
+]
 # All that is random or has a state: dropout, stochastic depth, mixing, averages, accumulation; 9 updates an epoch.
 LIVELY = replace(
     TINY,
