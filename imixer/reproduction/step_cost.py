@@ -58,7 +58,8 @@ def training_batch(data: ImageData) -> tuple[Tensor, Tensor]:
 def measure_step(model: IMixer, images: Tensor, targets: Tensor) -> dict[str, float | None]:
     """Costs of one step forward and backward on a batch, and the quality of its gradient.
 
-    - ``seconds``: the median of a few steps;
+    - ``seconds``: the median of a few steps; on a CPU, of the time that its cores work for this process, which other
+      trials beside it leave alone;
     - ``calls``: calls of the maps of all layers, forward and backward;
     - ``products``: steps of the linear solves of the backward pass, of all layers; 0 where there is none;
     - ``bytes_saved``: what the forward pass keeps for the backward pass, without weights and images;
@@ -160,6 +161,7 @@ def saved_bytes(model: nn.Module, images: Tensor, targets: Tensor) -> int:
 
 
 def _now(images: Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+    if not images.is_cuda:
+        return time.process_time()
+    torch.cuda.synchronize(images.device)
     return time.perf_counter()
