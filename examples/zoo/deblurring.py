@@ -71,6 +71,7 @@ class Deblurring(nn.Module):
         restored: Tensor = self.equilibrium(blurred)
         return restored
 
+    @torch.no_grad()
     def contraction(self) -> float:
         """A bound below 1 of the Lipschitz constant of the iteration."""
         return 1 - STRENGTH * (1 - float(lipschitz_bound(self.map.prior)))
@@ -98,10 +99,9 @@ def wiener(blurred: Tensor, training: Tensor) -> Tensor:
     """The best affine estimate, by the mean and the covariance of the training images."""
     k = blur(torch.eye(64).view(64, 1, 8, 8)).view(64, 64)
     mean, covariance = training.flatten(1).mean(dim=0), training.flatten(1).T.cov()
-    gain: Tensor = torch.linalg.solve(
-        k @ covariance @ k.T + NOISE**2 * torch.eye(64), k @ covariance
-    )  # (64, 64), transposed
-    return (mean + (blurred.flatten(1) - mean @ k.T) @ gain).view_as(blurred)
+    noisy = k @ covariance @ k.T + NOISE**2 * torch.eye(64)
+    gain: Tensor = torch.linalg.solve(noisy, k @ covariance).T
+    return (mean + (blurred.flatten(1) - k @ mean) @ gain.T).view_as(blurred)
 
 
 def train(model: Deblurring, images: Tensor, epochs: int, batch_size: int = 64) -> None:
@@ -120,7 +120,8 @@ def train(model: Deblurring, images: Tensor, epochs: int, batch_size: int = 64) 
 def plot(rows: dict[str, Tensor], path: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
-        axes.imshow(torch.cat([F.pad(image[0], (1, 1)) for image in images[:10]], dim=1), cmap="gray", vmin=0, vmax=1)
+        row = torch.cat([F.pad(image[0], (1, 1)) for image in images[:10]], dim=1)
+        axes.imshow(row.numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
         axes.set(xticks=[], yticks=[])
     path.parent.mkdir(parents=True, exist_ok=True)

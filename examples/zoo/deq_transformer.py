@@ -27,7 +27,8 @@ from tqdm import trange
 
 from implicit import FixedPointLayer, Implicit, Unrolled, jacobian_regularization
 from implicit.backward import Backward
-from solvers import Anderson, Solution, Steps
+from solvers import Solution, Steps
+from solvers.linear import Richardson
 from solvers.testing import PeakMemory
 
 # Of the term of the loss that keeps the Jacobian small (Bai, Koltun and Kolter 2021), and the map easy to solve.
@@ -64,10 +65,11 @@ class DEQTransformer(nn.Module):
         self.block = Block(width, heads)
         self.equilibrium = FixedPointLayer(
             self.block,
-            solver=Anderson(memory=5),
+            solver="broyden",
             init=lambda x: x.new_zeros(*x.shape[:2], width),
+            backward=Implicit(linear_solver=Richardson(rtol=1e-2)),
             rtol=1e-2,
-            max_steps=50,
+            max_steps=100,
         )
         self.head = nn.Linear(width, num_characters)
 

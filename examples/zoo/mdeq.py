@@ -18,26 +18,28 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from implicit import FixedPointLayer, jacobian_regularization
+from implicit import FixedPointLayer, Implicit, jacobian_regularization
+from solvers.linear import Richardson
 
 State = tuple[Tensor, ...]
 
 # What the resolutions tell each other begins small, so that the map contracts at first.
 BRANCH_STD = 0.02
 JACOBIAN_WEIGHT = 1.0
+GROUPS = 2
 
 
 class ResidualBlock(nn.Module):
-    """z -> relu(z + conv(relu(norm(conv(z)))) + x), in which the branch begins small."""
+    """z -> relu(z / 2 + conv(relu(norm(conv(z)))) + x), in which the branch begins small."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
-        self.norm = nn.GroupNorm(4, channels)
+        self.norm = nn.GroupNorm(GROUPS, channels)
         nn.init.normal_(self.conv2.weight, std=BRANCH_STD)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return F.relu(z + self.conv2(F.relu(self.norm(self.conv1(z)))) + x)
+        return F.relu(z / 2 + self.conv2(F.relu(self.norm(self.conv1(z)))) + x)
 
 
 class Resample(nn.Module):
@@ -62,7 +64,7 @@ class Fusion(nn.Module):
     def __init__(self, channels: int, levels: list[int]) -> None:
         super().__init__()
         self.resample = nn.ModuleList(Resample(channels, level) if level else nn.Identity() for level in levels)
-        self.norm = nn.GroupNorm(4, channels)
+        self.norm = nn.GroupNorm(GROUPS, channels)
 
     def forward(self, z: State) -> Tensor:
         parts = [resample(part) for resample, part in zip(self.resample, z, strict=True)]
@@ -88,13 +90,15 @@ class MDEQ(nn.Module):
 
     def __init__(self, channels: int = 16, scales: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1, bias=False), nn.GroupNorm(4, channels))
+        self.stem = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, channels))
         self.map = MultiscaleMap(channels, scales)
         self.equilibrium = FixedPointLayer(
             self.map,
             init=lambda x: tuple(F.avg_pool2d(torch.zeros_like(x), 2**i) for i in range(scales)),
+            solver="broyden",
+            backward=Implicit(linear_solver=Richardson(rtol=1e-2)),
             rtol=1e-2,
-            max_steps=50,
+            max_steps=100,
         )
         self.head = nn.Linear(scales * channels * 4, 10)
 
@@ -132,7 +136,7 @@ def train(model: MDEQ, images: Tensor, labels: Tensor, epochs: int, batch_size: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=12, help="passes over the training images [%(default)s]")
-    parser.add_argument("--channels", type=int, default=16, help="of each feature map, a multiple of 4 [%(default)s]")
+    parser.add_argument("--channels", type=int, default=16, help="of each feature map, an even number [%(default)s]")
     options = parser.parse_args()
     torch.manual_seed(0)
     train_images, test_images, train_labels, test_labels = load_split()

@@ -238,7 +238,7 @@ class _Visit:
         exam = Examination(replay, solution, lost, self._seed)
         history = torch.empty(0, replay.layout.batch_size)
         if solution.history is not None:
-            history = solution.history.flatten(1).cpu().double()
+            history = solution.history.reshape(len(solution.history), -1).cpu().double()
         return LayerReport(
             name=place_of(name, self._model),
             settings=f"solver={replay.layer.solver!r}, stopping={replay.stopping!r}",

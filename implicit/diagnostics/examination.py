@@ -73,7 +73,7 @@ class Examination:
         history = self._solution.history
         if history is None or len(history) < 2 or self._status.ne(Status.UNTESTED).any():
             return torch.zeros_like(self._status, dtype=torch.bool)
-        history = history.flatten(1).cpu()
+        history = history.reshape(len(history), -1).cpu()
         return ~(history[-1] <= history[0]) & ~(history[-1] < 1e-3)
 
     def _find(self) -> None:
