@@ -6,7 +6,7 @@ Each model is trained twice from the same seed, for fewer steps than its example
 its equilibrium solved by torchdeq with the solver of the same name, tolerance and implicit gradient. "lines" are those
 of code, without docstrings, in the classes of the model; torchdeq's contain the module `OnTorchdeq` instead of the
 statement that makes a FixedPointLayer. "ms" is processor time per training step on one thread. "unsolved" is the share
-of the test samples whose relative residual exceeds the tolerance by more than a tenth. The monotone network has no
+of the test samples whose relative residual exceeds twice the tolerance. The monotone network has no
 splitting method in torchdeq, whose Anderson acceleration is used.
 """
 
@@ -100,7 +100,7 @@ def transformer() -> Entry:
         "deq_transformer",
         "broyden",
         lambda zoo: zoo.DEQTransformer(zoo.load_text()[1], context=64, width=64, heads=4),
-        lambda zoo, model: zoo.train(model, texts(zoo)[0], steps=40) or 40,
+        lambda zoo, model: zoo.train(model, texts(zoo)[0], steps=25) or 25,
         bits,
         lambda zoo, model: (model.injected(texts(zoo)[1].unfold(0, 64, 64)),),
     )
@@ -174,7 +174,7 @@ def deblurring() -> Entry:
 def entries() -> list[Entry]:
     return [
         transformer(),
-        classifier("mdeq", lambda zoo: zoo.MDEQ(), "stem", "broyden", epochs=2),
+        classifier("mdeq", lambda zoo: zoo.MDEQ(), "stem", "broyden", epochs=1),
         classifier("monotone_operator_network", lambda zoo: zoo.MonotoneNetwork(), "inject", "anderson", epochs=4),
         graph_network(),
         deblurring(),
@@ -211,7 +211,7 @@ def unsolved(model: Any, inputs: tuple[Tensor, ...], tolerance: float, batch_dim
     fz = model.map_of_zoo(z, *inputs)
     flat = [torch.cat([leaf.flatten(batch_dims).double() for leaf in tree_leaves(state)], dim=-1) for state in (z, fz)]
     residual = (flat[1] - flat[0]).norm(dim=-1) / flat[1].norm(dim=-1)
-    return (residual > 1.1 * tolerance).double().mean().item()
+    return (residual > 2 * tolerance).double().mean().item()
 
 
 def main() -> None:

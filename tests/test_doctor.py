@@ -14,7 +14,7 @@ from torch import nn
 from implicit import FixedPointLayer, InvertibleResidual, diagnose, spectral_norm
 from implicit.diagnostics import Cause, measurements
 from implicit.diagnostics.measurements import leading_eigenvalues, precision_floor
-from solvers import ConvergenceWarning, Picard, Stopping
+from solvers import ConvergenceWarning, Picard, Steps, Stopping
 from solvers.testing.real_maps import multiscale
 
 # What a batch of one cannot show.
@@ -387,3 +387,14 @@ def test_every_cause_has_a_patient():
     assert {cause for cause, _ in SICK.values()} == set(Cause) - {Cause.UNKNOWN}
     assert all(cause.meaning for cause in Cause)
     assert measurements.NUM_EIGENVALUES <= measurements.KRYLOV_STEPS
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+def test_one_coupled_problem_is_diagnosed(solver):
+    """With batch_dims=0 a solution's history has one dimension."""
+    layer = FixedPointLayer(lambda z, x: 0.5 * torch.tanh(z.flip(0)) + x, solver=solver, batch_dims=0)
+    diagnosis = diagnose(layer, torch.randn(6))
+    assert diagnosis.healthy, str(diagnosis)
+    assert diagnosis.layers[""].history.shape[1] == 1
+    untested = FixedPointLayer(lambda z, x: 0.5 * z + x, solver=solver, batch_dims=0, stopping=Steps(4))
+    assert diagnose(untested, torch.randn(6)).layers[""].history.shape == (4, 1)

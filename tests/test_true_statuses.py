@@ -57,3 +57,16 @@ def test_the_automatic_solver_leaves_a_fixed_point_that_repels():
     """Near zero 2 tanh(z) doubles: the fixed point that plain iteration leads to is 1.915, not the one at zero."""
     value = solved("late", "auto").value
     assert torch.allclose(value, status_map("late").solutions[0], rtol=1e-4)
+
+
+def test_solution_that_is_exact_has_converged_wherever_it_changed_last():
+    """Of a large state only some entries are looked at, which may be solved long before the others."""
+
+    def f(z):
+        chain = torch.cat([torch.ones_like(z[:, :1]), z[:, :9]], dim=1)
+        return torch.cat([chain, torch.zeros_like(z[:, 10:])], dim=1)
+
+    solution = solve(f, torch.zeros(1, 200_000), "picard", rtol=1e-5, on_failure="ignore")
+    assert solution.statuses() == ["CONVERGED"]
+    assert solution.num_steps.item() <= 13
+    assert torch.equal(solution.value, f(solution.value))
