@@ -47,11 +47,11 @@ def load(name: str) -> ModuleType:
 class OnTorchdeq(nn.Module):
     """What a model on torchdeq has instead of a FixedPointLayer."""
 
-    def __init__(self, f, start, solver, tolerance, max_steps):
+    def __init__(self, f, start, solver, tolerance, max_steps, batch_dims):
         from torchdeq import get_deq
 
         super().__init__()
-        self.f, self.start = f, start
+        self.f, self.start, self.batch_dims = f, start, batch_dims
         forward = {"f_solver": solver, "f_tol": tolerance, "f_max_iter": max_steps, "f_stop_mode": "rel"}
         backward = {"b_solver": solver, "b_tol": tolerance, "b_max_iter": max_steps, "b_stop_mode": "rel"}
         self.deq = get_deq(ift=True, **forward, **backward)
@@ -59,6 +59,10 @@ class OnTorchdeq(nn.Module):
     def forward(self, *inputs):
         start = self.start(*inputs)
         several = isinstance(start, tuple)
+        if self.batch_dims == 0:  # one problem: torchdeq takes the first dimension for that of the samples
+            with parametrize.cached():
+                found, _ = self.deq(lambda z: self.f(z[0], *inputs)[None], start[None])
+            return found[-1][0]
         with parametrize.cached():
             found, _ = self.deq(lambda *z: self.f(z if several else z[0], *inputs), start)
         return tuple(found[-1]) if several else found[-1]
@@ -238,7 +242,9 @@ def main() -> None:
             tolerance = float(layer.rtol)
             object.__setattr__(model, "map_of_zoo", layer.f)
             if library == "torchdeq":
-                model.equilibrium = OnTorchdeq(layer.f, layer.start, entry.solver, tolerance, layer.max_steps)
+                model.equilibrium = OnTorchdeq(
+                    layer.f, layer.start, entry.solver, tolerance, layer.max_steps, layer.batch_dims
+                )
             began = time.process_time()
             steps = entry.train(zoo, model)
             spent = 1e3 * (time.process_time() - began) / steps
