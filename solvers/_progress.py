@@ -209,13 +209,10 @@ class ToleranceTest:
         ran away has not.
         """
         samples = self._samples
-        # Where squares lose digits to underflow, norms tell nothing.
-        tenfold = torch.add(10 * underflow(news.rounded), news.rounded, alpha=10)
-        near = tenfold * secant.df < torch.maximum(news.scale, samples.start_size) * secant.dg
-        if self._slack is not None:
-            near = near & (secant.dz <= self._slack * secant.dg)
+        near = secant.shows_a_digit(news.rounded, news.scale, samples.start_size, self._slack)
         if not grown:
             return near
+        tenfold = torch.add(10 * underflow(news.rounded), news.rounded, alpha=10)
         fallen = torch.add(tenfold, news.scale, alpha=10 * FLOOR * torch.finfo(tenfold.dtype).eps)
         return near & (fallen <= torch.where(news.of_samples.ungrown, samples.reference, samples.latest))
 

@@ -314,17 +314,21 @@ class Iteration(Generic[S]):
             self._map.freeze(progress.active, progress.held())
 
     def _advice(self) -> str:
-        """What may be wrong with the map, as far as a failed solve can find out."""
-        if isinstance(self.state, NewtonState) and (number := self.state.num_stuck):
-            return (
-                f"Newton's matrix is singular where {number} samples ended, so that there may be "
-                "no solution near, or a continuum of them. Start elsewhere, or add the equation that is missing."
-            )
-        if not self._map.mixes_samples(self.state.z):
-            return ""
+        return advice_on(self._map, [self.state], self.state.z, self._layout.batch_shape)
+
+
+def advice_on(f: FlatMap, states: list[Any], z: Tensor, batch_shape: torch.Size) -> str:
+    """What may be wrong with the map, as far as failed solves that ended in ``states`` can find out at ``z`` (B, D)."""
+    if number := sum(state.num_stuck for state in states if isinstance(state, NewtonState)):
         return (
-            f"{self._map.called} mixes samples: what it returns for one sample depends on others. If the whole state "
-            "is one coupled problem, such as a vector of parameters, solve it with batch_dims=0; now its leading "
-            f"dimensions {tuple(self._layout.batch_shape)} count as samples. Else look for the cause with "
-            "implicit.check_map."
+            f"Newton's matrix is singular where {number} samples ended, so that there may be "
+            "no solution near, or a continuum of them. Start elsewhere, or add the equation that is missing."
         )
+    if not f.mixes_samples(z):
+        return ""
+    return (
+        f"{f.called} mixes samples: what it returns for one sample depends on others. If the whole state "
+        "is one coupled problem, such as a vector of parameters, solve it with batch_dims=0; now its leading "
+        f"dimensions {tuple(batch_shape)} count as samples. Else look for the cause with "
+        "implicit.check_map."
+    )

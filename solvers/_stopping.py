@@ -254,6 +254,11 @@ class Measure:
         self.least_rtol = self._rtol if isinstance(self._rtol, float) else 0.0
         self._of_start: float | Tensor | None = self._rtol * math.sqrt(eps) if derived else None
 
+    @property
+    def is_of_whole(self) -> bool:
+        """Whether the whole sample is the only part."""
+        return self._sizes is None
+
     def parts(self, x: Tensor) -> Tensor:
         """(B, D) -> plain norms of the parts."""
         if self._sizes is None:

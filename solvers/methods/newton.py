@@ -16,7 +16,6 @@ from solvers.methods.trust_region import DenseModel, descend
 from solvers.problem.flat_map import FlatMap
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import rms_norm
-from solvers.problem.slopes import direction_of
 
 
 @dataclasses.dataclass
@@ -139,24 +138,41 @@ class Newton(Solver):
         z = torch.where((~rejected & better).unsqueeze(1), trial.z, state.z)
         radius = torch.where(rejected, state.radius, math.inf)
         if bool(rejected.any()):
-            # In the units of the map that f is, for which a root's residual is scaled.
-            scaling = f.scaling if isinstance(f, RootMap) else None
-            matrix, g = state.matrix, state.residual
-            if scaling is not None:
-                matrix, g = matrix * scaling.unsqueeze(2), g * scaling
-            start = Point(state.z, state.z + g, rms_norm(g))
-            if z.shape[1] == 1:  # where a shorter step is all that a trust region can find
-                end = trial.residual if scaling is None else trial.residual * scaling
-                full = Point(trial.z, trial.z + end, rms_norm(end))
-                lower, found = backtrack(f, start, trial.z - state.z, full, rejected)
-            else:
-                lower, radius, found = descend(f, start, DenseModel.of(matrix, g), radius, rejected)
-            z = torch.where(found.unsqueeze(1), lower.z, z)
-            radius = torch.where(rejected, radius, math.inf)
+            rows = rejected.nonzero().squeeze(1)
+            lower, found, next_radius = self._shorter_step(f, state, trial, rows)
+            z = z.index_copy(0, rows, torch.where(found.unsqueeze(1), lower, z.index_select(0, rows)))
+            radius = radius.index_copy(0, rows, next_radius)
         moved = (z != trial.z).any(dim=1)
         if not bool(moved.any()):
             return dataclasses.replace(trial, radius=radius)
         return self._at(f, z, radius, trial.way)
+
+    def _shorter_step(
+        self, f: FlatMapping, state: NewtonState, trial: NewtonState, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A step of the samples ``rows`` (n,) to a smaller residual than they have.
+
+        Returns:
+            (n, D) its end; (n,) bool, whether there is one; (n,) the radius of the next one.
+        """
+
+        def of_rows(z: Tensor) -> Tensor:
+            return f(state.z.index_copy(0, rows, z)).index_select(0, rows)
+
+        # In the units of the map that f is, for which a root's residual is scaled.
+        z = state.z[rows]
+        scaling = f.scaling[rows] if isinstance(f, RootMap) and f.scaling is not None else z.new_ones(len(z), 1)
+        g = state.residual[rows] * scaling
+        start, radius = Point(z, z + g, rms_norm(g)), state.radius[rows]
+        every = torch.ones_like(rows, dtype=torch.bool)
+        if z.shape[1] == 1:  # where a shorter step is all that a trust region can find
+            end, residual = trial.z[rows], trial.residual[rows] * scaling
+            full = Point(end, end + residual, rms_norm(residual))
+            lower, found = backtrack(of_rows, start, end - z, full, every)
+        else:
+            model = DenseModel.of(state.matrix[rows] * scaling.unsqueeze(2), g)
+            lower, radius, found = descend(of_rows, start, model, radius, every)
+        return lower.z, found, radius
 
     def _at(self, f: FlatMapping, z: Tensor, radius: Tensor | None, way: Way) -> NewtonState:
         """The state at ``z`` (B, D)."""
@@ -164,8 +180,7 @@ class Newton(Solver):
         if isinstance(f, RootMap):
             residual, matrix, way = with_jacobian(f.residual, z, way)
             if f.scaling is None:
-                direction = direction_of(residual)
-                f.set_scaling(z, residual, direction, (matrix * direction.unsqueeze(1)).sum(dim=2))
+                f.set_scaling_by_matrix(z, residual, matrix)
             residual = -residual
             fz = z
         else:
