@@ -192,9 +192,8 @@ class _Batch:
 
     def solution(self) -> Solution[Any]:
         """The solution of the batch."""
-        found: dict[str, Any] = {
-            name: self._layout.unpack_batch(part) for name, part in self._found.items() if name != "value"
-        }
+        found: dict[str, Any] = {"residual": None}
+        found |= {name: self._layout.unpack_batch(part) for name, part in self._found.items() if name != "value"}
         if self._histories:  # a sample that has stopped repeats its residual
             length = max(map(len, self._histories))
             longest = [torch.cat((part, part[-1:].expand(length - len(part), -1))) for part in self._histories]

@@ -69,8 +69,8 @@ class FlatMap:
                 if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != self._layout.batch_size:
                     raise ValueError(
                         f"compact=True and chunk_size take dimension {dim} of argument {number} for the "
-                        f"{self._layout.batch_size} samples, but its shape is {tuple(leaf.shape)}. Say in in_dims which dimension it "
-                        "is, or None."
+                        f"{self._layout.batch_size} samples, but its shape is {tuple(leaf.shape)}. Say in in_dims "
+                        "which dimension it is, or None."
                     )
 
     def take_samples(self, keep: Tensor, in_dims: InDims) -> None:
