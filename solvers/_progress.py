@@ -117,7 +117,7 @@ class ToleranceTest:
             if verdict.count.within and not first and not (near and (careful or not grown)):
                 secant = secant or self._secant()
                 if verdict.count.within < verdict.count.allowed:
-                    verdict.met = news.of_samples.within & self._is_sure(news, secant, grown)
+                    verdict.met = self._confirmed(news, self._is_sure(news, secant, grown))
                     verdict.active, verdict.is_exact = verdict.met < news.of_samples.allowed, False
                     verdict.num_active = verdict.count.allowed
                 else:  # all may have converged: only a second look tells
@@ -175,9 +175,9 @@ class ToleranceTest:
         if asked and tests.contracts is not None:
             contracts = tests.contracts if self._all_contract else contracts & tests.contracts
         if first:
-            met = tests.within & tests.allowed
+            met = self._confirmed(news, tests.allowed)
         elif secant is not None:
-            met = tests.within & self._is_sure(news, secant, careful)
+            met = self._confirmed(news, self._is_sure(news, secant, careful))
         if waited and secant is not None:
             waiting, idle = self._idle(news, secant)
             # Norms whose squares have vanished tell nothing, entries do.
@@ -199,6 +199,11 @@ class ToleranceTest:
     def _is_fixed(self) -> Tensor:
         """(B,) bool: whether f(z) is z, bit for bit."""
         return (self.latest.fz == self.latest.z).all(dim=1)
+
+    def _confirmed(self, news: News, sure: Tensor) -> Tensor:
+        """(B,) bool: the samples that have converged, among those that are ``sure`` (B,)."""
+        samples, met, scales = self._samples, news.of_samples.within & sure, self._measure.parts(self.latest.fz)
+        return self._measure.confirmed(met, self.latest.z, scales, samples.start, samples.absolute)
 
     def _is_sure(self, news: News, secant: Secant, grown: bool = True) -> Tensor:
         """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell.

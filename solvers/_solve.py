@@ -14,7 +14,8 @@ from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
 from solvers._stopping import NOT_GIVEN, Measure, NotGiven, Stopping, StopRule, Tolerance, stop_rule
-from solvers.methods.newton import NewtonState
+from solvers.methods.newton import Newton, NewtonState, newton_step
+from solvers.methods.newton_krylov import FEW_UNKNOWNS
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import Solver, close, take_samples
 from solvers.problem import (
@@ -179,7 +180,12 @@ class Iteration(Generic[S]):
         self.tested = isinstance(rule, Stopping)
         if isinstance(rule, Stopping):
             self._check_every = rule.check_every
-            self._measure = Measure(rule, self._layout, (lambda: self._map.unit) if root else None)
+            self._measure = Measure(
+                rule,
+                self._layout,
+                (lambda: self._map.unit) if root else None,
+                self._newton_step if root and not isinstance(self._solver, Newton) else None,
+            )
             remembers = type(self._solver).restarted is not Solver.restarted
             self._progress = ToleranceTest(
                 rule, self._measure, self._map.eps, remembers=remembers, keep_history=history
@@ -312,6 +318,11 @@ class Iteration(Generic[S]):
             self._map.take_samples(keep, self._in_dims)
         else:
             self._map.freeze(progress.active, progress.held())
+
+    def _newton_step(self, z: Tensor) -> Tensor:
+        """(B, D) Newton's step towards a root at ``z`` (B, D); zero where too many unknowns make it expensive."""
+        assert isinstance(self._map, RootMap)
+        return newton_step(self._map, z) if z.shape[1] <= FEW_UNKNOWNS else torch.zeros_like(z)
 
     def _advice(self) -> str:
         return advice_on(self._map, [self.state], self.state.z, self._layout.batch_shape)

@@ -200,6 +200,13 @@ class Newton(Solver):
         return NewtonState(z, fz, residual, matrix, newton, error, singular, radius, False, of_root, way)
 
 
+def newton_step(f: RootMap, z: Tensor) -> Tensor:
+    """(B, D) Newton's step towards a root of ``f`` at ``z`` (B, D); infinite where there is none."""
+    residual, matrix, _ = with_jacobian(f.residual, z)
+    step, singular = _solve(matrix, -residual)
+    return torch.where(singular.unsqueeze(1), torch.where(residual == 0, 0.0, math.inf), step)
+
+
 def _unknown_jacobian(z: Tensor, fz: Tensor) -> NewtonState:
     """The state at z where f is fz, without the Jacobian."""
     residual = fz - z
