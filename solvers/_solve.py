@@ -184,7 +184,7 @@ class Iteration(Generic[S]):
                 rule,
                 self._layout,
                 (lambda: self._map.unit) if root else None,
-                self._newton_step if root and not isinstance(self._solver, Newton) else None,
+                self._newton_step if root and self._asks_newton_step else None,
             )
             remembers = type(self._solver).restarted is not Solver.restarted
             self._progress = ToleranceTest(
@@ -319,10 +319,14 @@ class Iteration(Generic[S]):
         else:
             self._map.freeze(progress.active, progress.held())
 
+    @property
+    def _asks_newton_step(self) -> bool:
+        """Whether Newton's step is to confirm roots: where the solver does not test it, and it is not expensive."""
+        return not isinstance(self._solver, Newton) and sum(self._layout.sizes) <= FEW_UNKNOWNS
+
     def _newton_step(self, z: Tensor) -> Tensor:
-        """(B, D) Newton's step towards a root at ``z`` (B, D); zero where too many unknowns make it expensive."""
         assert isinstance(self._map, RootMap)
-        return newton_step(self._map, z) if z.shape[1] <= FEW_UNKNOWNS else torch.zeros_like(z)
+        return newton_step(self._map, z)
 
     def _advice(self) -> str:
         return advice_on(self._map, [self.state], self.state.z, self._layout.batch_shape)

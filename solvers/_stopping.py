@@ -264,6 +264,11 @@ class Measure:
         self._of_start: float | Tensor | None = self._rtol * math.sqrt(eps) if derived else None
 
     @property
+    def asks_newton_step(self) -> bool:
+        """Whether a root has to be confirmed by Newton's step."""
+        return self._newton_step is not None
+
+    @property
     def is_of_whole(self) -> bool:
         """Whether the whole sample is the only part."""
         return self._sizes is None

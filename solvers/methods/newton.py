@@ -155,23 +155,26 @@ class Newton(Solver):
         Returns:
             (n, D) its end; (n,) bool, whether there is one; (n,) the radius of the next one.
         """
-
-        def of_rows(z: Tensor) -> Tensor:
-            return f(state.z.index_copy(0, rows, z)).index_select(0, rows)
-
         # In the units of the map that f is, for which a root's residual is scaled.
-        z = state.z[rows]
-        scaling = f.scaling[rows] if isinstance(f, RootMap) and f.scaling is not None else z.new_ones(len(z), 1)
-        g = state.residual[rows] * scaling
-        start, radius = Point(z, z + g, rms_norm(g)), state.radius[rows]
+        scaling = f.scaling[rows] if isinstance(f, RootMap) and f.scaling is not None else None
+
+        def displacement(residual: Tensor) -> Tensor:
+            return residual if scaling is None else scaling * residual
+
+        def point_at(z: Tensor) -> Point:
+            every = state.z.index_copy(0, rows, z)
+            residual = -f.residual(every) if isinstance(f, RootMap) else f(every) - every
+            return Point.displaced(z, displacement(residual.index_select(0, rows)))
+
+        start, radius = Point.displaced(state.z[rows], displacement(state.residual[rows])), state.radius[rows]
         every = torch.ones_like(rows, dtype=torch.bool)
-        if z.shape[1] == 1:  # where a shorter step is all that a trust region can find
-            end, residual = trial.z[rows], trial.residual[rows] * scaling
-            full = Point(end, end + residual, rms_norm(residual))
-            lower, found = backtrack(of_rows, start, end - z, full, every)
+        if state.z.shape[1] == 1:  # where a shorter step is all that a trust region can find
+            full = Point.displaced(trial.z[rows], displacement(trial.residual[rows]))
+            lower, found = backtrack(point_at, start, full.z - start.z, full, every)
         else:
-            model = DenseModel.of(state.matrix[rows] * scaling.unsqueeze(2), g)
-            lower, radius, found = descend(of_rows, start, model, radius, every)
+            matrix = state.matrix[rows]
+            model = DenseModel.of(matrix if scaling is None else matrix * scaling.unsqueeze(2), start.g)
+            lower, radius, found = descend(point_at, start, model, radius, every)
         return lower.z, found, radius
 
     def _at(self, f: FlatMapping, z: Tensor, radius: Tensor | None, way: Way) -> NewtonState:
@@ -201,10 +204,21 @@ class Newton(Solver):
 
 
 def newton_step(f: RootMap, z: Tensor) -> Tensor:
-    """(B, D) Newton's step towards a root of ``f`` at ``z`` (B, D); infinite where there is none."""
+    """(B, D) Newton's step towards a root of ``f`` at ``z`` (B, D), the shortest one where there are many.
+
+    Infinite where none halves the residual.
+    """
     residual, matrix, _ = with_jacobian(f.residual, z)
     step, singular = _solve(matrix, -residual)
-    return torch.where(singular.unsqueeze(1), torch.where(residual == 0, 0.0, math.inf), step)
+    if bool(singular.any()):
+        rows = (singular & matrix.isfinite().flatten(1).all(dim=1)).nonzero().squeeze(1)
+        some, target = matrix[rows], -residual[rows]
+        shortest = (torch.linalg.pinv(some) @ target.unsqueeze(2)).squeeze(2)
+        left = target - (some @ shortest.unsqueeze(2)).squeeze(2)
+        helps = 2 * rms_norm(left) <= rms_norm(target)
+        step = torch.where(singular.unsqueeze(1), math.inf, step)
+        step = step.index_copy(0, rows, torch.where(helps.unsqueeze(1), shortest, math.inf))
+    return step
 
 
 def _unknown_jacobian(z: Tensor, fz: Tensor) -> NewtonState:
