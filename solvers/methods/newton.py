@@ -175,6 +175,10 @@ class Newton(Solver):
             matrix = state.matrix[rows]
             model = DenseModel.of(matrix if scaling is None else matrix * scaling.unsqueeze(2), start.g)
             lower, radius, found = descend(point_at, start, model, radius, every)
+        if not bool(found.all()):  # where the matrix is zero up to rounding, a plain step leads away
+            plain = point_at(torch.where(found.unsqueeze(1), start.z, start.fz))
+            helps = ~found & (plain.error < start.error)
+            lower, found = plain.where(helps, lower), found | helps
         return lower.z, found, radius
 
     def _at(self, f: FlatMapping, z: Tensor, radius: Tensor | None, way: Way) -> NewtonState:

@@ -163,7 +163,7 @@ class NewtonKrylov(Solver):
         home = Point(state.z, state.fz, state.g, state.error)
         at = state.probe.where(explores, home)
         system = _Linearized(f, at, state.way)
-        s = self._krylov_step(system, at.g, free, state.forcing * state.error)
+        s, found_step = self._krylov_step(system, at.g, free, state.forcing * state.error)
         model = None
         if few and bool((away | limited).any()):
             model = system.model()
@@ -175,7 +175,11 @@ class NewtonKrylov(Solver):
             trial = point_at(torch.where((free | leaps).unsqueeze(1), home.z + s, waiting.z))
             # A step that does far worse than promised is left to the trust region, if there is one.
             enough = (1 + state.forcing) / 2 if few else torch.full_like(scale, 1 - SUFFICIENT)
-            accepted = accepted | (free & (trial.error <= enough * state.error))
+            # A plain step, where there is no other, may do little: it leads away from where the matrix is singular.
+            enough = torch.where(
+                found_step, enough * state.error, torch.nextafter(state.error, torch.zeros_like(scale))
+            )
+            accepted = accepted | (free & (trial.error <= enough))
         end = trial.where(accepted, waiting)
         probe = trial.where(leaps, at)
         radius = torch.where(accepted | leaps, math.inf, state.radius)
@@ -212,13 +216,15 @@ class NewtonKrylov(Solver):
             way=system.way,
         )
 
-    def _krylov_step(self, system: "_Linearized", g: Tensor, rows: Tensor, tolerance: Tensor) -> Tensor:
-        """(B, D) the inexact Newton step of the samples ``rows`` (B,); zero for the others."""
+    def _krylov_step(self, system: "_Linearized", g: Tensor, rows: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D) the inexact Newton steps of the samples ``rows`` (B,), zero for the others; (B,) which there are.
+
+        A linear solve that finds nothing leaves a plain step.
+        """
         b = torch.where(rows.unsqueeze(1), g, 0.0)
         s = self.linear_solver.run(system, b, tolerance=torch.where(rows, tolerance, 0.0)).x
-        # A linear solve that found nothing leaves a Picard step.
         usable = s.isfinite().all(dim=1) & s.any(dim=1)
-        return torch.where(usable.unsqueeze(1), s, b)
+        return torch.where(usable.unsqueeze(1), s, b), usable
 
     def _next_forcing(self, state: NewtonKrylovState, error: Tensor) -> Tensor:
         if self.forcing is not None:
@@ -262,6 +268,7 @@ class _Linearized:
 def _leap(model: DenseModel, home: Point, excursion: Tensor) -> Tensor:
     """(B, D) the leap at the beginning of an excursion's leg."""
     s = model.step(torch.full_like(home.error, math.inf)).s
+    s = torch.where(s.any(dim=1, keepdim=True), s, home.g)  # where the matrix is zero
     sizes = s.new_tensor(_LEAPS)[(excursion // _LEG - 1).clamp(0, len(_LEAPS) - 1)]
     reach = sizes * torch.maximum(rms_norm(home.z), rms_norm(home.fz))
     return s * (reach * inverse_or_zero(rms_norm(s), 0.0)).unsqueeze(1)
