@@ -20,7 +20,7 @@ from solvers import (
     get_solver,
     stop_rule,
 )
-from solvers.problem import InDims, OnFailure
+from solvers.problem import InDims, OnFailure, checked_batch_dims
 
 
 def _field_of_stopping(name: str) -> Any:
@@ -68,7 +68,7 @@ class ImplicitLayer(nn.Module):
         self.backward = get_backward(backward)
         self.backward.check(self.solver)
         self.stopping: StopRule = stopping
-        self.batch_dims = batch_dims
+        self.batch_dims = checked_batch_dims(batch_dims)
         self.compact = compact
         self.in_dims = in_dims
         self.on_failure: OnFailure = on_failure

@@ -134,6 +134,16 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
     ) -> None:
         if not callable(f):
             raise TypeError(f"FixedPointLayer(f) must be given a callable, got {f!r}.")
+        if isinstance(f, type):
+            raise TypeError(
+                f"FixedPointLayer(f) must be given a map, got the class {f.__name__}. Make an object of it first: "
+                f"FixedPointLayer({f.__name__}(...))."
+            )
+        if not (init is None or callable(init)):
+            raise TypeError(
+                f"FixedPointLayer(init=...) must be a callable of the inputs that returns the start, got {init!r}. For "
+                "a start that you have, pass z0=... in the call of the layer."
+            )
         super().__init__(
             solver=solver,
             backward=backward,

@@ -11,7 +11,7 @@ from solvers.problem.hyperparameters import (
     require_positive,
     require_positive_int,
 )
-from solvers.problem.layout import Layout, check_structure
+from solvers.problem.layout import Layout, check_structure, checked_batch_dims
 from solvers.problem.names import resolve
 from solvers.problem.norms import inner, relative, rms_norm
 from solvers.problem.on_failure import OnFailure, check_on_failure
@@ -35,6 +35,7 @@ __all__ = [
     "back_substitute",
     "check_on_failure",
     "check_structure",
+    "checked_batch_dims",
     "combine",
     "copy_with_tensors",
     "direction_of",
