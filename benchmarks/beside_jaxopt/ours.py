@@ -3,6 +3,8 @@
 python -m benchmarks.beside_jaxopt.ours
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,18 +12,18 @@ from implicit import differentiable, fixed_point, proximal_gradient, root, stati
 from implicit.optima import prox_l1
 
 
-def ridge(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, penalty: Tensor) -> Tensor:
+def ridge(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, penalty: Tensor) -> Any:
     def objective(w: Tensor, penalty: Tensor) -> Tensor:
         return 0.5 * (x @ w - y).square().sum() + 0.5 * penalty * w.square().sum()
 
     @differentiable(optimality=stationary(objective))
-    def fit(penalty: Tensor) -> Tensor:
+    def fit(penalty: Tensor) -> Any:
         return torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ y)
 
     return torch.func.grad(lambda penalty: (x_test @ fit(penalty) - y_test).square().mean())(penalty)
 
 
-def lasso(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, strength: Tensor) -> Tensor:
+def lasso(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, strength: Tensor) -> Any:
     def objective(w: Tensor, strength: Tensor) -> Tensor:
         return 0.5 * (x @ w - y).square().mean()
 
@@ -33,7 +35,7 @@ def lasso(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, strength: Tensor
     return torch.func.grad(error)(strength)
 
 
-def kepler(mean: Tensor, eccentricity: Tensor) -> Tensor:
+def kepler(mean: Tensor, eccentricity: Tensor) -> Any:
     def equation(anomaly: Tensor, mean: Tensor, eccentricity: Tensor) -> Tensor:
         return anomaly - eccentricity * torch.sin(anomaly) - mean
 
