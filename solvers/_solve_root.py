@@ -66,9 +66,10 @@ def solve_root(
         tensor([2., 3.])
     """
     check_on_failure(on_failure)
-    if chunk_size is not None and (as_int(chunk_size) or 0) < 1:
+    number = None if chunk_size is None else as_int(chunk_size)
+    if chunk_size is not None and (number is None or number < 1):
         raise ValueError(f"chunk_size must be an integer >= 1 or None, got {chunk_size!r}.")
-    batch = _Batch(F, z0, args, batch_dims, in_dims, compact=compact, chunk_size=chunk_size)
+    batch = _Batch(F, z0, args, batch_dims, in_dims, compact=compact, chunk_size=number)
     iteration = functools.partial(Iteration, solver=get_solver(solver), stopping=stopping, history=history, root=True)
     batch.take_full_steps(iteration.keywords["solver"], stopping, history)
     if batch.is_whole:
