@@ -268,7 +268,6 @@ class _Linearized:
 def _leap(model: DenseModel, home: Point, excursion: Tensor) -> Tensor:
     """(B, D) the leap at the beginning of an excursion's leg."""
     s = model.step(torch.full_like(home.error, math.inf)).s
-    s = torch.where(s.any(dim=1, keepdim=True), s, home.g)  # where the matrix is zero
     sizes = s.new_tensor(_LEAPS)[(excursion // _LEG - 1).clamp(0, len(_LEAPS) - 1)]
     reach = sizes * torch.maximum(rms_norm(home.z), rms_norm(home.fz))
     return s * (reach * inverse_or_zero(rms_norm(s), 0.0)).unsqueeze(1)
