@@ -1,13 +1,15 @@
 """Which solver solves which of 23 classical systems of equations, beside the methods of scipy.optimize.root.
 
-python -m benchmarks.nonlinear [--starts 1 10 100] [--max-steps 300] [--problems NAME ...]
+python -m benchmarks.nonlinear [--starts 1 10 100] [--max-steps 300] [--problems NAME ...] [--roots]
 
 A system F(x) = 0 is given to our solvers as the maps z - F(z) and z + F(z), in float64, with the relative tolerance
 1e-10; to SciPy's as F itself with tol=1e-10 and its own limits. Every solver starts from the usual start times each of
 the factors. What it returns counts as solved if |F(x)| is at most 1e-8 times the larger of 1 and the size of the usual
 start, whatever the solver says of it. A solver that says it has converged where this is not so has told a falsehood,
 which an exclamation mark shows. The tables are Markdown: calls of F where the system was solved, and a dash where it
-was not; for our solvers with both signs.
+was not; for our solvers with both signs. With --roots, our solvers are given F itself by implicit.root, and the table
+says how many systems each solved, of how many it said so, and how many of these are no roots: neither is |F| small, nor
+is Newton's step at the value within ten times the tolerance.
 """
 
 import argparse
@@ -21,7 +23,8 @@ import scipy
 import torch
 from scipy.optimize import root
 
-from solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver, solve
+from implicit import root as implicit_root
+from solvers import Anderson, Auto, Broyden, Newton, NewtonKrylov, Picard, Solver, solve
 from solvers.testing import NONLINEAR, NonlinearProblem
 
 RTOL = 1e-10
@@ -95,6 +98,39 @@ def all_runs(problem: NonlinearProblem, factor: float, max_steps: int) -> dict[s
     return {**runs, **{f"scipy {method}": [run_scipy(problem, factor, method)] for method in SCIPY}}
 
 
+def run_root(problem: NonlinearProblem, factor: float, solver: Solver, max_steps: int) -> Run:
+    """One of our solvers on F."""
+    value, solution = implicit_root(
+        problem.F,
+        factor * problem.x0,
+        solver=solver,
+        rtol=RTOL,
+        max_steps=max_steps,
+        on_failure="ignore",
+        return_solution=True,
+    )
+    solved = is_solved(problem, value)
+    if bool(solution.converged) and not solved:
+        jacobian = torch.func.jacrev(lambda x: problem.F(x.unsqueeze(0)).squeeze(0))(value[0])
+        step = torch.linalg.pinv(jacobian) @ problem.F(value)[0]
+        solved = bool(step.norm() <= 10 * RTOL * value.norm())
+    return Run(solution.num_evals, solved, bool(solution.converged))
+
+
+def print_roots(problems: dict[str, NonlinearProblem], starts: list[float], max_steps: int) -> None:
+    """Solved, said to be solved, and falsely so, by solver and start."""
+    print("\nRoots: solved / said to be solved / falsely so\n")
+    print_row(["solver", *(f"from {factor:g} x0" for factor in starts)])
+    print_row(["---"] * (len(starts) + 1))
+    for name, solver in {"Newton": Newton(), **OURS}.items():
+        cells: list[object] = [name]
+        for factor in starts:
+            runs = [run_root(problem, factor, solver, max_steps) for problem in problems.values()]
+            counts = (sum(r.solved for r in runs), sum(r.claimed for r in runs), sum(r.false for r in runs))
+            cells.append(" / ".join(map(str, counts)))
+        print_row(cells)
+
+
 def print_row(cells: list[object]) -> None:
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
@@ -131,11 +167,15 @@ def main() -> None:
     parser.add_argument(
         "--problems", nargs="+", choices=[*NONLINEAR], default=[*NONLINEAR], metavar="NAME", help="[all]"
     )
+    parser.add_argument("--roots", action="store_true", help="give F itself to our solvers, by implicit.root")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, scipy {scipy.__version__}"
     print(f"{platform.machine()}, {versions}")
+    if options.roots:
+        print_roots({name: NONLINEAR[name] for name in options.problems}, options.starts, options.max_steps)
+        return
     for factor in options.starts:
         print_table({name: NONLINEAR[name] for name in options.problems}, factor, options.max_steps)
 

@@ -28,6 +28,7 @@ def root(
     history: bool = ...,
     compact: bool = ...,
     in_dims: InDims = ...,
+    chunk_size: int | None = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[False] = ...,
 ) -> S: ...
@@ -49,6 +50,7 @@ def root(
     history: bool = ...,
     compact: bool = ...,
     in_dims: InDims = ...,
+    chunk_size: int | None = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[True],
 ) -> tuple[S, Solution[S]]: ...
@@ -70,6 +72,7 @@ def root(
     history: bool = False,
     compact: bool = False,
     in_dims: InDims = 0,
+    chunk_size: int | None = None,
     on_failure: OnFailure = "warn",
     return_solution: bool = False,
 ) -> S | tuple[S, Solution[S]]:
@@ -106,7 +109,10 @@ def root(
         batch_dims: How many leading dimensions of the state index independent problems; 0 is one problem.
         history: Keep the residual of every step.
         compact: Take finished samples out of the call of ``F``.
-        in_dims: With ``compact``, which dimension of each of ``args`` indexes the samples.
+        in_dims: With ``compact`` or ``chunk_size``, which dimension of each of ``args`` indexes the samples, as in
+            ``torch.func.vmap``: an int or None for all, or a tuple with one for each.
+        chunk_size: Solve so many samples at a time, whose intermediate results then fit into the cache or the memory.
+            All that ``F`` needs of each sample must then come through ``args``.
         on_failure: "warn", "raise" or "ignore", for the forward solve and for linear solves of derivatives.
         return_solution: Return ``(z, solution)``. ``solution.change`` is ``norm(F(z))``, in the units of F.
 
@@ -143,6 +149,7 @@ def root(
         history=history,
         compact=compact,
         in_dims=in_dims,
+        chunk_size=chunk_size,
         on_failure=on_failure,
         root=True,
     )

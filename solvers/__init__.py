@@ -4,6 +4,7 @@ from solvers._failure import report_failure
 from solvers._registry import get_solver
 from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from solvers._solve import Iteration, solve
+from solvers._solve_root import solve_root
 from solvers._stopping import NOT_GIVEN, NotGiven, Steps, Stopping, StopRule, Tolerance, stop_rule
 from solvers.methods.anderson import Anderson
 from solvers.methods.auto import Auto
@@ -38,5 +39,6 @@ __all__ = [
     "get_solver",
     "report_failure",
     "solve",
+    "solve_root",
     "stop_rule",
 ]

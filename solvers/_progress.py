@@ -117,7 +117,7 @@ class ToleranceTest:
             if verdict.count.within and not first and not (near and (careful or not grown)):
                 secant = secant or self._secant()
                 if verdict.count.within < verdict.count.allowed:
-                    verdict.met = news.of_samples.within & self._is_sure(news, secant, grown)
+                    verdict.met = self._met(news, secant, grown)
                     verdict.active, verdict.is_exact = verdict.met < news.of_samples.allowed, False
                     verdict.num_active = verdict.count.allowed
                 else:  # all may have converged: only a second look tells
@@ -175,9 +175,9 @@ class ToleranceTest:
         if asked and tests.contracts is not None:
             contracts = tests.contracts if self._all_contract else contracts & tests.contracts
         if first:
-            met = tests.within & tests.allowed
+            met = self._met(news, None, careful)
         elif secant is not None:
-            met = tests.within & self._is_sure(news, secant, careful)
+            met = self._met(news, secant, careful)
         if waited and secant is not None:
             waiting, idle = self._idle(news, secant)
             # Norms whose squares have vanished tell nothing, entries do.
@@ -200,27 +200,26 @@ class ToleranceTest:
         """(B,) bool: whether f(z) is z, bit for bit."""
         return (self.latest.fz == self.latest.z).all(dim=1)
 
-    def _is_sure(self, news: News, secant: Secant, grown: bool = True) -> Tensor:
+    def _met(self, news: News, secant: Secant | None, grown: bool) -> Tensor:
+        """(B,) bool: the samples that have converged."""
+        samples, tests, confirms = self._samples, news.of_samples, self._measure.asks_newton_step
+        sure = tests.allowed if secant is None else self._is_sure(news, secant, grown, confirmed=confirms)
+        met, scales = tests.within & sure, self._measure.parts(self.latest.fz) if confirms else news.scale
+        return self._measure.confirmed(met, self.latest.z, scales, samples.start, samples.absolute)
+
+    def _is_sure(self, news: News, secant: Secant, grown: bool = True, *, confirmed: bool = False) -> Tensor:
         """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell.
 
-        The error, which is the residual times the change of f(z) over the change of f(z) - z in the last step, must be
-        below a tenth of the size of the value or of the start. And if the value has ``grown`` tenfold, the residual
-        must have fallen tenfold since, with room for rounding in f: a residual that is small only beside a value that
-        ran away has not.
+        As the last step shows, unless Newton's step has ``confirmed`` more; and if the value has ``grown`` tenfold, the
+        residual must have fallen tenfold since: one that is small only beside a value that ran away has not.
         """
-        samples = self._samples
-        # Where squares lose digits to underflow, norms tell nothing.
-        tenfold = torch.add(10 * underflow(news.rounded), news.rounded, alpha=10)
-        near = tenfold * secant.df < torch.maximum(news.scale, samples.start_size) * secant.dg
-        if self._entries is not self.latest:
-            # The entries that were looked at may have been solved long ago, while others still changed.
-            near = near | (secant.dg == 0) & self._is_fixed()
-        if self._slack is not None:
-            near = near & (secant.dz <= self._slack * secant.dg)
-        if not grown:
-            return near
-        fallen = torch.add(tenfold, news.scale, alpha=10 * FLOOR * torch.finfo(tenfold.dtype).eps)
-        return near & (fallen <= torch.where(news.of_samples.ungrown, samples.reference, samples.latest))
+        samples, near = self._samples, self._samples.active
+        if not confirmed:
+            near = secant.shows_a_digit(news.rounded, news.scale, samples.start_size, self._slack)
+            if self._entries is not self.latest:
+                # The entries that were looked at may have been solved long ago, while others still changed.
+                near = near | (secant.dg == 0) & self._is_fixed()
+        return near & samples.has_fallen(news) if grown else near
 
     def _idle(self, news: News, secant: Secant) -> tuple[Tensor, Tensor]:
         """Which samples have waited for half of the least patience or longer (B,), and what they may expect.

@@ -11,6 +11,7 @@ from solvers._solution import ACTIVE
 from solvers._stopping import Measure
 from solvers.methods.solver import State
 from solvers.problem import relative
+from solvers.problem.norms import FLOOR, underflow
 
 # A residual this many times its bound does not meet it in the next step, as a rule.
 CLOSE = 100.0
@@ -132,6 +133,12 @@ class Samples:
             larger, smaller = zip(*pairs, strict=True)
             return News(error, scale, rounded, torch.stack(larger) >= torch.stack(smaller))
         return News(error, scale, rounded, torch.stack([one >= other for one, other in pairs]))
+
+    def has_fallen(self, news: "News") -> Tensor:
+        """(B,) bool: whether the residual has fallen tenfold since the value grew so, with room for rounding in f."""
+        tenfold = torch.add(10 * underflow(news.rounded), news.rounded, alpha=10)
+        fallen = torch.add(tenfold, news.scale, alpha=10 * FLOOR * torch.finfo(tenfold.dtype).eps)
+        return fallen <= torch.where(news.of_samples.ungrown, self.reference, self.latest)
 
     def follow_growth(self, news: "News") -> None:
         """Remember where the value has grown tenfold, or is smaller than before."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers.methods.solver import State
+from solvers.problem.norms import underflow
 
 # Entries of a sample that are looked at; ratios of norms need no more, and large states need not be read again.
 ENTRIES = 128
@@ -52,6 +53,21 @@ class Secant:
     def error_ratio(self, of_image: Tensor) -> Tensor:
         """(B,) the error over the residual, of f(z) where ``of_image`` (B,), else of z."""
         return torch.where(of_image, self.df, self.dz) / self.dg
+
+    def shows_a_digit(self, rounded: Tensor, scale: Tensor, start_size: Tensor, slack: Tensor | None) -> Tensor:
+        """(B,) bool: whether the error that the step shows is below a tenth of the value's size or the start's.
+
+        Args:
+            rounded: (B,) the residual with what rounding in f may hide.
+            scale: (B,) the size of the value.
+            start_size: (B,) that of the start.
+            slack: (B,) how many times the residual of a root fits into its bound, which the error must meet as well;
+                None for what is no root.
+        """
+        # Where squares lose digits to underflow, norms tell nothing.
+        tenfold = torch.add(10 * underflow(rounded), rounded, alpha=10)
+        near = tenfold * self.df < torch.maximum(scale, start_size) * self.dg
+        return near if slack is None else near & (self.dz <= slack * self.dg)
 
 
 def some_entries(state: State) -> State:

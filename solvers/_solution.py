@@ -104,9 +104,10 @@ class Solution(Generic[S]):
         num_evals: Number of calls of f (of the matrix-vector product) for the whole batch.
         history: (steps really taken, B) residuals when ``history=True``, else None. A stopped sample repeats its
             best one.
-        state: The solver's last state, on the flattened (B, D) problem.
+        state: The solver's last state, on the flattened (B, D) problem; None for roots that were found in parts.
         adjoint: The Solution of the linear solve in the backward pass, filled in by backward modes that make one.
-        scaling: (B,) for a root, the c with which the solver saw it as a fixed point of ``z - c F(z)``; else None.
+        scaling: (B,) for a root, the c with which the solver saw it as a fixed point of ``z - c F(z)``; else None,
+            as for roots that were found in parts.
         solver: The linear solver that a linear solve was made by; else None.
         backward: The backward mode that the value's gradient is computed by; None where no gradient is recorded.
     """

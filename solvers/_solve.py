@@ -14,7 +14,8 @@ from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
 from solvers._stopping import NOT_GIVEN, Measure, NotGiven, Stopping, StopRule, Tolerance, stop_rule
-from solvers.methods.newton import NewtonState
+from solvers.methods.newton import Newton, NewtonState, newton_step
+from solvers.methods.newton_krylov import FEW_UNKNOWNS
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import Solver, close, take_samples
 from solvers.problem import (
@@ -179,7 +180,12 @@ class Iteration(Generic[S]):
         self.tested = isinstance(rule, Stopping)
         if isinstance(rule, Stopping):
             self._check_every = rule.check_every
-            self._measure = Measure(rule, self._layout, (lambda: self._map.unit) if root else None)
+            self._measure = Measure(
+                rule,
+                self._layout,
+                (lambda: self._map.unit) if root else None,
+                self._newton_step if root and self._asks_newton_step else None,
+            )
             remembers = type(self._solver).restarted is not Solver.restarted
             self._progress = ToleranceTest(
                 rule, self._measure, self._map.eps, remembers=remembers, keep_history=history
@@ -313,18 +319,31 @@ class Iteration(Generic[S]):
         else:
             self._map.freeze(progress.active, progress.held())
 
+    @property
+    def _asks_newton_step(self) -> bool:
+        """Whether Newton's step is to confirm roots: where the solver does not test it, and it is not expensive."""
+        return not isinstance(self._solver, Newton) and sum(self._layout.sizes) <= FEW_UNKNOWNS
+
+    def _newton_step(self, z: Tensor) -> Tensor:
+        assert isinstance(self._map, RootMap)
+        return newton_step(self._map, z)
+
     def _advice(self) -> str:
-        """What may be wrong with the map, as far as a failed solve can find out."""
-        if isinstance(self.state, NewtonState) and (number := self.state.num_stuck):
-            return (
-                f"Newton's matrix is singular where {number} samples ended, so that there may be "
-                "no solution near, or a continuum of them. Start elsewhere, or add the equation that is missing."
-            )
-        if not self._map.mixes_samples(self.state.z):
-            return ""
+        return advice_on(self._map, [self.state], self.state.z, self._layout.batch_shape)
+
+
+def advice_on(f: FlatMap, states: list[Any], z: Tensor, batch_shape: torch.Size) -> str:
+    """What may be wrong with the map, as far as failed solves that ended in ``states`` can find out at ``z`` (B, D)."""
+    if number := sum(state.num_stuck for state in states if isinstance(state, NewtonState)):
         return (
-            f"{self._map.called} mixes samples: what it returns for one sample depends on others. If the whole state "
-            "is one coupled problem, such as a vector of parameters, solve it with batch_dims=0; now its leading "
-            f"dimensions {tuple(self._layout.batch_shape)} count as samples. Else look for the cause with "
-            "implicit.check_map."
+            f"Newton's matrix is singular where {number} samples ended, so that there may be "
+            "no solution near, or a continuum of them. Start elsewhere, or add the equation that is missing."
         )
+    if not f.mixes_samples(z):
+        return ""
+    return (
+        f"{f.called} mixes samples: what it returns for one sample depends on others. If the whole state "
+        "is one coupled problem, such as a vector of parameters, solve it with batch_dims=0; now its leading "
+        f"dimensions {tuple(batch_shape)} count as samples. Else look for the cause with "
+        "implicit.check_map."
+    )

@@ -228,10 +228,19 @@ class Measure:
         unit_of: Gives the size (B,) of a state that belongs to an absolute tolerance of 1, when the first step is done;
             None where the problem is no root: then it is 1. The map of a root is ``z - c F(z)`` with a c that is right
             at the start only, so that the error that the last step shows has to be within the bound as well.
+        newton_step: Gives Newton's step (B, D) at iterates of a root (B, D), which has to be within the bound too: the
+            last step tells nothing of the error in other directions. None where that is known, or expensive.
     """
 
-    def __init__(self, stopping: Stopping, layout: Layout, unit_of: Callable[[], Tensor | None] | None = None) -> None:
+    def __init__(
+        self,
+        stopping: Stopping,
+        layout: Layout,
+        unit_of: Callable[[], Tensor | None] | None = None,
+        newton_step: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self._unit_of = unit_of
+        self._newton_step = newton_step
         self._ord = math.inf if stopping.norm == "max" else 2
         size = sum(layout.sizes)
         self._unit = math.sqrt(max(size, 1)) if stopping.norm == "rms" else 1.0
@@ -253,6 +262,16 @@ class Measure:
         # The smallest relative tolerance of the whole sample; none is known where leaves have their own.
         self.least_rtol = self._rtol if isinstance(self._rtol, float) else 0.0
         self._of_start: float | Tensor | None = self._rtol * math.sqrt(eps) if derived else None
+
+    @property
+    def asks_newton_step(self) -> bool:
+        """Whether a root has to be confirmed by Newton's step."""
+        return self._newton_step is not None
+
+    @property
+    def is_of_whole(self) -> bool:
+        """Whether the whole sample is the only part."""
+        return self._sizes is None
 
     def parts(self, x: Tensor) -> Tensor:
         """(B, D) -> plain norms of the parts."""
@@ -303,6 +322,22 @@ class Measure:
             return None
         slack = self.bound(scales, absolute) / errors
         return slack if self._sizes is None else slack.amin(dim=1)
+
+    def confirmed(self, met: Tensor, z: Tensor, scale: Tensor, start: Tensor, absolute: Tensor) -> Tensor:
+        """(B,) bool: which of the samples ``met`` (B,) have converged by Newton's step as well, if it is asked.
+
+        Args:
+            met: The samples that have converged by all other tests.
+            z: (B, D) the iterates.
+            scale: Plain norms of the parts of f(z).
+            start: (B, D) where the others are, which are of no interest.
+            absolute: The absolute tolerances.
+        """
+        if self._newton_step is None or not bool(met.any()):
+            return met
+        error = self.parts(self._newton_step(torch.where(met.unsqueeze(1), z, start)))
+        bound, error = self.compared(self.bound(scale, absolute), error)
+        return met & (bound >= error)
 
     def bound(self, scale: Tensor, absolute: Tensor) -> Tensor:
         """The bound on the residual of each part, given plain norms of f(z) and the absolute tolerances."""

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from implicit import fixed_point
 from solvers import Newton, NewtonKrylov, Status, solve
@@ -131,3 +133,27 @@ def test_threads_do_not_disturb_each_other(solver):
                 assert all(map(torch.equal, pool.map(solved, starts), alone))
     finally:
         sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("solver", ["newton_krylov", "newton", "auto"])
+@settings(max_examples=12)
+@given(
+    rate=st.floats(0.05, 0.95),
+    curvature=st.floats(-1.0, 1.0).filter(lambda x: abs(x) > 0.01),
+    size=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+def test_a_start_where_the_residual_has_no_slope(solver, rate, curvature, size, seed):
+    """A contraction near its fixed point 0; half way to the other one, which repels, ``I - J`` is zero."""
+    basis = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).double()).Q
+
+    def f(z):
+        along = z @ basis
+        return (rate * along + curvature * along**2) @ basis.T
+
+    other = (1 - rate) / curvature
+    z0 = torch.full((1, size), other / 2, dtype=torch.float64) @ basis.T
+    solution = solve(f, z0, solver, rtol=1e-6, max_steps=200, on_failure="ignore")
+    assert solution.converged.all()
+    along = solution.value @ basis
+    assert torch.minimum(along.abs(), (along - other).abs()).max() <= 1e-5 * abs(other)

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils._pytree import TreeSpec
 
 from implicit.autograd.constant_weights import constant_weights
-from solvers import Iteration, Solution, Solver, Stopping, StopRule
+from solvers import Iteration, Solution, Solver, Stopping, StopRule, solve_root
 from solvers.problem import Hyperparameters, InDims, OnFailure, check_on_failure
 
 
@@ -28,6 +28,7 @@ class SolveOptions:
     on_failure: OnFailure = "warn"
     layer: str = ""
     root: bool = False
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         check_on_failure(self.on_failure)
@@ -50,6 +51,21 @@ class SolveOptions:
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Solution[Any]:
         """``solvers.solve`` with these options."""
+        if self.root:
+            return solve_root(
+                f,
+                z0,
+                self.solver,
+                args=args,
+                stopping=self.stopping,
+                batch_dims=self.batch_dims,
+                history=self.history,
+                compact=self.compact,
+                in_dims=self.in_dims,
+                chunk_size=self.chunk_size,
+                on_failure=self.on_failure,
+                what=self.named(self.what),
+            )
         return self.iteration(f, z0, args).run(self.on_failure, what=self.named(self.what))
 
     @property
@@ -82,7 +98,7 @@ class SolveOptions:
         The map's tensors are not its arguments then, so that finished samples cannot be taken out of them.
         """
         stopping = self.stopping.flattened(spec)
-        return dataclasses.replace(self, stopping=stopping, batch_dims=batch_dims, compact=False)
+        return dataclasses.replace(self, stopping=stopping, batch_dims=batch_dims, compact=False, chunk_size=None)
 
 
 class Backward(Hyperparameters, abc.ABC):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -63,16 +64,14 @@ class Dense(LinearSolver):
         columns = [matvec(unit.expand_as(b).contiguous()) for unit in units]
         matrix = columns[0].unsqueeze(2) if size == 1 else torch.stack(columns, dim=2)  # (B, D, D)
         # A zero right-hand side has the solution zero, whatever the matrix; one that is not finite has none.
-        lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
+        solve, no_pivot = _factored(matrix)
         x = torch.zeros_like(b)
         r, error = b, norm_b
         finite = norm_b.isfinite() & matrix.isfinite().flatten(1).all(dim=1)
-        singular = finite & (
-            (info > 0) | ~torch.linalg.lu_solve(lu, pivots, b.unsqueeze(2)).isfinite().flatten(1).all(1)
-        )
+        correction = solve(b)
+        singular = finite & (no_pivot | ~correction.isfinite().all(dim=1))
         inverse = torch.linalg.pinv(matrix[singular]) if bool(singular.any()) else None
         for _ in range(2):
-            correction = torch.linalg.lu_solve(lu, pivots, r.unsqueeze(2)).squeeze(2)
             if inverse is not None:
                 correction[singular] = (inverse @ r[singular].unsqueeze(2)).squeeze(2)
             candidate = torch.where((norm_b > 0).unsqueeze(1), x + correction, 0.0)
@@ -85,6 +84,7 @@ class Dense(LinearSolver):
             met = error <= torch.maximum(tolerance, floor)
             if bool(met.all()):
                 break
+            correction = solve(r)
         status = torch.full_like(norm_b, Status.STAGNATED, dtype=torch.int8)
         status = status.masked_fill(singular, Status.BREAKDOWN)
         status = status.masked_fill(~finite, Status.NONFINITE).masked_fill(met, Status.CONVERGED)
@@ -96,6 +96,15 @@ class Dense(LinearSolver):
             history=relative(error, norm_b).unsqueeze(0),
             solver=self,
         )
+
+
+def _factored(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The solution (B, D) as a function of the right-hand side (B, D); (B,) bool, which matrices lack a pivot."""
+    if matrix.shape[1] == 1:
+        pivot = matrix.squeeze(2)
+        return lambda b: b / pivot, (pivot == 0).squeeze(1)
+    lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
+    return lambda b: torch.linalg.lu_solve(lu, pivots, b.unsqueeze(2)).squeeze(2), info > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

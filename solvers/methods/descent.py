@@ -1,10 +1,12 @@
 """Points of an iteration with their residuals, and the search for a smaller one along a line."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from solvers.methods.root_map import RootMap
 from solvers.methods.solver import FlatMapping
 from solvers.problem.norms import rms_norm
 
@@ -21,18 +23,28 @@ class Point:
     Attributes:
         z: (B, D) the iterates.
         fz: (B, D) the map there.
-        error: (B,) root mean square of ``f(z) - z``.
+        g: (B, D) ``f(z) - z``.
+        error: (B,) its root mean square.
     """
 
     z: Tensor
     fz: Tensor
+    g: Tensor
     error: Tensor
 
     @classmethod
     def at(cls, f: FlatMapping, z: Tensor) -> "Point":
         """The point ``z`` (B, D), by one call of ``f``."""
+        if isinstance(f, RootMap) and f.scaling is not None:
+            # Where F is small, z - (z - c F) would leave few digits of it.
+            return cls.displaced(z, -f.scaling * f.residual(z))
         fz = f(z)
-        return cls(z, fz, rms_norm(fz - z))
+        return cls(z, fz, fz - z, rms_norm(fz - z))
+
+    @classmethod
+    def displaced(cls, z: Tensor, g: Tensor) -> "Point":
+        """The point ``z`` (B, D), from which the map leads to ``z + g``."""
+        return cls(z, z + g, g, rms_norm(g))
 
     def where(self, rows: Tensor, other: "Point") -> "Point":
         """The samples ``rows`` (B,) of this point, and the others of another."""
@@ -40,15 +52,18 @@ class Point:
         return Point(
             z=torch.where(chosen, self.z, other.z),
             fz=torch.where(chosen, self.fz, other.fz),
+            g=torch.where(chosen, self.g, other.g),
             error=torch.where(rows, self.error, other.error),
         )
 
 
-def backtrack(f: FlatMapping, start: Point, s: Tensor, full: Point, rows: Tensor) -> tuple[Point, Tensor]:
+def backtrack(
+    point_at: Callable[[Tensor], Point], start: Point, s: Tensor, full: Point, rows: Tensor
+) -> tuple[Point, Tensor]:
     """The first of ever shorter steps along a direction that reduces the residual enough.
 
     Args:
-        f: The map.
+        point_at: Gives the point at iterates (B, D).
         start: Where the samples are.
         s: (B, D) the step whose full length reduces the residual too little.
         full: The point at its end.
@@ -65,7 +80,7 @@ def backtrack(f: FlatMapping, start: Point, s: Tensor, full: Point, rows: Tensor
         remaining = remaining & (length >= _SHORTEST)
         if not bool(remaining.any()):
             break
-        trial = Point.at(f, torch.where(remaining.unsqueeze(1), start.z + length.unsqueeze(1) * s, start.z))
+        trial = point_at(torch.where(remaining.unsqueeze(1), start.z + length.unsqueeze(1) * s, start.z))
         accepted = remaining & (trial.error <= (1 - SUFFICIENT * length) * start.error)
         best = trial.where(accepted, best)
         remaining = remaining & ~accepted

@@ -16,7 +16,6 @@ from solvers.methods.trust_region import DenseModel, descend
 from solvers.problem.flat_map import FlatMap
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import rms_norm
-from solvers.problem.slopes import direction_of
 
 
 @dataclasses.dataclass
@@ -139,24 +138,48 @@ class Newton(Solver):
         z = torch.where((~rejected & better).unsqueeze(1), trial.z, state.z)
         radius = torch.where(rejected, state.radius, math.inf)
         if bool(rejected.any()):
-            # In the units of the map that f is, for which a root's residual is scaled.
-            scaling = f.scaling if isinstance(f, RootMap) else None
-            matrix, g = state.matrix, state.residual
-            if scaling is not None:
-                matrix, g = matrix * scaling.unsqueeze(2), g * scaling
-            start = Point(state.z, state.z + g, rms_norm(g))
-            if z.shape[1] == 1:  # where a shorter step is all that a trust region can find
-                end = trial.residual if scaling is None else trial.residual * scaling
-                full = Point(trial.z, trial.z + end, rms_norm(end))
-                lower, found = backtrack(f, start, trial.z - state.z, full, rejected)
-            else:
-                lower, radius, found = descend(f, start, DenseModel.of(matrix, g), radius, rejected)
-            z = torch.where(found.unsqueeze(1), lower.z, z)
-            radius = torch.where(rejected, radius, math.inf)
+            rows = rejected.nonzero().squeeze(1)
+            lower, found, next_radius = self._shorter_step(f, state, trial, rows)
+            z = z.index_copy(0, rows, torch.where(found.unsqueeze(1), lower, z.index_select(0, rows)))
+            radius = radius.index_copy(0, rows, next_radius)
         moved = (z != trial.z).any(dim=1)
         if not bool(moved.any()):
             return dataclasses.replace(trial, radius=radius)
         return self._at(f, z, radius, trial.way)
+
+    def _shorter_step(
+        self, f: FlatMapping, state: NewtonState, trial: NewtonState, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A step of the samples ``rows`` (n,) to a smaller residual than they have.
+
+        Returns:
+            (n, D) its end; (n,) bool, whether there is one; (n,) the radius of the next one.
+        """
+        # In the units of the map that f is, for which a root's residual is scaled.
+        scaling = f.scaling[rows] if isinstance(f, RootMap) and f.scaling is not None else None
+
+        def displacement(residual: Tensor) -> Tensor:
+            return residual if scaling is None else scaling * residual
+
+        def point_at(z: Tensor) -> Point:
+            every = state.z.index_copy(0, rows, z)
+            residual = -f.residual(every) if isinstance(f, RootMap) else f(every) - every
+            return Point.displaced(z, displacement(residual.index_select(0, rows)))
+
+        start, radius = Point.displaced(state.z[rows], displacement(state.residual[rows])), state.radius[rows]
+        every = torch.ones_like(rows, dtype=torch.bool)
+        if state.z.shape[1] == 1:  # where a shorter step is all that a trust region can find
+            full = Point.displaced(trial.z[rows], displacement(trial.residual[rows]))
+            lower, found = backtrack(point_at, start, full.z - start.z, full, every)
+        else:
+            matrix = state.matrix[rows]
+            model = DenseModel.of(matrix if scaling is None else matrix * scaling.unsqueeze(2), start.g)
+            lower, radius, found = descend(point_at, start, model, radius, every)
+        if not bool(found.all()):  # where the matrix is zero up to rounding, a plain step leads away
+            plain = point_at(torch.where(found.unsqueeze(1), start.z, start.fz))
+            helps = ~found & (plain.error < start.error)
+            lower, found = plain.where(helps, lower), found | helps
+        return lower.z, found, radius
 
     def _at(self, f: FlatMapping, z: Tensor, radius: Tensor | None, way: Way) -> NewtonState:
         """The state at ``z`` (B, D)."""
@@ -164,8 +187,7 @@ class Newton(Solver):
         if isinstance(f, RootMap):
             residual, matrix, way = with_jacobian(f.residual, z, way)
             if f.scaling is None:
-                direction = direction_of(residual)
-                f.set_scaling(z, residual, direction, (matrix * direction.unsqueeze(1)).sum(dim=2))
+                f.set_scaling_by_matrix(z, residual, matrix)
             residual = -residual
             fz = z
         else:
@@ -183,6 +205,24 @@ class Newton(Solver):
         if radius is None:
             radius = torch.full_like(error, math.inf)
         return NewtonState(z, fz, residual, matrix, newton, error, singular, radius, False, of_root, way)
+
+
+def newton_step(f: RootMap, z: Tensor) -> Tensor:
+    """(B, D) Newton's step towards a root of ``f`` at ``z`` (B, D), the shortest one where there are many.
+
+    Infinite where none halves the residual.
+    """
+    residual, matrix, _ = with_jacobian(f.residual, z)
+    step, singular = _solve(matrix, -residual)
+    if bool(singular.any()):
+        rows = (singular & matrix.isfinite().flatten(1).all(dim=1)).nonzero().squeeze(1)
+        some, target = matrix[rows], -residual[rows]
+        shortest = (torch.linalg.pinv(some) @ target.unsqueeze(2)).squeeze(2)
+        left = target - (some @ shortest.unsqueeze(2)).squeeze(2)
+        helps = 2 * rms_norm(left) <= rms_norm(target)
+        step = torch.where(singular.unsqueeze(1), math.inf, step)
+        step = step.index_copy(0, rows, torch.where(helps.unsqueeze(1), shortest, math.inf))
+    return step
 
 
 def _unknown_jacobian(z: Tensor, fz: Tensor) -> NewtonState:

@@ -1,6 +1,7 @@
 """Inexact Newton's method with a Krylov linear solver."""
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from solvers.linear import GMRES, LinearSolver
 from solvers.methods.descent import SUFFICIENT, Point, backtrack
 from solvers.methods.jacobian_product import JacobianProduct, Way
+from solvers.methods.root_map import RootMap
 from solvers.methods.solver import FlatMapping, Solver, State
 from solvers.methods.trust_region import DenseModel, descend
 from solvers.problem.norms import rms_norm
@@ -34,7 +36,8 @@ class NewtonKrylovState(State):
     """The iterate, how exactly the next linear system is solved, and how far the next step may go.
 
     Attributes:
-        error: (B,) root mean square of ``g = f(z) - z``.
+        g: (B, D) ``f(z) - z``.
+        error: (B,) its root mean square.
         forcing: (B,) relative tolerance of the next linear solve.
         radius: (B,) the trust region's radius; infinite for a sample that needs none.
         excursion: (B,) int64, 0 for a sample that descends. For one that found no smaller residual nearby and searches
@@ -43,12 +46,17 @@ class NewtonKrylovState(State):
         way: How products with the Jacobian are formed.
     """
 
+    g: Tensor
     error: Tensor
     forcing: Tensor
     radius: Tensor
     excursion: Tensor
-    probe: State
+    probe: Point
     way: Way = "forward mode"
+
+    @property
+    def displacement(self) -> Tensor:
+        return self.g
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,15 +114,17 @@ class NewtonKrylov(Solver):
 
     def begin(self, z: Tensor, fz: Tensor) -> NewtonKrylovState:
         """The state at the start ``z`` (B, D), where the map is ``fz`` (B, D)."""
-        error = rms_norm(fz - z)
+        g = fz - z
+        error = rms_norm(g)
         return NewtonKrylovState(
             z=z,
             fz=fz,
+            g=g,
             error=error,
             forcing=torch.full_like(error, self.forcing or _FIRST_FORCING),
             radius=torch.full_like(error, math.inf),
             excursion=torch.zeros_like(error, dtype=torch.int64),
-            probe=State(z, fz),
+            probe=Point(z, fz, g, error),
         )
 
     def restarted(self, state: NewtonKrylovState, rows: Tensor, z: Tensor, fz: Tensor) -> NewtonKrylovState:
@@ -124,11 +134,12 @@ class NewtonKrylov(Solver):
         return NewtonKrylovState(
             z=torch.where(chosen, z, state.z),
             fz=torch.where(chosen, fz, state.fz),
+            g=torch.where(chosen, new.g, state.g),
             error=torch.where(rows, new.error, state.error),
             forcing=torch.where(rows, new.forcing, state.forcing),
             radius=torch.where(rows, new.radius, state.radius),
             excursion=torch.where(rows, 0, state.excursion),
-            probe=State(torch.where(chosen, z, state.probe.z), torch.where(chosen, fz, state.probe.fz)),
+            probe=new.probe.where(rows, state.probe),
             way=state.way,
         )
 
@@ -138,34 +149,37 @@ class NewtonKrylov(Solver):
     @torch.no_grad()
     def step_some(self, f: FlatMapping, state: NewtonKrylovState, rows: Tensor, others: Tensor) -> NewtonKrylovState:
         """A step of the samples ``rows`` (B,) only; the others go to their rows of ``others`` (B, D)."""
-        few = state.z.shape[1] <= FEW_UNKNOWNS
+        few, point_at = state.z.shape[1] <= FEW_UNKNOWNS, functools.partial(Point.at, f)
         eps, scale = torch.finfo(state.error.dtype).eps, rms_norm(state.fz)
         # A sample without a finite residual, or with one at the level of rounding errors, stays where it is.
-        unsolved = rows & state.error.isfinite() & (state.error > eps * scale)
+        floor = 0.0 if isinstance(f, RootMap) else eps * scale  # that of F is not known
+        unsolved = rows & state.error.isfinite() & (state.error > floor)
         away = unsolved & (state.excursion > 0) & (state.excursion < _GIVEN_UP)
         leaps = away & (state.excursion % _LEG == 0)
         explores = away & ~leaps
         limited = unsolved & (state.excursion == 0) & state.radius.isfinite()
         free = unsolved & (state.excursion == 0) & ~limited
 
-        home = Point(state.z, state.fz, state.error)
-        probe = Point(state.probe.z, state.probe.fz, rms_norm(state.probe.fz - state.probe.z))
-        at = probe.where(explores, home)
-        g = at.fz - at.z
-        product = JacobianProduct(f, at.z, at.fz, state.way)
-        s = self._krylov_step(product, g, free, state.forcing * state.error)
+        home = Point(state.z, state.fz, state.g, state.error)
+        at = state.probe.where(explores, home)
+        system = _Linearized(f, at, state.way)
+        s, found_step = self._krylov_step(system, at.g, free, state.forcing * state.error)
         model = None
         if few and bool((away | limited).any()):
-            model = _model(product, g)
+            model = system.model()
             s = torch.where(leaps.unsqueeze(1), _leap(model, home, state.excursion), s)
 
-        waiting = Point(torch.where(rows.unsqueeze(1), state.z, others), state.fz, state.error)
+        waiting = Point(torch.where(rows.unsqueeze(1), state.z, others), state.fz, state.g, state.error)
         trial, accepted = waiting, ~rows
         if bool((free | leaps | ~rows).any()):
-            trial = Point.at(f, torch.where((free | leaps).unsqueeze(1), home.z + s, waiting.z))
+            trial = point_at(torch.where((free | leaps).unsqueeze(1), home.z + s, waiting.z))
             # A step that does far worse than promised is left to the trust region, if there is one.
             enough = (1 + state.forcing) / 2 if few else torch.full_like(scale, 1 - SUFFICIENT)
-            accepted = accepted | (free & (trial.error <= enough * state.error))
+            # A plain step, where there is no other, may do little: it leads away from where the matrix is singular.
+            enough = torch.where(
+                found_step, enough * state.error, torch.nextafter(state.error, torch.zeros_like(scale))
+            )
+            accepted = accepted | (free & (trial.error <= enough))
         end = trial.where(accepted, waiting)
         probe = trial.where(leaps, at)
         radius = torch.where(accepted | leaps, math.inf, state.radius)
@@ -176,10 +190,10 @@ class NewtonKrylov(Solver):
         found = descends
         if bool(descends.any()):
             if few:
-                model = model or _model(product, g)
-                lower, radius, found = descend(f, at, model, radius, descends)
+                model = model or system.model()
+                lower, radius, found = descend(point_at, at, model, radius, descends)
             else:
-                lower, found = backtrack(f, at, s, trial, descends)
+                lower, found = backtrack(point_at, at, s, trial, descends)
             end = lower.where(found & ~explores, end)
             probe = lower.where(found & explores, probe)
             steps = torch.where(explores & ~found, _LEG - state.excursion % _LEG, steps)
@@ -192,22 +206,25 @@ class NewtonKrylov(Solver):
         return NewtonKrylovState(
             z=end.z,
             fz=end.fz,
+            g=end.g,
             error=end.error,
             forcing=self._next_forcing(state, end.error),
             radius=radius,
             excursion=torch.where(arrived, 0, excursion),
             # Without excursions, no memory for them.
-            probe=State(probe.z, probe.fz) if few else State(end.z, end.fz),
-            way=product.way,
+            probe=probe if few else end,
+            way=system.way,
         )
 
-    def _krylov_step(self, product: JacobianProduct, g: Tensor, rows: Tensor, tolerance: Tensor) -> Tensor:
-        """(B, D) the inexact Newton step of the samples ``rows`` (B,); zero for the others."""
+    def _krylov_step(self, system: "_Linearized", g: Tensor, rows: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D) the inexact Newton steps of the samples ``rows`` (B,), zero for the others; (B,) which there are.
+
+        A linear solve that finds nothing leaves a plain step.
+        """
         b = torch.where(rows.unsqueeze(1), g, 0.0)
-        s = self.linear_solver.run(lambda v: v - product(v), b, tolerance=torch.where(rows, tolerance, 0.0)).x
-        # A linear solve that found nothing leaves a Picard step.
+        s = self.linear_solver.run(system, b, tolerance=torch.where(rows, tolerance, 0.0)).x
         usable = s.isfinite().all(dim=1) & s.any(dim=1)
-        return torch.where(usable.unsqueeze(1), s, b)
+        return torch.where(usable.unsqueeze(1), s, b), usable
 
     def _next_forcing(self, state: NewtonKrylovState, error: Tensor) -> Tensor:
         if self.forcing is not None:
@@ -219,9 +236,33 @@ class NewtonKrylov(Solver):
         return torch.where(wanted.isfinite(), wanted, _LARGEST_FORCING).clamp(1e-6, _LARGEST_FORCING)
 
 
-def _model(product: JacobianProduct, g: Tensor) -> DenseModel:
-    """The linear model of the residual: ``g - (I - J) s``."""
-    return DenseModel.of(torch.eye(g.shape[1], dtype=g.dtype, device=g.device) - product.matrix(), g)
+class _Linearized:
+    """The linear model ``g - A s`` of a map's displacement, with A = I - J, or c times the Jacobian of F for a root."""
+
+    def __init__(self, f: FlatMapping, at: Point, way: Way) -> None:
+        self._g, self._scaling = at.g, None
+        if isinstance(f, RootMap) and f.scaling is not None:
+            # By F itself: from v - (v - c J v) few digits would be left where c J v is small.
+            self._scaling = f.scaling
+            self._product = JacobianProduct(f.residual, at.z, at.g / -f.scaling, way)
+        else:
+            self._product = JacobianProduct(f, at.z, at.fz, way)
+
+    @property
+    def way(self) -> Way:
+        """How the last product was formed."""
+        return self._product.way
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """(B, D) ``A v``."""
+        return v - self._product(v) if self._scaling is None else self._scaling * self._product(v)
+
+    def model(self) -> DenseModel:
+        """The model with the whole matrix."""
+        matrix = self._product.matrix()
+        if self._scaling is None:
+            return DenseModel.of(torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device) - matrix, self._g)
+        return DenseModel.of(self._scaling.unsqueeze(2) * matrix, self._g)
 
 
 def _leap(model: DenseModel, home: Point, excursion: Tensor) -> Tensor:

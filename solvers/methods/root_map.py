@@ -35,9 +35,20 @@ class RootMap(FlatMap):
         assert self.scaling is not None
         return torch.addcmul(z, self.scaling, residual, value=-1)
 
+    def set_scaling_by_matrix(self, z: Tensor, residual: Tensor, matrix: Tensor) -> None:
+        """Choose c from the Jacobian (B, D, D) at ``z`` (B, D), where F is ``residual`` (B, D)."""
+        if z.shape[1] == 1:
+            self._set(matrix.squeeze(2).reciprocal(), z, residual)
+            return
+        direction = direction_of(residual)
+        self.set_scaling(z, residual, direction, (matrix * direction.unsqueeze(1)).sum(dim=2))
+
     def set_scaling(self, z: Tensor, residual: Tensor, direction: Tensor, product: Tensor) -> None:
         """Choose c from the product of the Jacobian with ``direction``, a unit vector; all (B, D)."""
-        c = slope_inverse(direction, product)
+        self._set(slope_inverse(direction, product), z, residual)
+
+    def _set(self, c: Tensor, z: Tensor, residual: Tensor) -> None:
+        """Take c (B, 1), and something else where it is zero or not finite."""
         size, other = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (residual, z))
         # Without a slope, the units of the start; without these, none.
         default = other * inverse_or_zero(size, 0.0)

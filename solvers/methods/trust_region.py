@@ -1,12 +1,12 @@
 """Trust-region steps for samples of few unknowns, whose Jacobian is formed column by column."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from solvers.methods.descent import Point
-from solvers.methods.solver import FlatMapping
 from solvers.problem.small_systems import inverse_or_zero
 
 # Newton's iterations for the damping that belongs to a radius. Two or three come to within a few percent.
@@ -117,7 +117,7 @@ class Step:
 
 
 def descend(
-    f: FlatMapping, start: Point, model: DenseModel, radius: Tensor, rows: Tensor
+    point_at: Callable[[Tensor], Point], start: Point, model: DenseModel, radius: Tensor, rows: Tensor
 ) -> tuple[Point, Tensor, Tensor]:
     """A step to a smaller residual within a trust region, from the largest radius that gives one.
 
@@ -125,7 +125,7 @@ def descend(
     linear model's target is corrected with the same matrix, which keeps it near a curved valley.
 
     Args:
-        f: The map.
+        point_at: Gives the point at iterates (B, D).
         start: Where the samples are.
         model: The linear model of ``f(z) - z`` there.
         radius: (B,) the first radius to try.
@@ -146,7 +146,7 @@ def descend(
         rows = rows & (step.reduction > least)
         if not bool(rows.any()):
             break
-        trial = _corrected(f, start, model, step, rows)
+        trial = _corrected(point_at, start, model, step, rows)
         ratio = size * (start.error**2 - trial.error**2) * inverse_or_zero(step.reduction, 0.0)
         good = rows & (ratio > _SUFFICIENT) & (trial.error < best.error)
         best = trial.where(good, best)
@@ -163,19 +163,19 @@ def descend(
     return best, radius, found
 
 
-def _corrected(f: FlatMapping, start: Point, model: DenseModel, step: Step, rows: Tensor) -> Point:
+def _corrected(point_at: Callable[[Tensor], Point], start: Point, model: DenseModel, step: Step, rows: Tensor) -> Point:
     """The point of smallest residual among the end of the step and its corrections; for samples ``rows`` (B,)."""
     size = start.z.shape[1]
-    best = Point.at(f, torch.where(rows.unsqueeze(1), start.z + step.s, start.z))
+    best = point_at(torch.where(rows.unsqueeze(1), start.z + step.s, start.z))
     latest = best
     rows = rows & best.error.isfinite()
     for _ in range(_MOST_CORRECTIONS):
         rows = rows & (size * (start.error**2 - best.error**2) < _EXACT * step.reduction)
-        correction = model.correction(latest.fz - latest.z - step.target, step.damping)
+        correction = model.correction(latest.g - step.target, step.damping)
         rows = rows & (model.length(correction) < _LONGEST_CORRECTION * step.length)
         if not bool(rows.any()):
             break
-        latest = Point.at(f, torch.where(rows.unsqueeze(1), latest.z + correction, latest.z))
+        latest = point_at(torch.where(rows.unsqueeze(1), latest.z + correction, latest.z))
         # Go on only where a correction halves the residual.
         halved = rows & (latest.error < 0.5 * best.error)
         best = latest.where(rows & (latest.error < best.error), best)

@@ -72,19 +72,24 @@ class FlatMap:
                     continue
                 if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != self._layout.batch_size:
                     raise ValueError(
-                        f"compact=True takes dimension {dim} of argument {number} for the {self._layout.batch_size} "
-                        f"samples, but its shape is {tuple(leaf.shape)}. Say in in_dims which dimension it is, or None."
+                        f"compact=True and chunk_size take dimension {dim} of argument {number} for the "
+                        f"{self._layout.batch_size} samples, but its shape is {tuple(leaf.shape)}. Say in in_dims "
+                        "which dimension it is, or None."
                     )
 
     def take_samples(self, keep: Tensor, in_dims: InDims) -> None:
         """From now on the batch is the samples at the positions ``keep`` (n,)."""
+        self._args = self.args_of(keep, in_dims)
+        self._layout = self._layout.resized(len(keep))
+        self._active = self._value = None
+
+    def args_of(self, keep: Tensor, in_dims: InDims) -> tuple[Any, ...]:
+        """The arguments for only the samples at the positions ``keep`` (n,)."""
 
         def take(arg: Any, dim: int | None) -> Any:
             return arg if dim is None else tree_map_only(Tensor, lambda leaf: leaf.index_select(dim, keep), arg)
 
-        self._args = tuple(take(arg, dim) for arg, dim in zip(self._args, self._dims(in_dims), strict=True))
-        self._layout = self._layout.resized(len(keep))
-        self._active = self._value = None
+        return tuple(take(arg, dim) for arg, dim in zip(self._args, self._dims(in_dims), strict=True))
 
     def _dims(self, in_dims: InDims) -> tuple[int | None, ...]:
         """One entry an argument."""

@@ -75,11 +75,11 @@ class Layout:
         self._flat = self.spec.is_leaf() and first.dtype == self.dtype and first.dim() == 2 and batch_dims == 1
 
     def resized(self, batch_size: int) -> "Layout":
-        """The layout for another number of samples. Only for one batch dimension."""
+        """The layout for another number of samples, with one batch dimension."""
         other = copy.copy(self)
         other.batch_size = batch_size
         other.batch_shape = torch.Size((batch_size,))
-        other.shapes = [torch.Size((batch_size, *shape[1:])) for shape in self.shapes]
+        other.shapes = [torch.Size((batch_size, *shape[len(self.batch_shape) :])) for shape in self.shapes]
         return other
 
     def _is_flat(self, tree: Any) -> bool:

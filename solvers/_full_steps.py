@@ -1,0 +1,205 @@
+"""Full Newton steps for many small systems, without the bookkeeping of samples that need more than these."""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from solvers._progress import TINY
+from solvers._samples import count_true
+from solvers._secant import Secant, some_entries
+from solvers._stopping import Measure, Stopping
+from solvers.methods.dense_jacobian import with_jacobian
+from solvers.methods.descent import SUFFICIENT
+from solvers.methods.jacobian_product import Way
+from solvers.methods.root_map import RootMap
+from solvers.methods.solver import State
+from solvers.problem import InDims, Layout, relative
+from solvers.problem.norms import underflow
+
+# The part of the samples that must have ended before the others are copied together.
+SHARE = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Reached:
+    """The roots that full steps have reached, and which samples need something else.
+
+    Attributes:
+        value: (B, D) the roots; for a sample that has reached none, its start.
+        num_steps: (B,) int64, the step at which the sample converged; 0 for one that has not.
+        residual: (B,) the step that would have come next, relative to the value.
+        error_estimate: (B,) as in :class:`Solution`.
+    """
+
+    value: Tensor
+    num_steps: Tensor
+    residual: Tensor
+    error_estimate: Tensor
+
+    @classmethod
+    def nothing(cls, z0: Tensor) -> "Reached":
+        """No roots, from the start ``z0`` (B, D)."""
+        nan = z0.new_full((len(z0),), math.nan)
+        return cls(z0.clone(), torch.zeros_like(nan, dtype=torch.int64), nan, nan.clone())
+
+    def part(self, start: int, stop: int) -> "Reached":
+        """A view of some samples."""
+        return Reached(*(getattr(self, field.name)[start:stop] for field in dataclasses.fields(self)))
+
+    def store(self, rows: Tensor, step: int, value: Tensor, residual: Tensor, error_estimate: Tensor) -> None:
+        """Take in the samples ``rows`` (n,), which have converged in this step."""
+        self.num_steps.index_fill_(0, rows, step)
+        self.value.index_copy_(0, rows, value)
+        self.residual.index_copy_(0, rows, residual)
+        self.error_estimate.index_copy_(0, rows, error_estimate)
+
+
+class FullSteps:
+    """Newton's method for as long as every full step of a sample is accepted.
+
+    What a sample reaches is what :class:`solvers.Newton` reaches under the driver loop, step for step, because the
+    tests are the same. A sample is given up, and left to that loop, in the first step that reduces neither the residual
+    nor its own length enough, that is singular or not finite, or in which the value has grown tenfold. Where few
+    samples need that, this takes a fraction of the loop's passes over memory.
+
+    Args:
+        f: The map; this object takes samples out of it.
+        reached: What to store the results in; its value is the start.
+        layout: The layout of the state.
+        stopping: When to stop, without tolerances for single leaves.
+        in_dims: Which dimension of each argument of ``f`` indexes the samples.
+        compact: Take samples that have ended out of these arguments; otherwise ``f`` is called with all samples.
+    """
+
+    def __init__(
+        self, f: RootMap, reached: Reached, layout: Layout, stopping: Stopping, in_dims: InDims, *, compact: bool
+    ) -> None:
+        self._f, self._reached, self._in_dims, self._compact = f, reached, in_dims, compact
+        self._max_steps = stopping.max_steps
+        self._measure = Measure(stopping, layout, self._unit)
+        self._way: Way = "forward mode"
+        # The samples that are left, None for all, and the iterates of all.
+        self._rows: Tensor | None = None
+        self._whole = reached.value
+        # Of the samples that are left: the iterates (n, D), F there (n, D) and its Jacobian (n, D, D), the iterates
+        # after the next step (n, D); which samples have ended (n,), None for none.
+        self._z = reached.value.clone()
+        self._residual, self._matrix = self._z, self._z.unsqueeze(2)
+        self._fz = self._z
+        self._ended: Tensor | None = None
+
+    def run(self) -> None:
+        """Take all steps that samples need."""
+        self._start()
+        for step in range(2, self._max_steps + 1):
+            self._leave_out_ended()
+            if not len(self._z):
+                break
+            self._step(step)
+
+    def _unit(self) -> Tensor | None:
+        """(n,) the size of a state that belongs to an absolute tolerance of 1, asked at the start."""
+        self._f.set_scaling_by_matrix(self._z, self._residual, self._matrix)
+        return self._f.unit
+
+    def _start(self) -> None:
+        measure, error = self._measure, self._take_step()
+        scale, self._size = measure.parts(self._fz), torch.linalg.vector_norm(self._residual, dim=1)
+        self._start_size = measure.sizes_at_start(self._z, scale)
+        self._absolute = measure.absolute(self._start_size)
+        self._rounded = torch.add(error, scale, alpha=self._f.eps / 2)
+        self._smallest = torch.minimum(self._start_size, scale)
+        allowed = (error < math.inf) & (10 * self._start_size >= scale) & ((error > 0) | (self._size == 0))
+        # One iterate tells nothing of the error, so that the residual has to.
+        met = (TINY * measure.bound(scale, self._absolute) >= error) & (scale > underflow(error)) & allowed
+        num_met, num_allowed = count_true(torch.stack((met, allowed)))
+        if num_met:
+            rows = met.nonzero().squeeze(1)
+            residual = relative(error[rows], scale[rows])
+            self._reached.store(rows, 1, self._fz[rows], residual, residual.new_full((num_met,), math.nan))
+        if num_met or num_allowed < len(met):
+            self._ended = met | ~allowed
+
+    def _step(self, step: int) -> None:
+        measure, before, ended = self._measure, self._z, self._ended
+        self._z = self._fz
+        if ended is not None:  # F sees them where they were finite
+            gone = ended.nonzero().squeeze(1)
+            self._z = self._z.index_copy(0, gone, before.index_select(0, gone))
+        error = self._take_step()
+        scale, size = measure.parts(self._fz), torch.linalg.vector_norm(self._residual, dim=1)
+        rounded = torch.add(error, scale, alpha=self._f.eps / 2)
+        allowed = (size <= (1 - SUFFICIENT) * self._size) & (rounded < self._rounded)
+        allowed = allowed & (scale <= 10 * self._smallest)
+        within = (measure.bound(scale, self._absolute) >= error) & allowed
+        self._size, self._rounded, self._smallest = size, rounded, torch.minimum(self._smallest, scale)
+        if ended is not None:
+            within, allowed = within & ~ended, allowed | ended
+        num_within, num_allowed = int(torch.count_nonzero(within)), int(torch.count_nonzero(allowed))
+        if num_allowed < len(allowed):
+            self._ended = ~allowed if ended is None else ended | ~allowed
+        if num_within:
+            self._take_in(step, within.nonzero().squeeze(1), before, error, scale)
+
+    def _take_in(self, step: int, rows: Tensor, before: Tensor, error: Tensor, scale: Tensor) -> None:
+        """Store those of the ``rows`` (m,), whose residual is small enough, whose error is as well."""
+        measure = self._measure
+
+        def some(of_all: Tensor) -> Tensor:
+            return of_all.index_select(0, rows)
+
+        z, fz, error, scale = some(self._z), some(self._fz), some(error), some(scale)
+        after = State(z, fz)
+        entries = some_entries(after)
+        secant = Secant.between(
+            some_entries(State(some(before), z)), entries, complete=entries is after, contracts=True
+        )
+        slack = measure.slack(error, scale, some(self._absolute))
+        met = secant.shows_a_digit(some(self._rounded), scale, some(self._start_size), slack)
+        if int(torch.count_nonzero(error)) < len(rows):  # a step of zero, which may come from an infinite slope
+            met = met & ((error > 0) | (some(self._size) == 0))
+        residual, estimate = relative(error, scale), secant.df / secant.dg * measure.in_units(error)
+        estimate = estimate.masked_fill(error == 0, 0.0)
+        if not bool(met.all()):
+            rows, fz, residual, estimate = rows[met], fz[met], residual[met], estimate[met]
+        places = rows if self._rows is None else self._rows.index_select(0, rows)
+        self._reached.store(places, step, fz, residual, estimate)
+        ended = torch.zeros(len(self._z), dtype=torch.bool, device=rows.device) if self._ended is None else self._ended
+        self._ended = ended.index_fill(0, rows, True)
+
+    def _take_step(self) -> Tensor:
+        """Evaluate F and its Jacobian at the iterates, and the next ones; returns the norm of that step (n,)."""
+        f, rows = self._f, self._rows
+        if rows is None or self._compact:
+            self._residual, self._matrix, self._way = with_jacobian(f.residual, self._z, self._way)
+        else:
+            self._whole = self._whole.index_copy(0, rows, self._z)
+            residual, matrix, self._way = with_jacobian(f.residual, self._whole, self._way)
+            self._residual, self._matrix = residual.index_select(0, rows), matrix.index_select(0, rows)
+        residual, matrix = self._residual, self._matrix
+        if self._z.shape[1] == 1:
+            step = residual / matrix.squeeze(2)
+        else:
+            step = torch.linalg.solve_ex(matrix, residual.unsqueeze(2))[0].squeeze(2)
+        self._fz = self._z - step
+        return self._measure.parts(step)
+
+    def _leave_out_ended(self) -> None:
+        """Go on without the samples that have ended, once there are enough of them."""
+        if self._ended is None:
+            return
+        number = len(self._ended)
+        left = number - int(torch.count_nonzero(self._ended))
+        if left and left > (1 - SHARE) * number:
+            return
+        keep = (~self._ended).nonzero().squeeze(1)
+        if self._compact:
+            self._f.take_samples(keep, self._in_dims)
+        elif self._rows is None:
+            self._whole = self._z  # F goes on seeing those that have ended where they are
+        self._rows = keep if self._rows is None else self._rows.index_select(0, keep)
+        for name in ("_z", "_fz", "_size", "_rounded", "_smallest", "_start_size", "_absolute"):
+            setattr(self, name, getattr(self, name).index_select(0, keep))
+        self._ended = None

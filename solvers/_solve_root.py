@@ -1,0 +1,202 @@
+"""Roots of a batch of systems: the short way for samples that full Newton steps solve, and the batch in parts."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers._failure import report_failure
+from solvers._full_steps import FullSteps, Reached
+from solvers._registry import get_solver
+from solvers._solution import Solution, Status
+from solvers._solve import Iteration, advice_on
+from solvers._stopping import Measure, Stopping, StopRule
+from solvers.methods.newton import Newton
+from solvers.methods.root_map import RootMap
+from solvers.methods.solver import Solver
+from solvers.problem import InDims, Layout, OnFailure, S, as_int, check_on_failure, without_autocast
+
+
+def solve_root(
+    F: Callable[..., Any],  # noqa: N803
+    z0: S,
+    solver: Solver | str = "newton",
+    *,
+    args: tuple[Any, ...] = (),
+    stopping: StopRule = Stopping(),  # noqa: B008
+    batch_dims: int = 1,
+    history: bool = False,
+    compact: bool = False,
+    in_dims: InDims = 0,
+    chunk_size: int | None = None,
+    on_failure: OnFailure = "warn",
+    what: str = "The root solve",
+) -> Solution[S]:
+    """Find ``F(z, *args) = 0`` for a batch of independent systems, without gradients; see :func:`implicit.root`.
+
+    Args:
+        F: The function, taking the state and ``args``, and returning something like the state.
+        z0: The start: a tensor or a pytree of tensors, real floating point.
+        solver: A solver or its name.
+        args: Further arguments of ``F``.
+        stopping: When to stop.
+        batch_dims: How many leading dimensions of the state index independent systems; 0 is one system.
+        history: Keep the residual of every step.
+        compact: Take finished samples out of the call of ``F``.
+        in_dims: With ``compact`` or ``chunk_size``, which dimension of each of ``args`` indexes the samples.
+        chunk_size: Solve so many samples at a time, whose intermediate results then fit into the cache or the memory.
+        on_failure: "warn", "raise" or "ignore".
+        what: What is solved, as the beginning of a message.
+
+    Returns:
+        The :class:`Solution`. Its ``state`` is None where it was put together from parts.
+
+    Raises:
+        ConvergenceError: A sample failed and ``on_failure="raise"``.
+        TypeError, ValueError: The state, an option or what ``F`` returns is not valid.
+
+    Example:
+        >>> import torch
+        >>> from solvers import solve_root
+        >>> solve_root(lambda z, x: z**3 - x, torch.ones(2, 1), args=(torch.tensor([[8.0], [27.0]]),)).value.flatten()
+        tensor([2., 3.])
+    """
+    check_on_failure(on_failure)
+    number = None if chunk_size is None else as_int(chunk_size)
+    if chunk_size is not None and (number is None or number < 1):
+        raise ValueError(f"chunk_size must be an integer >= 1 or None, got {chunk_size!r}.")
+    batch = _Batch(F, z0, args, batch_dims, in_dims, compact=compact, chunk_size=number)
+    iteration = functools.partial(Iteration, solver=get_solver(solver), stopping=stopping, history=history, root=True)
+    batch.take_full_steps(iteration.keywords["solver"], stopping, history)
+    if batch.is_whole:
+        whole: Iteration[S] = iteration(F, z0, args=args, batch_dims=batch_dims, compact=compact, in_dims=in_dims)
+        return whole.run(on_failure, what=what)
+    batch.solve_rest(iteration)
+    solution: Solution[S] = batch.solution()
+    goal = stopping.tolerances if isinstance(stopping, Stopping) else ""
+    report_failure(solution, on_failure, what, goal=goal, advice=batch.advice)
+    return solution
+
+
+class _Batch:
+    """The systems of a batch, solved in parts, and what has become of them."""
+
+    def __init__(
+        self,
+        F: Callable[..., Any],  # noqa: N803
+        z0: Any,
+        args: tuple[Any, ...],
+        batch_dims: int,
+        in_dims: InDims,
+        *,
+        compact: bool,
+        chunk_size: int | None,
+    ) -> None:
+        self._layout = Layout(z0, batch_dims)
+        self._F, self._args, self._in_dims, self._compact = F, args, in_dims, compact
+        self._map = RootMap(F, args, self._layout)
+        # Whether samples can be taken out of the arguments.
+        self._separable = compact or chunk_size is not None
+        if self._separable:
+            if batch_dims != 1:
+                option = "compact=True" if chunk_size is None else "chunk_size"
+                raise ValueError(f"{option} needs batch_dims=1, so that samples can leave the batch; got {batch_dims}.")
+            self._map.check_in_dims(in_dims)
+        self._z0 = self._layout.pack(z0).contiguous()
+        self._chunk_size = len(self._z0) if chunk_size is None else chunk_size
+        self._num_evals = 0
+        # What is known of the samples, flat; and which of them are not solved yet.
+        self._found: dict[str, Tensor] = {}
+        self._rest = torch.arange(len(self._z0), device=self._z0.device)
+        self._states: list[Any] = []
+        self._histories: list[Tensor] = []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is solved yet, and the batch is to be solved at once."""
+        return len(self._rest) == len(self._z0) <= self._chunk_size
+
+    def take_full_steps(self, solver: Solver, stopping: StopRule, history: bool) -> None:
+        """Solve the samples for which full Newton steps suffice, if :class:`FullSteps` can take those of this solve."""
+        if not isinstance(solver, Newton) or not isinstance(stopping, Stopping) or stopping.check_every > 1:
+            return
+        size, number, measure = self._z0.shape[1], len(self._z0), Measure(stopping, self._layout)
+        unfit = history or torch.compiler.is_compiling() or not measure.is_of_whole
+        if unfit or not 0 < size <= solver.max_unknowns or not number:
+            return
+        changes = []
+        with torch.no_grad(), without_autocast(self._layout.device.type):
+            reached = Reached.nothing(self._z0)
+            for start in range(0, number, self._chunk_size):
+                part, rows = reached, self._rest
+                f = copy.copy(self._map)
+                if number > self._chunk_size:
+                    rows = rows[start : start + self._chunk_size]
+                    part = reached.part(start, start + self._chunk_size)
+                    f.take_samples(rows, self._in_dims)
+                of_all = copy.copy(f)
+                if not start:
+                    f.residual(part.value)  # once without a transform, in which what F brings along is not found
+                FullSteps(f, part, self._layout, stopping, self._in_dims, compact=self._separable).run()
+                changes.append(measure.norm(of_all.residual(part.value)))
+                self._num_evals += f.num_evals + of_all.num_evals
+        self._found = {field.name: getattr(reached, field.name) for field in dataclasses.fields(reached)}
+        self._found["change"] = changes[0] if len(changes) == 1 else torch.cat(changes)
+        self._found["status"] = torch.full_like(reached.num_steps, Status.CONVERGED, dtype=torch.int8)
+        self._rest = (reached.num_steps == 0).nonzero().squeeze(1)
+
+    def solve_rest(self, iteration: Callable[..., Iteration[Any]]) -> None:
+        """Solve the samples that are left by the driver loop, ``iteration`` of a function, a start and options."""
+        for rows in self._rest.split(self._chunk_size) if len(self._rest) else ():
+            layout = self._layout.resized(len(rows))
+            z0 = layout.unpack(self._z0.index_select(0, rows))
+            if self._separable:
+                args, in_dims = self._map.args_of(rows, self._in_dims), self._in_dims
+                solution = iteration(self._F, z0, args=args, compact=self._compact, in_dims=in_dims).run("ignore")
+            else:
+                solution = iteration(self._among_all(rows, layout), z0, args=self._args).run("ignore")
+            self._num_evals += solution.num_evals
+            self._states.append(solution.state)
+            if solution.history is not None:  # then the parts are the chunks, in their order
+                self._histories.append(solution.history)
+            self._take_in(rows, dataclasses.replace(solution, value=layout.pack(solution.value)))
+
+    def _among_all(self, rows: Tensor, layout: Layout) -> Callable[..., Any]:
+        """F for only the samples ``rows`` (n,), called with all: the others stay where they are."""
+        whole, of_whole, F = self._found["value"], self._layout, self._F  # noqa: N806
+
+        def of_some(z: Any, *args: Any) -> Any:
+            image = F(of_whole.unpack(whole.index_copy(0, rows, layout.pack(z))), *args)
+            of_whole.check(image, self._map.called)
+            return layout.unpack(of_whole.pack(image).index_select(0, rows))
+
+        return of_some
+
+    def _take_in(self, rows: Tensor, solution: Solution[Tensor]) -> None:
+        """Take in the solution, with a flat value, of the samples ``rows`` (n,)."""
+        for name in ("value", "status", "residual", "error_estimate", "num_steps", "change"):
+            part = getattr(solution, name)
+            if part is None:
+                continue
+            if name not in self._found:
+                self._found[name] = part.new_zeros(len(self._z0), *part.shape[1:])
+            self._found[name] = self._found[name].index_copy(0, rows, part)
+
+    def advice(self) -> str:
+        """What may be wrong with F."""
+        with torch.no_grad():
+            return advice_on(self._map, self._states, self._found["value"], self._layout.batch_shape)
+
+    def solution(self) -> Solution[Any]:
+        """The solution of the batch."""
+        found: dict[str, Any] = {"residual": None}
+        found |= {name: self._layout.unpack_batch(part) for name, part in self._found.items() if name != "value"}
+        if self._histories:  # a sample that has stopped repeats its residual
+            length = max(map(len, self._histories))
+            longest = [torch.cat((part, part[-1:].expand(length - len(part), -1))) for part in self._histories]
+            found["history"] = torch.cat(longest, dim=1)
+        return Solution(value=self._layout.unpack(self._found["value"]), num_evals=self._num_evals, **found)
