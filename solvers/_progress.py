@@ -1,32 +1,20 @@
 """What becomes of each sample of a solve: its best value, its status, and the step at which it stops."""
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
+from solvers import _rules
 from solvers._fixed_steps import Outcome
+from solvers._rules import FLOOR_PATIENCE
 from solvers._samples import News, Samples, Tests, Verdict, count_true
 from solvers._secant import Secant, some_entries
 from solvers._solution import ACTIVE, Status
 from solvers._stopping import Measure, Stopping
 from solvers.methods.solver import State
 from solvers.problem import relative, with_tensors
-from solvers.problem.norms import FLOOR, underflow
-
-# Steps without a smaller residual after which a sample that is at the floor ends there.
-FLOOR_PATIENCE = 10
-# A residual this many times its minimum is growing or wild, and not stagnant.
-WILD = 1e3
-# Growth of the residual since the start from which a sample that is out of steps counts as diverged.
-FAR = 1e6
-# A residual that gets beyond the limit in so many steps from its smallest value has not grown there step by step.
-SUDDEN = 10
-# How often in a row a sample is taken back without a smaller residual in between.
-MOST_TAKEN_BACK = 10
-# The part of its bound below which the residual of a single iterate counts as convergence.
-TINY = 1e-2
+from solvers.problem.norms import FLOOR
 
 
 class ToleranceTest:
@@ -143,11 +131,8 @@ class ToleranceTest:
         news = self._samples.news(self._measure, errors, scales, self._eps, changes)
         self._slack = self._measure.slack(errors, scales, self._samples.absolute)
         if self._step == 1:
-            # One iterate tells nothing of the error, so that the residual has to.
-            bound, error = self._measure.compared(TINY * self._measure.bound(scales, self._samples.absolute), errors)
-            tiny = (bound >= error) & (news.scale > underflow(error))
-            tests = news.of_samples
-            news.of_samples = tests._replace(within=tiny | (tests.within & self._is_fixed()))
+            within = _rules.within_at_start(self._samples, news, self.latest, self._measure, errors, scales)
+            news.of_samples = news.of_samples._replace(within=within)
         return news
 
     def _secant(self) -> Secant:
@@ -180,8 +165,7 @@ class ToleranceTest:
             met = tests.within & self._is_sure(news, secant, careful)
         if waited and secant is not None:
             waiting, idle = self._idle(news, secant)
-            # Norms whose squares have vanished tell nothing, entries do.
-            fixed = (idle != ACTIVE) & (news.scale <= underflow(news.scale)) & self._is_fixed() & samples.active
+            fixed = _rules.fixed_where_norms_vanish(samples, news, self.latest, idle)
             met = fixed if met is None else met | fixed
         # Of truth values, "less than" says "but not".
         active = tests.allowed if met is None else met < tests.allowed
@@ -196,52 +180,30 @@ class ToleranceTest:
             self._all_improved_at = self._step - self._patience // 2 + 1
         return Verdict(met, idle, active, contracts, Tests(*counts), num_before, num_active, True, num_contracting)
 
-    def _is_fixed(self) -> Tensor:
-        """(B,) bool: whether f(z) is z, bit for bit."""
-        return (self.latest.fz == self.latest.z).all(dim=1)
-
     def _is_sure(self, news: News, secant: Secant, grown: bool = True) -> Tensor:
-        """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell.
-
-        The error, which is the residual times the change of f(z) over the change of f(z) - z in the last step, must be
-        below a tenth of the size of the value or of the start. And if the value has ``grown`` tenfold, the residual
-        must have fallen tenfold since, with room for rounding in f: a residual that is small only beside a value that
-        ran away has not.
-        """
-        samples = self._samples
-        # Where squares lose digits to underflow, norms tell nothing.
-        tenfold = torch.add(10 * underflow(news.rounded), news.rounded, alpha=10)
-        near = tenfold * secant.df < torch.maximum(news.scale, samples.start_size) * secant.dg
-        if self._slack is not None:
-            near = near & (secant.dz <= self._slack * secant.dg)
-        if not grown:
-            return near
-        fallen = torch.add(tenfold, news.scale, alpha=10 * FLOOR * torch.finfo(tenfold.dtype).eps)
-        return near & (fallen <= torch.where(news.of_samples.ungrown, samples.reference, samples.latest))
+        """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell."""
+        return _rules.is_sure(self._samples, news, secant, self._slack, grown=grown)
 
     def _idle(self, news: News, secant: Secant) -> tuple[Tensor, Tensor]:
         """Which samples have waited for half of the least patience or longer (B,), and what they may expect.
 
         The latter is (B,) int8: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE.
         """
-        samples = self._samples
-        waited = (self._step - samples.best_step.clamp_min(self._all_improved_at)).masked_fill(news.improved, 0)
-        stagnant = (waited >= self._stopping.patience) & (news.error <= WILD * samples.error)
-        at_floor = (waited >= FLOOR_PATIENCE) & (samples.residual <= FLOOR * self._eps) & self._is_sure(news, secant)
-        idle = torch.full_like(samples.status, ACTIVE)
-        idle = idle.masked_fill(stagnant, Status.STAGNATED).masked_fill(at_floor, Status.PRECISION_FLOOR)
+        waited = self._waited().masked_fill(news.improved, 0)
+        sure = self._is_sure(news, secant)
+        idle = _rules.idle(self._samples, news, sure, waited, patience=self._stopping.patience, eps=self._eps)
         return waited >= self._patience // 2, idle
+
+    def _waited(self) -> Tensor:
+        """(B,) int64: steps since that with the smallest residual before this one."""
+        return self._step - self._samples.best_step.clamp_min(self._all_improved_at)
 
     def _lost(self, news: News, verdict: Verdict) -> Tensor | None:
         """(B,) bool: the samples that a step has led to infinity or NaN, or what the solver remembers far away."""
         samples = self._samples
         if verdict.count.allowed == verdict.num_before:
             return None
-        lost = ~(news.error < math.inf)
-        if self._remembers:
-            since = self._step - samples.best_step.clamp_min(self._all_improved_at)
-            lost = lost | ((since <= SUDDEN) & (news.error > WILD * samples.latest))
-        lost = (news.of_samples.allowed < samples.active) & lost & (samples.taken_back < MOST_TAKEN_BACK)
+        lost = _rules.lost(samples, news, self._waited(), remembers=self._remembers)
         if not bool(lost.any()):
             return None
         self._some_taken_back = True
@@ -314,12 +276,7 @@ class ToleranceTest:
             samples.status = samples.status.masked_fill(ended, Status.CONVERGED)
         else:
             self._some_lost = True
-            status = torch.full_like(samples.status, ACTIVE) if verdict.idle is None else verdict.idle
-            # The later line wins.
-            status = status.masked_fill(~news.of_samples.allowed, Status.DIVERGED)
-            status = status.masked_fill(~(news.error < math.inf), Status.NONFINITE)
-            if verdict.met is not None:
-                status = status.masked_fill(verdict.met, Status.CONVERGED)
+            status = _rules.status_at_end(news, verdict.met, verdict.idle)
             samples.status = torch.where(ended, status, samples.status)
         samples.stop(ended, self._step)
 
@@ -344,10 +301,7 @@ class ToleranceTest:
 
     def held(self) -> Tensor:
         """(B, D) what the map is to be called with for samples that have stopped: always finite, if z0 was."""
-        samples = self._samples
-        if not self._some_lost:
-            return samples.value.detach()
-        return torch.where(samples.error.isinf().unsqueeze(1), samples.start, samples.value).detach()
+        return (_rules.held(self._samples) if self._some_lost else self._samples.value).detach()
 
     def drop_done(self) -> Tensor:
         """Put stopped samples aside; from now on updates are of the others alone.
@@ -372,9 +326,7 @@ class ToleranceTest:
         with torch.no_grad():
             status, num_steps = samples.status, samples.num_steps
             if self.num_done < active.shape[0]:
-                far = torch.maximum(min(1.0, FAR / self._stopping.max_growth) * samples.limit, WILD * samples.error)
-                status = status.masked_fill(active, Status.MAX_STEPS)
-                status = status.masked_fill(active & (samples.latest > far), Status.DIVERGED)
+                status = _rules.status_out_of_steps(samples, self._stopping.max_growth)
                 num_steps = num_steps.masked_fill(active, self._step)
             change = self._measure.in_units(whole.error)
             estimate = whole.error_ratio * change

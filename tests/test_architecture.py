@@ -55,6 +55,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"linear"},
         {"methods"},
         {"_fixed_steps", "_samples", "_secant"},
+        {"_rules"},
         {"_progress"},
         {"_untraced", "adapters"},
         {"_registry"},
