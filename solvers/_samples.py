@@ -103,6 +103,19 @@ class Samples:
         """(B,) the relative residual at the best iterate."""
         return relative(self.error, self.scale)
 
+    def value_of(self, state: State) -> Tensor:
+        """(B, D) of an iterate, f(z) where every step that was asked has contracted, else z."""
+        return torch.where(self.contracts.unsqueeze(1), state.fz, state.z)
+
+    def replaced(self, rows: Tensor, new: "Samples") -> "Samples":
+        """These samples, with the ``rows`` (B,) or () of others."""
+        mixed = {}
+        for field in dataclasses.fields(self):
+            old, other = getattr(self, field.name), getattr(new, field.name)
+            where = rows.view(-1, *[1] * (old.dim() - 1))
+            mixed[field.name] = old if other is old else torch.where(where, other, old)
+        return Samples(**mixed)
+
     def news(
         self, measure: Measure, errors: Tensor, scales: Tensor, eps: float, changes: tuple[Tensor, Tensor] | None
     ) -> "News":

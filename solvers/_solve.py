@@ -10,6 +10,7 @@ from torch import Tensor
 
 from solvers._failure import report_failure
 from solvers._fixed_steps import FixedSteps
+from solvers._graph import on_host, take_back
 from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
@@ -29,9 +30,6 @@ from solvers.problem import (
     with_tensors,
     without_autocast,
 )
-
-# A step that leads to infinity or NaN is replaced by the plain one, or by one so many times shorter, and so on.
-SHORTER, MOST_SHORTER = 0.25, 8
 
 # The part of a batch that must be finished before the rest is copied together.
 COMPACT_SHARE = 0.25
@@ -237,24 +235,11 @@ class Iteration(Generic[S]):
             update = functools.partial(_untraced.update, progress)
         done = bool(update(self.num_steps, self.state))
         if progress.lost is not None:
-            self._take_back(progress.lost, progress.value)
+            self.state, _ = take_back(
+                self._solver, self._map, self.state, progress.lost, progress.value, on_host
+            )
             done = bool(update(self.num_steps, self.state, taken_back=True))
         return done
-
-    def _take_back(self, lost: Tensor, best: Tensor) -> None:
-        """Let the samples ``lost`` (B,) go on after a plain step from their ``best`` value (B, D), or a shorter one."""
-        z = start = torch.where(lost.unsqueeze(1), best, self.state.z)
-        fz = image = self._map(start)
-        still, length = lost & image.isfinite().all(dim=1), 1.0
-        for _ in range(MOST_SHORTER):
-            if not bool(still.any()):
-                break
-            rows = still.unsqueeze(1)
-            z = torch.where(rows, torch.lerp(start, image, length), z)
-            fz = torch.where(rows, self._map(z), fz)
-            still = still & ~fz.isfinite().all(dim=1)
-            length *= SHORTER
-        self.state = self._solver.restarted(self.state, lost, z, fz)
 
     def solution(self) -> Solution[S]:
         """The solution as it stands; a sample that is still active counts as MAX_STEPS."""

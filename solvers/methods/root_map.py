@@ -35,6 +35,10 @@ class RootMap(FlatMap):
         assert self.scaling is not None
         return torch.addcmul(z, self.scaling, residual, value=-1)
 
+    def image(self, z: Tensor) -> Tensor:
+        assert self.scaling is not None
+        return torch.addcmul(z, self.scaling, self._evaluated(z), value=-1)
+
     def set_scaling(self, z: Tensor, residual: Tensor, direction: Tensor, product: Tensor) -> None:
         """Choose c from the product of the Jacobian with ``direction``, a unit vector; all (B, D)."""
         c = slope_inverse(direction, product)
