@@ -14,7 +14,7 @@ from solvers import _rules
 from solvers._samples import News, Samples
 from solvers._secant import Secant, some_entries
 from solvers._solution import ACTIVE
-from solvers._stopping import Measure
+from solvers._stopping import Measure, Stopping
 from solvers.methods.solver import State
 
 
@@ -38,6 +38,16 @@ class Limits:
     max_steps: Tensor
     check_every: int
 
+    @classmethod
+    def of(cls, stopping: Stopping, measure: Measure, like: Tensor, *, eps: float, remembers: bool) -> "Limits":
+        """The limits of a solve whose algebra is done in the dtype and on the device of ``like``."""
+
+        def number(value: int) -> Tensor:
+            return torch.full((), value, dtype=torch.int64, device=like.device)
+
+        patience, max_steps = number(stopping.patience), number(stopping.max_steps)
+        return cls(measure.with_tensors(like), eps, remembers, patience, max_steps, stopping.check_every)
+
     def is_due(self, step: Tensor) -> Tensor | None:
         """() bool: whether a test is due; None for always."""
         return None if self.check_every == 1 else (step % self.check_every == 0) | (step >= self.max_steps)
@@ -51,10 +61,10 @@ def first(limits: Limits, state: State, max_growth: float) -> Samples:
     news = samples.news(measure, errors, scales, limits.eps, None)
     within = _rules.within_at_start(samples, news, state, measure, errors, scales)
     news.of_samples = news.of_samples._replace(within=within)
-    met = within & news.of_samples.allowed
-    idle = torch.full_like(samples.status, ACTIVE)
+    allowed = news.of_samples.allowed
+    met, idle = within & allowed, torch.full_like(samples.status, ACTIVE)
     step = torch.ones_like(limits.max_steps)
-    return _taken_in(samples, news, step, met | news.improved, met, idle, met < news.of_samples.allowed, samples.contracts)
+    return _taken_in(samples, news, step, met | news.improved, met, idle, met < allowed, samples.contracts)
 
 
 def take_in(

@@ -163,9 +163,7 @@ def recovered(plan: Plan, course: Course, f: FlatMapping, loop: Loop) -> Course:
     return Course(state, samples, before, course.step, torch.zeros_like(lost), course.num_evals + calls)
 
 
-def take_back(
-    solver: Solver, f: FlatMapping, state: Any, lost: Tensor, best: Tensor, loop: Loop
-) -> tuple[Any, Tensor]:
+def take_back(solver: Solver, f: FlatMapping, state: Any, lost: Tensor, best: Tensor, loop: Loop) -> tuple[Any, Tensor]:
     """Let samples go on after a plain step from their best value, or a shorter one.
 
     Args:

@@ -35,6 +35,7 @@ class ToleranceTest:
         keep_history: Keep the residuals of every tested step.
 
     Attributes:
+        remembers: As it was given.
         num_done: How many of the samples that are left in the batch have stopped at least, on the host.
         may_have_ended: Whether some may have stopped in the last step.
         lost: (B,) bool, the samples to be taken back: their last step led to infinity, NaN or far away. None if there
@@ -52,7 +53,7 @@ class ToleranceTest:
         self._stopping = stopping
         self._measure = measure
         self._eps = eps
-        self._remembers = remembers
+        self.remembers = remembers
         self._history: list[Tensor] | None = [] if keep_history else None
         self._step = 0
         # The last step at which the residual of every active sample fell: none of them can be stagnant soon after it.
@@ -203,7 +204,7 @@ class ToleranceTest:
         samples = self._samples
         if verdict.count.allowed == verdict.num_before:
             return None
-        lost = _rules.lost(samples, news, self._waited(), remembers=self._remembers)
+        lost = _rules.lost(samples, news, self._waited(), remembers=self.remembers)
         if not bool(lost.any()):
             return None
         self._some_taken_back = True
@@ -288,6 +289,10 @@ class ToleranceTest:
         elif not self._all_contract:
             newest = torch.where(samples.contracts.unsqueeze(1), newest, self.latest.z)
         samples.value = newest if taken is None else torch.where(taken.unsqueeze(1), newest, samples.value)
+
+    def take_over(self, samples: Samples, state: State, step: int) -> None:
+        """Stand where another test of the same kind has ended."""
+        self._samples, self._step, self.latest = samples, step, State(state.z, state.fz)
 
     @property
     def value(self) -> Tensor:

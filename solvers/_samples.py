@@ -153,7 +153,7 @@ class Samples:
         self.smallest = torch.where(grown, news.scale, torch.minimum(self.smallest, news.scale))
         self.next_growth = 10 * self.smallest
 
-    def stop(self, ended: Tensor, step: int) -> None:
+    def stop(self, ended: Tensor, step: int | Tensor) -> None:
         """Let the samples ``ended`` (B,) fail all further tests."""
         self.num_steps = self.num_steps.masked_fill(ended, step)
         self.absolute = self.absolute.masked_fill(ended.view(-1, *[1] * (self.absolute.dim() - 1)), -math.inf)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.problem.hyperparameters import require_damping, require_positive_int
-from solvers.problem.small_systems import back_substitute, inverse_or_zero
+from solvers.problem.small_systems import back_substitute, inverse_or_zero, solve_positive_definite
 from solvers.problem.window import (
     Slot,
     add_combination,
@@ -168,6 +168,10 @@ class Anderson(Solver):
             norms = replaced(norms, rows, alone)
         return dataclasses.replace(state, g=g, df=df, dg=dg, gram=gram, norms=norms)
 
+    @property
+    def compiles(self) -> bool:
+        return True
+
     def fixed_shape(self, state: AndersonState, room: int) -> AndersonState:
         if isinstance(state.steps, Tensor):
             return state
@@ -223,10 +227,9 @@ def _with_row(gram: Tensor | None, slot: Slot, row: Tensor, ridge: float) -> Ten
 
 def _least_squares_gram(gram: Tensor, products: Tensor) -> Tensor:
     """Minimize ``|b - A x|``, given ``A' A`` (B, n, n) with its ridge and ``b' A`` (B, 1, n); returns x' (B, 1, n)."""
-    # The rounding errors of Cholesky's method do not depend on how the columns are scaled. cholesky_ex does not check
-    # its result, which would wait for the device: with the ridge the matrices are positive definite or not finite.
-    factor = torch.linalg.cholesky_ex(gram)[0]
-    return torch.cholesky_solve(products.mT, factor).mT
+    # The rounding errors of Cholesky's method do not depend on how the columns are scaled. With the ridge the matrices
+    # are positive definite or not finite.
+    return solve_positive_definite(gram, products.mT).mT
 
 
 def _least_squares_qr(columns: Tensor, rhs: Tensor) -> Tensor:

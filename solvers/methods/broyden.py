@@ -154,10 +154,12 @@ class Broyden(Solver):
             recent=replaced(state.recent, rows, _norm(g)),
         )
 
-    def fixed_shape(self, state: BroydenState, room: int) -> BroydenState | None:
-        if self.memory is not None or self.line_search:
-            # A truncation and a line search are decided on the host.
-            return None
+    @property
+    def compiles(self) -> bool:
+        # A truncation and a line search are decided on the host.
+        return self.memory is None and not self.line_search
+
+    def fixed_shape(self, state: BroydenState, room: int) -> BroydenState:
         rank = int(state.inverse.rank)
         u, v = (
             with_slots(state.z, rank + room, None if block is None else block[:, :rank])

@@ -86,21 +86,23 @@ class Solver(Hyperparameters, abc.ABC):
     def step(self, f: FlatMapping, state: Any) -> Any:
         """The next state. A solver's states are of its own subclass of :class:`State`."""
 
-    def fixed_shape(self, state: Any, room: int) -> Any | None:
-        """The state in a form whose tensors keep their shapes and strides in a step, for compiled solves.
+    @property
+    def compiles(self) -> bool:
+        """Whether the method has a form whose tensors keep their shapes: :meth:`fixed_shape`, for compiled solves."""
+        return False
+
+    def fixed_shape(self, state: Any, room: int) -> Any:
+        """The state in a form whose tensors keep their shapes and strides in a step.
 
         ``step`` must take it as well, without looking at the host: numbers of steps, and all else that changes, are
         tensors then, and what is remembered has all its room already, filled with zeros. The tensors that a step writes
-        into are the :attr:`State.blocks`. Called after any step.
+        into are the :attr:`State.blocks`. Called after any step, if :attr:`compiles`.
 
         Args:
             state: A state of either form.
             room: For how many more steps there must be room at least, if the method's memory has no limit.
-
-        Returns:
-            The state, or None if the method has no such form: then its solves are not compiled.
         """
-        return None
+        raise NotImplementedError(f"{type(self).__name__} has no state of fixed shape.")
 
     def room(self, state: Any) -> Tensor | None:
         """For a state of fixed shape: () int64, how many steps it has room for; None where that has no end."""

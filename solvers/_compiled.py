@@ -1,0 +1,147 @@
+"""Solves that are compiled: the loop of :mod:`solvers._graph` under ``torch.compile``, and what is left to the host.
+
+A map is found again by its code: new closures, modules and data of the same kind run what was compiled before, as far
+as the guards of ``torch.compile`` allow. What cannot be compiled runs step by step, as without ``compile=True``, and
+one warning says why.
+"""
+
+import functools
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers import _graph, _rules
+from solvers._failure import warn_caller
+from solvers._graph import Course, Plan
+from solvers._stopping import Stopping, StopRule
+from solvers.methods.solver import Solver
+from solvers.problem import recorded
+
+# What compiles the loops.
+BACKEND = "inductor"
+
+# Compiled loops that are kept, each for one kind of map, solver and state.
+MOST_KEPT = 256
+
+# For how many steps a method with unlimited memory gets room at first; then for as many again.
+FIRST_ROOM = 16
+
+# What could not be compiled; it is not tried again.
+_refused: set[Hashable] = set()
+
+_numbers = itertools.count()
+
+
+class NotCompiledWarning(UserWarning):
+    """``compile=True``, but the solve ran step by step."""
+
+
+@functools.cache
+def writes_in_loops() -> bool:
+    """Whether ``torch.while_loop`` may write into tensors that it does not carry; in PyTorch 2.11 it may not."""
+    operator = torch.ops.higher_order.while_loop
+    return "mutated_arg_indices" in inspect.signature(type(operator).__call__).parameters
+
+
+def run(plan: Plan, fz0: Tensor) -> Course | None:
+    """The solve from its first step, whose image is ``fz0``, to its end; None if it cannot be compiled."""
+    key = (_kind_of(plan.f), type(plan.solver), fz0.shape[1], fz0.dtype, fz0.device.type)
+    if key in _refused:
+        return None
+    try:
+        course = _compiled(_graph.begin, key)(plan, fz0)
+        while True:
+            lost, active, step = _look(course)
+            if lost:
+                course = _recovered(plan, course)
+            elif not active or step == int(plan.limits.max_steps):
+                return course
+            elif plan.solver.room(course.state) is not None:
+                course.state = plan.solver.fixed_shape(course.state, step)
+            course = _compiled(_graph.advance, key)(plan, course)
+    except Exception as error:
+        _refused.add(key)
+        cause = str(error).strip().splitlines()
+        warn_caller(
+            "The solve runs step by step although compile=True, because it could not be compiled: "
+            f"{type(error).__name__}: {cause[0] if cause else 'no message'}\nA map that is compiled must not decide in "
+            "Python by the values of tensors; torch.compile(f, fullgraph=True) shows where it does.",
+            NotCompiledWarning,
+            same=str(key),
+        )
+        return None
+
+
+def is_refused(solver: Solver, stopping: StopRule, fz: Tensor) -> bool:
+    """Whether a solve with the first image ``fz`` runs step by step anyway, of which a warning tells."""
+    if not isinstance(stopping, Stopping):
+        why = "it takes a fixed number of steps. For one graph of these call it inside torch.compile."
+    elif not solver.compiles:
+        why = (
+            f"{solver!r} has no form whose tensors keep their shapes. Picard, Anderson, and Broyden without a limited "
+            "memory or a line search have one."
+        )
+    elif recorded(fz):
+        why = (
+            "gradients are recorded through its steps. Call it under torch.no_grad(), or use implicit.fixed_point with "
+            "the implicit backward mode, which does not need the steps."
+        )
+    else:
+        return False
+    warn_caller(f"The solve runs step by step although compile=True: {why}", NotCompiledWarning, same=why)
+    return True
+
+
+def _look(course: Course) -> tuple[bool, bool, int]:
+    """Whether samples are lost, whether some are active, and the step: one look at the host."""
+    flags = torch.stack([course.lost.any().to(torch.int64), course.samples.active.any().to(torch.int64), course.step])
+    lost, active, step = flags.tolist()
+    return bool(lost), bool(active), step
+
+
+def _recovered(plan: Plan, course: Course) -> Course:
+    map_, active, held = plan.map(), course.samples.active.unsqueeze(1), _rules.held(course.samples)
+    return _graph.recovered(plan, course, lambda z: map_.image(torch.where(active, z, held)), _graph.on_host)
+
+
+@functools.lru_cache(maxsize=MOST_KEPT)
+def _compiled(function: Callable[..., Course], key: tuple[Hashable, ...]) -> Callable[..., Course]:
+    """The function, compiled for one kind of solve, whose code it shares with no other.
+
+    ``torch.compile`` keeps what it compiled with the code, tries it in turn, and gives up where that gets long.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+    if BACKEND != "inductor":
+        return torch.compile(own, fullgraph=True, backend=BACKEND)
+    options: dict[str, Any] = {"guard_filter_fn": _needed}
+    if key[-1] == "cpu":
+        options["cpp_wrapper"] = True
+    return torch.compile(own, fullgraph=True, options=options)
+
+
+def _needed(guards: Any) -> list[bool]:
+    """Which guards to keep: not those on this package's own code, which does not change."""
+    own = tuple(f"G['{name}']" for name in vars(_graph))
+    return [not guard.name.startswith(("G['__import_solvers_dot_", *own)) for guard in guards]
+
+
+def _kind_of(f: Any) -> Hashable:
+    """What maps have in common that are the same code: functions by their code, other callables by their types."""
+    if isinstance(f, types.FunctionType):
+        return f.__code__
+    if isinstance(f, types.MethodType):
+        return (f.__func__, _kind_of(f.__self__))
+    if isinstance(f, functools.partial):
+        return (functools.partial, _kind_of(f.func))
+    if isinstance(f, types.BuiltinFunctionType):
+        return f
+    parts = (
+        [part for part in vars(f).values() if isinstance(part, types.FunctionType)] if hasattr(f, "__dict__") else []
+    )
+    return (type(f), *map(_kind_of, parts))
