@@ -29,7 +29,7 @@ BACKEND = "inductor"
 MOST_KEPT = 256
 
 # For how many steps a method with unlimited memory gets room at first; then for as many again.
-FIRST_ROOM = 16
+FIRST_ROOM = 8
 
 # What could not be compiled; it is not tried again.
 _refused: set[Hashable] = set()
@@ -62,7 +62,7 @@ def run(plan: Plan, fz0: Tensor) -> Course | None:
             elif not active or step == int(plan.limits.max_steps):
                 return course
             elif plan.solver.room(course.state) is not None:
-                course.state = plan.solver.fixed_shape(course.state, step)
+                course.state = plan.solver.fixed_shape(course.state, room=step)
             course = _compiled(_graph.advance, key)(plan, course)
     except Exception as error:
         _refused.add(key)

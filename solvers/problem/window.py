@@ -150,6 +150,9 @@ def add_combination(
         scale: A Python number.
         reuse: Whether to return the result in the memory of ``vector`` where no gradient is recorded.
     """
+    if torch.compiler.is_compiling() and not recorded(vector, block, coefficients):
+        # Part of a loop over the entries, instead of a call of a library for each sample.
+        return scale * vector + factor * (coefficients.mT * block).sum(dim=1)
     row = vector.unsqueeze(1)
     # Under torch.vmap the in-place variant gives a warning.
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
