@@ -1,6 +1,7 @@
 """The command line: ``python -m implicit doctor --model NAME`` diagnoses the implicit layers of a model."""
 
 import argparse
+import difflib
 import importlib
 import json
 import pickle
@@ -17,6 +18,8 @@ from implicit.diagnostics.page import html_page
 
 # The keys under which checkpoints hold the weights.
 _WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Formats of images. Decoders of others are not run, whatever a file is called: some of them start programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +101,7 @@ def _imported(name: str) -> Any:
 def _model_and_inputs(options: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...]]:
     module, colon, name = options.model.partition(":")
     if not colon:
-        return _timm().create_model(options.model), ()
+        return _model_of_timm(options.model), ()
     make = getattr(_imported(module), name, None)
     if not callable(make):
         raise ValueError(f"--model {options.model}: the module {module} has no callable {name!r}.")
@@ -110,6 +113,18 @@ def _model_and_inputs(options: argparse.Namespace) -> tuple[nn.Module, tuple[Any
             f"got {type(model).__name__}."
         )
     return model, tuple(inputs)
+
+
+def _model_of_timm(name: str) -> nn.Module:
+    timm = _timm()
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models()))
+        raise ValueError(
+            f"--model {name}: timm knows no such model{near and f', but {near}'}. Models of other packages are known "
+            "when those are imported, such as by --import imixer; for a model of your own, give module:callable."
+        )
+    model: nn.Module = timm.create_model(name)
+    return model
 
 
 def _timm() -> Any:
@@ -149,13 +164,13 @@ def _images(folder: Path, model: nn.Module, batch: int, shape: tuple[int, ...] |
     timm = _timm()
     from PIL import Image
 
-    kinds = Image.registered_extensions()
+    kinds = {kind for kind, name in Image.registered_extensions().items() if name in _FORMATS}
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds)[:batch]
     if not files:
         raise ValueError(f"--images {folder}: there is no image in this folder.")
     config = timm.data.resolve_data_config({"input_size": _shape(model, shape)}, model=model)
     transform = timm.data.create_transform(**config, is_training=False)
-    return torch.stack([transform(Image.open(path).convert("RGB")) for path in files])
+    return torch.stack([transform(Image.open(path, formats=_FORMATS).convert("RGB")) for path in files])
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def fixed_point(
     history: bool = ...,
     compact: bool = ...,
     in_dims: InDims = ...,
+    compile: bool = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[False] = ...,
 ) -> S: ...
@@ -58,6 +59,7 @@ def fixed_point(
     history: bool = ...,
     compact: bool = ...,
     in_dims: InDims = ...,
+    compile: bool = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[True],
 ) -> tuple[S, Solution[S]]: ...
@@ -79,6 +81,7 @@ def fixed_point(
     history: bool = False,
     compact: bool = False,
     in_dims: InDims = 0,
+    compile: bool = False,
     on_failure: OnFailure = "warn",
     return_solution: bool = False,
 ) -> S | tuple[S, Solution[S]]:
@@ -105,6 +108,8 @@ def fixed_point(
         history: Keep the residual of every step.
         compact: Take finished samples out of the call of ``f``.
         in_dims: With ``compact``, which dimension of each of ``args`` indexes the samples.
+        compile: Run the loop of the solve as one compiled graph, as :func:`solvers.solve` does. Gradients are as
+            without it: the implicit mode does not need the steps.
         on_failure: "warn", "raise" or "ignore", for the forward solve and for linear solves of derivatives.
         return_solution: Return ``(z, solution)``. After a backward pass ``solution.adjoint`` tells how its linear
             solve went, if it made one.
@@ -133,6 +138,7 @@ def fixed_point(
         history=history,
         compact=compact,
         in_dims=in_dims,
+        compile=compile,
         on_failure=on_failure,
     )
     mode.check(options.solver)

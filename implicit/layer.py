@@ -35,6 +35,8 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         compact: Take finished samples out of the call of ``f``. All that it needs of each sample must then come through
             the inputs.
         in_dims: With ``compact``, which dimension of each input indexes the samples.
+        compile: Run the loop of the solve as one compiled graph, as :func:`solvers.solve` does. The attribute is
+            ``compiled``, because ``compile`` is a method of all modules.
         on_failure: "warn", "raise" or "ignore".
 
     Raises:
@@ -92,6 +94,7 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         batch_dims: int = ...,
         compact: bool = ...,
         in_dims: InDims = ...,
+        compile: bool = ...,
         on_failure: OnFailure = ...,
     ) -> None: ...
 
@@ -111,6 +114,7 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         batch_dims: int = ...,
         compact: bool = ...,
         in_dims: InDims = ...,
+        compile: bool = ...,
         on_failure: OnFailure = ...,
     ) -> None: ...
 
@@ -130,10 +134,21 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         batch_dims: int = 1,
         compact: bool = False,
         in_dims: InDims = 0,
+        compile: bool = False,
         on_failure: OnFailure = "warn",
     ) -> None:
         if not callable(f):
             raise TypeError(f"FixedPointLayer(f) must be given a callable, got {f!r}.")
+        if isinstance(f, type):
+            raise TypeError(
+                f"FixedPointLayer(f) must be given a map, got the class {f.__name__}. Make an object of it first: "
+                f"FixedPointLayer({f.__name__}(...))."
+            )
+        if not (init is None or callable(init)):
+            raise TypeError(
+                f"FixedPointLayer(init=...) must be a callable of the inputs that returns the start, got {init!r}. For "
+                "a start that you have, pass z0=... in the call of the layer."
+            )
         super().__init__(
             solver=solver,
             backward=backward,
@@ -141,6 +156,7 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
             batch_dims=batch_dims,
             compact=compact,
             in_dims=in_dims,
+            compile=compile,
             on_failure=on_failure,
         )
         self.f = f

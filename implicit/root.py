@@ -28,6 +28,7 @@ def root(
     history: bool = ...,
     compact: bool = ...,
     in_dims: InDims = ...,
+    compile: bool = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[False] = ...,
 ) -> S: ...
@@ -49,6 +50,7 @@ def root(
     history: bool = ...,
     compact: bool = ...,
     in_dims: InDims = ...,
+    compile: bool = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[True],
 ) -> tuple[S, Solution[S]]: ...
@@ -70,6 +72,7 @@ def root(
     history: bool = False,
     compact: bool = False,
     in_dims: InDims = 0,
+    compile: bool = False,
     on_failure: OnFailure = "warn",
     return_solution: bool = False,
 ) -> S | tuple[S, Solution[S]]:
@@ -107,6 +110,8 @@ def root(
         history: Keep the residual of every step.
         compact: Take finished samples out of the call of ``F``.
         in_dims: With ``compact``, which dimension of each of ``args`` indexes the samples.
+        compile: Run the loop of the solve as one compiled graph, as :func:`solvers.solve` does. Gradients are as
+            without it: the implicit mode does not need the steps.
         on_failure: "warn", "raise" or "ignore", for the forward solve and for linear solves of derivatives.
         return_solution: Return ``(z, solution)``. ``solution.change`` is ``norm(F(z))``, in the units of F.
 
@@ -143,6 +148,7 @@ def root(
         history=history,
         compact=compact,
         in_dims=in_dims,
+        compile=compile,
         on_failure=on_failure,
         root=True,
     )

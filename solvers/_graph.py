@@ -16,6 +16,7 @@ map are what ``torch.compile`` finds in it. The state is a fixed list of tensors
 apart from the blocks of remembered vectors, into which it writes in place.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,7 @@ from solvers._samples import Samples
 from solvers._secant import some_entries
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import FlatMapping, Solver, State
-from solvers.problem import AutocastMode, FlatMap, Layout, with_tensors
+from solvers.problem import AutocastMode, FlatMap, Layout, Traced, with_tensors
 
 # A step that leads to infinity or NaN is replaced by the plain one, or by one so many times shorter, and so on.
 SHORTER, MOST_SHORTER = 0.25, 8
@@ -138,7 +139,8 @@ def advance(plan: Plan, course: Course) -> Course:
             now.state = with_tensors(now.state, _copied)
         return carried(with_tensors(_stepped(plan.solver, limits, map_, now), _copied))
 
-    return course_of(torch.while_loop(goes_on, step, carried(course)))
+    with plan.f.context() if isinstance(plan.f, Traced) else contextlib.nullcontext():
+        return course_of(torch.while_loop(goes_on, step, carried(course)))
 
 
 def _stepped(solver: Solver, limits: Limits, map_: FlatMap, now: Course) -> Course:

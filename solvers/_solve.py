@@ -26,6 +26,8 @@ from solvers.problem import (
     Layout,
     OnFailure,
     S,
+    Traceable,
+    check_compile,
     check_on_failure,
     copy_with_tensors,
     names_options,
@@ -170,11 +172,7 @@ class Iteration(Generic[S]):
     ) -> None:
         self._solver = get_solver(solver)
         rule = stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, check_every=check_every)
-        if compact and compile:
-            raise ValueError(
-                "compact=True takes samples out of the batch, and compile=True needs one shape for all steps: leave "
-                "one of them out."
-            )
+        check_compile(compile, compact)
         if compact and batch_dims != 1:
             raise ValueError(f"compact=True needs batch_dims=1, so that samples can leave the batch; got {batch_dims}.")
         self._layout = Layout(z0, batch_dims)
@@ -223,7 +221,7 @@ class Iteration(Generic[S]):
         measure = self._measure.for_unit(map_.unit)
         limits = Limits.of(stopping, measure, fz, eps=map_.eps, remembers=progress.remembers)
         plan = Plan(
-            f=f,
+            f=f.traced() if isinstance(f, Traceable) else f,
             z0=z0,
             args=args,
             batch_dims=len(self._layout.batch_shape),

@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin
 
 from imixer.data import TimmTransforms, UnreadableImageError, load_dataset, load_image_folder, load_sources, make_loader
 from imixer.data.decoding import FORMATS, decode_image, open_image
+from imixer.data.sources import HuggingFaceImages
 
 POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 8 8
@@ -294,8 +295,7 @@ def test_huggingface_images_are_decoded_by_the_same_rule(tmp_path: Path, no_ghos
         {"bytes": b"", "path": None},
     ]
     split = datasets.Dataset.from_dict({"img": content, "label": [0, 1, 0, 1]}, features=features)
-    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "saved"))
-    train, _ = load_sources("hfds/saved", tmp_path)
+    train = HuggingFaceImages(split, "images of others")
     assert np.asarray(train[0][0])[0, 0].tolist() == [128, 128, 128]
     with pytest.raises(UnreadableImageError, match=r"image 1 of .*it is not an image of a known format"):
         train[1]

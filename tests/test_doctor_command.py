@@ -106,12 +106,21 @@ def test_timm_model_on_images(capsys, tmp_path):
         (["--model", "my_nets:Net"], "give --shape, for example"),
         (["--model", "my_nets:Net", "--shape", "3", "--checkpoint", "none.pt"], "none.pt"),
         (["--model", "my_nets:Net", "--shape", "3", "--images", "."], "there is no image in this folder"),
-        (["--model", "no_such_model_of_timm"], "no_such_model_of_timm"),
+        (["--model", "no_such_model"], "timm knows no such model. Models of other packages are known when"),
+        (["--model", "mixer_s16_244"], "no such model, but mixer_s16_224"),
     ],
 )
 def test_wrong_arguments(nets, capsys, options, message):
     assert main(["doctor", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_images_of_other_formats_are_refused(capsys, tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("PIL")
+    (tmp_path / "plot.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    assert main(["doctor", "--import", "imixer", "--model", "imixer_ti4_32", "--images", str(tmp_path)]) == 2
+    assert "cannot identify image file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [[], ["doctor"], ["doctor", "--model", "a:b", "--batch", "0"]])

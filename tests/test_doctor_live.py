@@ -76,6 +76,41 @@ def test_tensorboard_writer_and_every(tmp_path):
     assert [event.step for event in events.Scalars("solves/0/mean_steps")] == [10, 12, 14]
 
 
+def test_file_goes_on_where_a_run_does(tmp_path):
+    file, net = tmp_path / "solves.csv", model()
+
+    def train_steps(start, stop):
+        torch.manual_seed(start)
+        with monitor_solves(net, csv_file=file, start=start) as monitor:
+            for _ in range(start, stop):
+                net(torch.randn(2, 3))
+                monitor.step()
+
+    def steps():
+        return [int(line.split(",")[0]) for line in file.read_text().splitlines()[1:]]
+
+    train_steps(0, 6)
+    file.write_text(file.read_text() + "6,0,2")  # cut off
+    train_steps(4, 8)
+    assert steps() == list(range(8))
+    train_steps(0, 2)
+    assert steps() == [0, 1]
+
+
+def test_solves_of_a_test_are_skipped():
+    net = model()
+    with monitor_solves(net) as monitor:
+        net(torch.randn(2, 3))
+        monitor.step()
+        with torch.no_grad():
+            net(torch.randn(5, 3))
+        monitor.skip()
+        net(torch.randn(2, 3))
+        monitor.step()
+        monitor.step()
+        assert monitor.latest["0"].samples == 2
+
+
 def test_solves_of_one_step_are_summed():
     net = model()
     with monitor_solves(net) as monitor:
@@ -165,6 +200,8 @@ def test_failed_training_step_is_recorded_too(tmp_path):
 
 def test_unfit_arguments_are_refused():
     with pytest.raises(TypeError, match="tracker must be a SummaryWriter"), monitor_solves(model(), tracker=3):
+        pass
+    with pytest.raises(ValueError, match="start must be an integer >= 0, got -1"), monitor_solves(model(), start=-1):
         pass
     with pytest.raises(ValueError, match="every must be a positive integer, got 0"), monitor_solves(model(), every=0):
         pass

@@ -298,6 +298,14 @@ def test_refusals():
     x = torch.randn(2, 3)
     with pytest.raises(TypeError, match="must be given a callable, got 3"):
         FixedPointLayer(3)
+    with pytest.raises(TypeError, match=r"got the class TanhMap. Make an object of it first: FixedPointLayer\(TanhMap"):
+        FixedPointLayer(TanhMap)
+    with pytest.raises(TypeError, match=r"init=\.\.\.\) must be a callable .* got 3"):
+        FixedPointLayer(TanhMap(), init=3)
+    with pytest.raises(ValueError, match="batch_dims must be an integer >= 0, got -1"):
+        FixedPointLayer(TanhMap(), batch_dims=-1)
+    with pytest.raises(TypeError, match=r"got the class Anderson. Make an object of it: Anderson\(\)"):
+        FixedPointLayer(TanhMap(), solver=Anderson)
     with pytest.raises(ValueError, match="no backward mode 'exact'. The known ones: unrolled, checkpointed, implicit"):
         FixedPointLayer(TanhMap(), backward="exact")
     with pytest.raises(TypeError, match="backward mode must be an implicit.Backward object or a name, got 3"):

@@ -106,13 +106,16 @@ def test_every_signal_that_stops_a_run_saves_it(
     digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     number = getattr(signal, name)
-    before = signal.getsignal(number)
-    stop_at(monkeypatch, {(0, 1)}, number)
-    with pytest.raises(TrainingInterruptedError) as stopped:
-        train(replace(LIVELY, output=str(tmp_path)), digits, progress=False)
-    assert stopped.value.signal_number == number
-    assert load_checkpoint(tmp_path)[0]["progress"]["step"] == 3
-    assert signal.getsignal(number) == before
+    before = signal.signal(number, signal.SIG_DFL)  # what was started in the background may ignore SIGINT
+    try:
+        stop_at(monkeypatch, {(0, 1)}, number)
+        with pytest.raises(TrainingInterruptedError) as stopped:
+            train(replace(LIVELY, output=str(tmp_path)), digits, progress=False)
+        assert stopped.value.signal_number == number
+        assert load_checkpoint(tmp_path)[0]["progress"]["step"] == 3
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_hang_up_that_is_ignored_stays_ignored(

@@ -355,6 +355,7 @@ def test_options_are_checked():
         "no solver 'secant'. The known ones: picard, anderson, broyden, newton, newton_krylov",
         solver="secant",
     )
+    fails(TypeError, r"args must be a tuple .* got a Tensor. For one, write args=\(x,\)", args=torch.ones(1))
     fails(TypeError, "solver must be a solvers.Solver object or a name, got 3", solver=3)
 
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import accelerate.tracking
 import pytest
 import torch
 from digit_images import write_digit_tree
@@ -292,69 +291,6 @@ def test_lines_begin_with_the_time_where_there_is_no_terminal(
     assert "\nepoch   1/1  train loss" in out
     train(replace(TINY, epochs=1, output=str(tmp_path / "quiet")), digits, progress=False)
     assert capsys.readouterr() == ("", "")
-
-
-def test_resumed_points_replace_those_after_the_checkpoint(digits: ImageData, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = replace(TINY, epochs=2, log_interval=10, output=str(tmp_path))
-    train(config, digits, progress=False)
-    (tmp_path / "last.pt").unlink()
-    train(config, digits, resume=tmp_path, progress=False)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [10, 20, 30, 40]
-    parts = {tag for tag in events.Tags()["scalars"] if tag.startswith("seconds/")}
-    assert parts == {"seconds/steps", "seconds/test", "seconds/report", "seconds/checkpoint"}
-
-
-def test_trackers_are_chosen_by_name(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(replace(TINY, epochs=1, log_with=("none",), output=str(tmp_path / "none")), digits, progress=False)
-    assert not (tmp_path / "none" / "tensorboard").exists()
-    with pytest.raises(ValueError, match="log_with 'wandbb' is unknown; known are .*wandb, .*, or none alone"):
-        TrainingConfig(log_with=("wandbb",))
-    with pytest.raises(ValueError, match="or none alone"):
-        TrainingConfig(log_with=("none", "tensorboard"))
-    seen: dict[str, Any] = {"points": []}
-
-    class Recorder(accelerate.tracking.GeneralTracker):  # type: ignore[misc]
-        """In the place of Weights & Biases, which is not installed."""
-
-        name, requires_logging_directory = "wandb", False
-
-        def __init__(self, project: str, **options: Any) -> None:
-            super().__init__()
-            seen.update(project=project, options=options)
-
-        @property
-        def tracker(self) -> Recorder:
-            return self
-
-        def store_init_configuration(self, values: dict[str, Any]) -> None:
-            seen["settings"] = values
-
-        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-            seen["points"].append((step, values))
-
-        def finish(self) -> None:
-            seen["finished"] = True
-
-    config = replace(TINY, epochs=1, log_with=("tensorboard", "wandb"), output=str(tmp_path / "both"))
-    monkeypatch.setattr(reporting, "get_available_trackers", lambda: ["tensorboard"])
-    with pytest.raises(
-        ValueError, match="log_with wandb needs a package that is not installed; install it .pip install"
-    ):
-        train(config, digits, progress=False)
-    assert not (tmp_path / "both").exists()
-    monkeypatch.setattr(reporting, "get_available_trackers", lambda: ["tensorboard", "wandb"])
-    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
-    train(config, digits, progress=False)
-    assert (seen["project"], seen["options"]) == ("imixer", {"name": "both", "dir": str(tmp_path / "both")})
-    assert (seen["settings"]["epochs"], seen["settings"]["log_with"]) == (1, "tensorboard wandb")
-    assert seen["points"][-1][0] == 20
-    assert "test/top1" in seen["points"][-1][1]
-    assert seen["finished"]
-    assert (tmp_path / "both" / "tensorboard").is_dir()
 
 
 def test_one_model_is_kept_for_the_report(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,8 @@ from imixer.training.reporting import Report, check_trackers
 from imixer.training.resuming import Start, begin, describe_changes, identity
 from imixer.training.run_folder import EpochMetrics, environment
 from imixer.training.schedule import Schedule
-from implicit.diagnostics import OnItsWay
+from imixer.training.solve_statistics import monitored_solves
+from implicit.diagnostics import OnItsWay, SolveMonitor
 
 IMLP_IMAGES = 16  # test images that the iMLPs are looked at on
 # Updates that are under way before the first one's loss is looked at, by the kind of device.
@@ -129,7 +130,12 @@ def _train(
     epoch_images = min(len(data.train), num_steps * batch_size * world_size)
     about = {"model": config.model, "data": data.name, **environment()}
 
-    with StopSignals() as stop, report, BackgroundWriter() as writer:
+    with (
+        StopSignals() as stop,
+        report,
+        monitored_solves(config, learner, folder, report, updates=at.updates) as solves,
+        BackgroundWriter() as writer,
+    ):
         run = _Run(
             config=config,
             accelerator=accelerator,
@@ -139,6 +145,7 @@ def _train(
             folder=folder,
             report=report,
             stop=stop,
+            solves=solves,
             writer=writer,
             num_steps=num_steps,
             described={**this_run, "mean": list(data.mean), "std": list(data.std), "environment": about},
@@ -168,6 +175,8 @@ def _train(
                     if whole is not None:
                         images, targets = data.some_test_images(IMLP_IMAGES)
                         imlps = look_at_imlps(whole, images.to(device), targets.to(device))
+            if solves is not None:
+                solves.skip()
             row = EpochMetrics(
                 epoch=epoch + 1,
                 lr=at.lr,
@@ -225,6 +234,7 @@ class _Run:
         folder: Path,
         report: Report,
         stop: StopSignals,
+        solves: SolveMonitor | None,
         writer: BackgroundWriter,
         num_steps: int,
         described: dict[str, Any],
@@ -237,6 +247,7 @@ class _Run:
         self.folder = folder
         self.report = report
         self.stop = stop
+        self.solves = solves
         self.writer = writer
         self.num_steps = num_steps
         self.described = described
@@ -275,6 +286,8 @@ class _Run:
                 numbers = learner.step.update(updates + 1, (self.stop.received is not None, save_is_due))
                 sent = _SentUpdate(step=step + 1, images=num_images, lr=self.schedule.lr, numbers=OnItsWay(numbers))
                 self.sent.append(sent)
+                if self.solves is not None:
+                    self.solves.step(updates + 1)
                 num_images = 0
                 self.read(self.ahead)
                 self.obey()
@@ -298,7 +311,7 @@ class _Run:
             if at.updates % config.log_interval == 0:
                 speed = self.images_seen / (time.monotonic() - self.epoch_started)
                 curves = {"loss": loss, "lr": sent.lr, "gradient_norm": norm, "images_per_second": speed}
-                self.report.write({f"train/{name}": value for name, value in curves.items()}, at.updates)
+                self.report.log({f"train/{name}": value for name, value in curves.items()}, at.updates)
             if not finite:
                 what = (
                     f"epoch {at.epoch + 1}, step {sent.step} of {self.num_steps}: loss {loss:.4g}, gradient norm "

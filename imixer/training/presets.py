@@ -48,7 +48,6 @@ _SMALL: dict[str, Any] = {
     "batch_size": 64,
     "smoothing": 0.1,
     "cache_mb": 512,
-    "workers": 2,
     "seed": 0,
 }
 

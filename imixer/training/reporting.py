@@ -100,9 +100,9 @@ class Report:
             numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
             self.say(f"{self._done:,} of {self._total:,} images  {numbers}  memory {self._memory_gb():.1f} GB")
 
-    def write(self, values: dict[str, float], updates: int) -> None:
-        """Write points of curves to the trackers."""
-        self._accelerator.log(values, step=updates)
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Write points of curves, after so many updates, to the trackers."""
+        self._accelerator.log(values, step=step)
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
@@ -123,7 +123,7 @@ class Report:
             numbers = {name: value for name, value in imlp.items() if isinstance(value, (int, float))}
             shown |= {f"{imlp['name']}/{name}": value for name, value in numbers.items() if name != "epoch"}
         shown |= {f"seconds/{part}": seconds for part, seconds in self.seconds.items()}
-        self.write(shown, updates)
+        self.log(shown, updates)
         self.seconds.clear()
 
     def _memory_gb(self) -> float:

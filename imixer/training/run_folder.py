@@ -4,9 +4,11 @@
 - ``last.pt``, ``previous.pt``, ``best.pt``: see :mod:`imixer.training.checkpoints`;
 - ``curves.csv``: one row per epoch; ``curves.png``: its plot; ``convergence.csv``: one row per epoch and iMLP;
 - ``summary.json``: the run in short; ``tensorboard/``: the curves as they grow;
+- ``solves.csv``: see :mod:`imixer.training.solve_statistics`;
 - ``.lock``: which process writes here, see :mod:`imixer.training.folder_lock`.
 
-Every file but TensorBoard's is replaced in one step, so that a run stopped at any moment leaves whole files.
+Every file but TensorBoard's and ``solves.csv`` is replaced in one step, so that a run stopped at any moment leaves
+whole files.
 """
 
 import contextlib

@@ -8,8 +8,10 @@ from typing import Any
 from torch.utils._pytree import TreeSpec
 
 from implicit.autograd.constant_weights import constant_weights
+from implicit.autograd.torch_internals import transform_active
+from implicit.autograd.traced_map import MapInForce
 from solvers import Iteration, Solution, Solver, Stopping, StopRule
-from solvers.problem import Hyperparameters, InDims, OnFailure, check_on_failure
+from solvers.problem import Hyperparameters, InDims, OnFailure, Traceable, check_compile, check_on_failure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +30,11 @@ class SolveOptions:
     on_failure: OnFailure = "warn"
     layer: str = ""
     root: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_on_failure(self.on_failure)
+        check_compile(self.compile, self.compact)
 
     @property
     def tested(self) -> bool:
@@ -59,6 +63,10 @@ class SolveOptions:
 
     def iteration(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Iteration[Any]:
         """The same solve, to be driven by hand."""
+        # What transforms wrap is not compiled.
+        compile = self.compile and not transform_active()
+        if compile and not isinstance(f, Traceable):
+            f = MapInForce(f)
         return Iteration(
             f,
             z0,
@@ -69,6 +77,7 @@ class SolveOptions:
             history=self.history,
             compact=self.compact,
             in_dims=self.in_dims,
+            compile=compile,
             root=self.root,
         )
 

@@ -8,7 +8,7 @@ from implicit.diagnostics.diagnosis import Diagnosis
 
 _STYLE = (
     "body{font-family:sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}"
-    "pre{background:#f4f4f4;padding:1em;overflow-x:auto}img{max-width:100%}"
+    "pre{background:#f4f4f4;padding:1em;overflow-x:auto}h2~pre{white-space:pre-wrap}img{max-width:100%}"
 )
 
 
@@ -25,4 +25,5 @@ def html_page(diagnosis: Diagnosis, title: str, *extra: str) -> str:
         parts.append(f"<pre>{html.escape(str(layer))}</pre>")
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><title>{heading}</title><style>{_STYLE}</style>'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'

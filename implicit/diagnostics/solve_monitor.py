@@ -57,7 +57,7 @@ class SolveStatistics:
         )
 
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(SolveStatistics))
+HEADER = ["step", "layer", *(field.name for field in dataclasses.fields(SolveStatistics))]
 
 
 class SolveMonitor:
@@ -68,14 +68,11 @@ class SolveMonitor:
         degraded: For each layer whose solves have become worse, what changed.
     """
 
-    def __init__(self, names: tuple[str, ...], tracker: Any, file: TextIO | None, every: int) -> None:
+    def __init__(self, tracker: Any, file: TextIO | None, every: int, start: int) -> None:
         self.latest: dict[str, SolveStatistics] = {}
         self.degraded: dict[str, str] = {}
-        self._names, self._tracker, self._file, self._every = names, tracker, file, every
+        self._tracker, self._file, self._every, self._step = tracker, file, every, start
         self._writer = None if file is None else csv.writer(file)
-        if self._writer is not None:
-            self._writer.writerow(("step", "layer", *COLUMNS))
-        self._step = 0
         self._running: dict[str, list[OnItsWay]] = {}
         self._waiting: tuple[int, dict[str, list[OnItsWay]]] | None = None
         self._baselines: dict[str, list[SolveStatistics]] = {}
@@ -85,13 +82,17 @@ class SolveMonitor:
         """End a training step; reads and records the statistics of the step before it, which have arrived by now.
 
         Args:
-            number: The number of the step that ends, for the records; by default they are counted from 0.
+            number: The number of the step that ends, for the records; by default they are counted from ``start``.
         """
         if number is not None:
             self._step = number
         self._read()
         self._waiting, self._running = (self._step, self._running), {}
         self._step += 1
+
+    def skip(self) -> None:
+        """Forget the solves since the last step, which belong to no training step, such as those of a test."""
+        self._running = {}
 
     def flush(self) -> None:
         """Read and record everything that is still on its way, which may wait for the device."""
@@ -166,7 +167,7 @@ class SolveMonitor:
 
 @contextlib.contextmanager
 def monitor_solves(
-    model: nn.Module, *, tracker: Any = None, csv_file: str | Path | None = None, every: int = 1
+    model: nn.Module, *, tracker: Any = None, csv_file: str | Path | None = None, every: int = 1, start: int = 0
 ) -> Iterator[SolveMonitor]:
     """Within the context, record statistics of every solve of a model's implicit layers, without waiting for them.
 
@@ -183,7 +184,9 @@ def monitor_solves(
         tracker: A ``torch.utils.tensorboard.SummaryWriter``, an ``accelerate.Accelerator`` or one of its trackers;
             anything with ``add_scalar(tag, value, step)`` or ``log(values, step=...)``.
         csv_file: A file to write, with a line for each layer and training step.
-        every: Record every so many training steps.
+        every: Record those training steps whose number is a multiple of it.
+        start: Number of the first training step. If it is above 0, a run goes on: ``csv_file`` keeps its lines of the
+            steps before.
 
     Yields:
         The :class:`SolveMonitor`.
@@ -209,15 +212,30 @@ def monitor_solves(
         )
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"every must be a positive integer, got {every!r}.")
+    if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+        raise ValueError(f"start must be an integer >= 0, got {start!r}.")
     layers = implicit_layers(model)
     with contextlib.ExitStack() as stack:
-        file = None if csv_file is None else stack.enter_context(open(csv_file, "w", newline="", encoding="utf-8"))
-        monitor = SolveMonitor(tuple(layers), tracker, file, every)
+        file = None
+        if csv_file is not None:
+            lines = [HEADER, *_lines_before(start, Path(csv_file))]
+            file = stack.enter_context(open(csv_file, "w", newline="", encoding="utf-8"))
+            csv.writer(file).writerows(lines)
+        monitor = SolveMonitor(tracker, file, every, start)
         stack.enter_context(around_solves(layers, monitor._record))
         try:
             yield monitor
         finally:
             monitor.flush()
+
+
+def _lines_before(start: int, path: Path) -> list[list[str]]:
+    """The lines of the training steps before ``start`` in a file, without one that was cut off by a kill."""
+    if not start or not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.reader(file) if len(row) == len(HEADER) and row[0].isdecimal()]
+    return [row for row in rows if int(row[0]) < start]
 
 
 @torch.no_grad()

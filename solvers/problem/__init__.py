@@ -1,6 +1,7 @@
 """What solvers and implicit layers are built from: layouts of states, the flat map, autocast, norms, options."""
 
 from solvers.problem.autocast import AutocastMode, without_autocast
+from solvers.problem.compile_option import check_compile
 from solvers.problem.flat_map import FlatMap, InDims
 from solvers.problem.foreign_names import names_options
 from solvers.problem.hyperparameters import (
@@ -11,7 +12,7 @@ from solvers.problem.hyperparameters import (
     require_positive,
     require_positive_int,
 )
-from solvers.problem.layout import Layout, check_structure
+from solvers.problem.layout import Layout, check_structure, checked_batch_dims
 from solvers.problem.names import resolve
 from solvers.problem.norms import inner, relative, rms_norm
 from solvers.problem.on_failure import OnFailure, check_on_failure
@@ -19,6 +20,7 @@ from solvers.problem.replaced_tensors import copy_with_tensors, with_tensors
 from solvers.problem.slopes import direction_of, slope_inverse
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
 from solvers.problem.state_type import S
+from solvers.problem.traceable import Traceable, Traced
 from solvers.problem.window import add_combination, combine, dot, recorded, store
 
 __all__ = [
@@ -29,12 +31,16 @@ __all__ = [
     "Layout",
     "OnFailure",
     "S",
+    "Traceable",
+    "Traced",
     "add_combination",
     "as_float",
     "as_int",
     "back_substitute",
+    "check_compile",
     "check_on_failure",
     "check_structure",
+    "checked_batch_dims",
     "combine",
     "copy_with_tensors",
     "direction_of",

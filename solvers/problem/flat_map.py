@@ -31,8 +31,12 @@ class FlatMap:
     def __init__(
         self, f: Callable[..., Any], args: tuple[Any, ...], layout: Layout, autocast: AutocastMode | None = None
     ) -> None:
+        if not isinstance(args, (tuple, list)):
+            raise TypeError(
+                f"args must be a tuple of what f takes after z, got a {type(args).__name__}. For one, write args=(x,)."
+            )
         self._f = f
-        self._args = args
+        self._args = tuple(args)
         self._layout = layout
         # The driver switches autocast off for the solver's algebra; f runs in the mode that it was given in.
         self.autocast = autocast or AutocastMode.current(layout.device.type)

@@ -11,6 +11,14 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from solvers.problem.hyperparameters import as_int
 
 
+def checked_batch_dims(batch_dims: object) -> int:
+    """``batch_dims`` as an int; a ValueError if it is none or negative."""
+    number = as_int(batch_dims)
+    if number is None or number < 0:
+        raise ValueError(f"batch_dims must be an integer >= 0, got {batch_dims!r}.")
+    return number
+
+
 class Layout:
     """The shapes of a state's leaves, the leading dimensions that are the batch, and the dtype of the algebra.
 
@@ -27,10 +35,7 @@ class Layout:
     """
 
     def __init__(self, z0: Any, batch_dims: int) -> None:
-        number = as_int(batch_dims)
-        if number is None or number < 0:
-            raise ValueError(f"batch_dims must be an integer >= 0, got {batch_dims!r}.")
-        batch_dims = number
+        batch_dims = checked_batch_dims(batch_dims)
         leaves, self.spec = tree_flatten(z0)
         if not leaves:
             raise ValueError(f"The state has no tensors: z0 = {z0!r}.")

@@ -30,7 +30,10 @@ def resolve(
     if not isinstance(choice, str):
         qualified = f"{base.__module__.partition('.')[0]}.{base.__name__}"
         article = "an" if qualified[0] in "aeiou" else "a"
-        raise TypeError(f"A {what} must be {article} {qualified} object or a name, got {choice!r}.")
+        got = repr(choice)
+        if isinstance(choice, type) and issubclass(choice, base):
+            got = f"the class {choice.__name__}. Make an object of it: {choice.__name__}()"
+        raise TypeError(f"A {what} must be {article} {qualified} object or a name, got {got}.")
     if choice not in known:
         raise ValueError(f"There is no {what} {choice!r}. The known ones: {', '.join(known)}.")
     return known[choice](**options)
