@@ -20,7 +20,7 @@ from solvers._failure import warn_caller
 from solvers._graph import Course, Plan
 from solvers._stopping import Stopping, StopRule
 from solvers.methods.solver import Solver
-from solvers.problem import recorded
+from solvers.problem import Traced, recorded
 
 # What compiles the loops.
 BACKEND = "inductor"
@@ -141,7 +141,6 @@ def _kind_of(f: Any) -> Hashable:
         return (functools.partial, _kind_of(f.func))
     if isinstance(f, types.BuiltinFunctionType):
         return f
-    parts = (
-        [part for part in vars(f).values() if isinstance(part, types.FunctionType)] if hasattr(f, "__dict__") else []
-    )
-    return (type(f), *map(_kind_of, parts))
+    if isinstance(f, Traced):
+        return (type(f), *map(_kind_of, filter(callable, vars(f).values())))
+    return type(f)
