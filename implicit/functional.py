@@ -1,5 +1,6 @@
 """The fixed point of a map as a differentiable function."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -153,11 +154,15 @@ def solve_with_gradient(
     # Not while torch.compile traces, when PyTorch 2.11 says that it is exporting too.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if exporting and isinstance(options.stopping, Stopping):
-        raise ValueError(
-            f"A solve to a tolerance, got rtol={options.stopping.rtol!r}, cannot be exported: its test for convergence "
-            "decides by the values, and a graph has none. Export a fixed number of steps: rtol=None, atol=None, "
-            "max_steps=n."
-        )
+        if not options.solver.compiles or options.compact or options.history:
+            raise ValueError(
+                f"A solve to a tolerance, got rtol={options.stopping.rtol!r}, is exported as a loop, for which "
+                f"{options.solver!r} has no form, nor has any solver with compact=True or a history. Use Picard, "
+                "Anderson or Broyden (without a limited memory or a line search), or a fixed number of steps: "
+                "rtol=None, atol=None, max_steps=n."
+            )
+        with torch.no_grad():
+            return mode.evaluate(f, z0, args, dataclasses.replace(options, compile=True))
     mode = mode.chosen(options)
     if not exporting and (torch.is_grad_enabled() or transform_active()):
         solution = mode.solve(f, z0, args, options)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from solvers import _rules
 from solvers._samples import News, Samples
-from solvers._secant import Secant, some_entries
+from solvers._secant import Secant, some_entries, stride_of
 from solvers._solution import ACTIVE
 from solvers._stopping import Measure, Stopping
 from solvers.methods.solver import State
@@ -29,6 +29,7 @@ class Limits:
         patience: () int64.
         max_steps: () int64.
         check_every: At every so many steps a test is due.
+        stride: The distance of the entries of a state that a secant takes.
     """
 
     measure: Measure
@@ -37,16 +38,29 @@ class Limits:
     patience: Tensor
     max_steps: Tensor
     check_every: int
+    stride: int
 
     @classmethod
     def of(cls, stopping: Stopping, measure: Measure, like: Tensor, *, eps: float, remembers: bool) -> "Limits":
-        """The limits of a solve whose algebra is done in the dtype and on the device of ``like``."""
+        """The limits of a solve whose states are like ``like`` (B, D)."""
 
         def number(value: int) -> Tensor:
             return torch.full((), value, dtype=torch.int64, device=like.device)
 
         patience, max_steps = number(stopping.patience), number(stopping.max_steps)
-        return cls(measure.with_tensors(like), eps, remembers, patience, max_steps, stopping.check_every)
+        return cls(
+            measure.with_tensors(like),
+            eps,
+            remembers,
+            patience,
+            max_steps,
+            stopping.check_every,
+            stride_of(like.shape[1]),
+        )
+
+    def entries_of(self, state: State) -> State:
+        """The entries of an iterate that a secant takes."""
+        return some_entries(State(state.z, state.fz), self.stride)
 
     def is_due(self, step: Tensor) -> Tensor | None:
         """() bool: whether a test is due; None for always."""
@@ -86,8 +100,7 @@ def take_in(
     """
     measure = limits.measure
     errors, scales = measure.parts(state.displacement), measure.parts(state.fz)
-    entries = some_entries(State(state.z, state.fz))
-    complete = entries.z.shape[1] == state.z.shape[1]
+    entries, complete = limits.entries_of(state), limits.stride == 1
     secant = Secant.between(before, entries, complete=complete, contracts=state.image_is_nearer)
     news = samples.news(measure, errors, scales, limits.eps, (secant.most, secant.df))
     waited = step - samples.best_step

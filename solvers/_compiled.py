@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers import _graph, _rules
+from solvers import _graph
 from solvers._failure import warn_caller
 from solvers._graph import Course, Plan
 from solvers._stopping import Stopping, StopRule
@@ -50,7 +50,9 @@ def writes_in_loops() -> bool:
 
 def run(plan: Plan, fz0: Tensor) -> Course | None:
     """The solve from its first step, whose image is ``fz0``, to its end; None if it cannot be compiled."""
-    key = (_kind_of(plan.f), type(plan.solver), fz0.shape[1], fz0.dtype, fz0.device.type)
+    limits = plan.limits
+    options = (plan.solver, limits.check_every, limits.measure.kind, plan.batch_dims, plan.autocast)
+    key = (fz0.device.type, fz0.dtype, fz0.shape[1], options, _kind_of(plan.f))
     if key in _refused:
         return None
     try:
@@ -58,7 +60,7 @@ def run(plan: Plan, fz0: Tensor) -> Course | None:
         while True:
             lost, active, step = _look(course)
             if lost:
-                course = _recovered(plan, course)
+                course = _graph.recovered(plan, course, _graph.held_map(plan, course.samples), _graph.on_host)
             elif not active or step == int(plan.limits.max_steps):
                 return course
             elif plan.solver.room(course.state) is not None:
@@ -104,11 +106,6 @@ def _look(course: Course) -> tuple[bool, bool, int]:
     return bool(lost), bool(active), step
 
 
-def _recovered(plan: Plan, course: Course) -> Course:
-    map_, active, held = plan.map(), course.samples.active.unsqueeze(1), _rules.held(course.samples)
-    return _graph.recovered(plan, course, lambda z: map_.image(torch.where(active, z, held)), _graph.on_host)
-
-
 @functools.lru_cache(maxsize=MOST_KEPT)
 def _compiled(function: Callable[..., Course], key: tuple[Hashable, ...]) -> Callable[..., Course]:
     """The function, compiled for one kind of solve, whose code it shares with no other.
@@ -120,7 +117,7 @@ def _compiled(function: Callable[..., Course], key: tuple[Hashable, ...]) -> Cal
     if BACKEND != "inductor":
         return torch.compile(own, fullgraph=True, backend=BACKEND)
     options: dict[str, Any] = {"guard_filter_fn": _needed}
-    if key[-1] == "cpu":
+    if key[0] == "cpu":
         options["cpp_wrapper"] = True
     return torch.compile(own, fullgraph=True, options=options)
 
@@ -143,4 +140,4 @@ def _kind_of(f: Any) -> Hashable:
         return f
     if isinstance(f, Traced):
         return (type(f), *map(_kind_of, filter(callable, vars(f).values())))
-    return type(f)
+    return (type(f),)

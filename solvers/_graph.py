@@ -27,7 +27,6 @@ from torch import Tensor
 from solvers import _rules
 from solvers._branch_free import Limits, first, take_in
 from solvers._samples import Samples
-from solvers._secant import some_entries
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import FlatMapping, Solver, State
 from solvers.problem import AutocastMode, FlatMap, Layout, Traced, with_tensors
@@ -107,49 +106,88 @@ def begin(plan: Plan, fz0: Tensor) -> Course:
     state = plan.solver.fixed_shape(plan.solver.init(lambda _: fz0, z0), plan.room)
     samples = first(plan.limits, state, plan.max_growth)
     one = torch.ones_like(plan.limits.max_steps)
-    before = some_entries(State(z0, fz0))
+    before = plan.limits.entries_of(State(z0, fz0))
     return advance(plan, Course(state, samples, before, one, torch.zeros_like(samples.active), one))
 
 
 def advance(plan: Plan, course: Course) -> Course:
     """The solve when all samples have stopped or something rare has to be done."""
-    map_, limits = plan.map(), plan.limits
+    limits = plan.limits
     # No two inputs of a loop may be the same memory, and none may be written to that others hold.
     course = with_tensors(course, _copied)
-    samples = course.samples
-    constant = (samples.start, samples.start_size, *(course.state.blocks if plan.in_place else ()))
-    is_constant = [any(tensor is other for other in constant) for tensor in _tensors_of(course)]
-
-    def carried(course: Course) -> tuple[Tensor, ...]:
-        return tuple(t for t, fixed in zip(_tensors_of(course), is_constant, strict=True) if not fixed)
-
-    def course_of(values: tuple[Tensor, ...]) -> Course:
-        supply, fixed = iter(values), iter(is_constant)
-        return with_tensors(course, lambda tensor: tensor if next(fixed) else next(supply))
+    carry = _Carry(course, course.state.blocks if plan.in_place else ())
 
     def goes_on(*values: Tensor) -> Tensor:
-        now = course_of(values)
+        now = carry.course(values)
         goes_on = now.goes_on(limits.max_steps) & ~now.lost.any()
         room = plan.solver.room(now.state)
         return goes_on if room is None else goes_on & (room > 0)
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:
-        now = course_of(values)
+        now = carry.course(values)
         if not plan.in_place:
             now.state = with_tensors(now.state, _copied)
-        return carried(with_tensors(_stepped(plan.solver, limits, map_, now), _copied))
+        return carry.tensors(with_tensors(_stepped(plan, now), _copied))
 
     with plan.f.context() if isinstance(plan.f, Traced) else contextlib.nullcontext():
-        return course_of(torch.while_loop(goes_on, step, carried(course)))
+        return carry.course(torch.while_loop(goes_on, step, carry.tensors(course)))
 
 
-def _stepped(solver: Solver, limits: Limits, map_: FlatMap, now: Course) -> Course:
-    """A step and its test. What is finished is kept from the map: it is called with the value at which that stands."""
-    active, held = now.samples.active.unsqueeze(1), _rules.held(now.samples)
-    state = solver.step(lambda z: map_.image(torch.where(active, z, held)), now.state)
+def complete(plan: Plan, fz0: Tensor) -> Course:
+    """The whole solve from its first step, whose image is ``fz0`` (B, D), in a graph that has no host beside it."""
+    course = with_tensors(begin(plan, fz0), _copied)
+    carry = _Carry(course, ())
+
+    def goes_on(*values: Tensor) -> Tensor:
+        return carry.course(values).goes_on(plan.limits.max_steps)
+
+    def go_on(*values: Tensor) -> tuple[Tensor, ...]:
+        now = with_tensors(carry.course(values), _copied)
+        now = recovered(plan, now, held_map(plan, now.samples), torch.while_loop)
+        return carry.tensors(with_tensors(advance(plan, now), _copied))
+
+    return carry.course(torch.while_loop(goes_on, go_on, carry.tensors(course)))
+
+
+class _Carry:
+    """What a loop carries from step to step: the tensors of a solve, except for those that stay the same.
+
+    Args:
+        course: The solve before the loop.
+        blocks: The tensors into which the loop writes.
+    """
+
+    def __init__(self, course: Course, blocks: tuple[Tensor, ...]) -> None:
+        self._course = course
+        constant = (course.samples.start, course.samples.start_size, *blocks)
+        self._is_constant = [any(tensor is other for other in constant) for tensor in _tensors_of(course)]
+
+    def tensors(self, course: Course) -> tuple[Tensor, ...]:
+        """The tensors to carry."""
+        every = zip(_tensors_of(course), self._is_constant, strict=True)
+        return tuple(tensor for tensor, constant in every if not constant)
+
+    def course(self, tensors: tuple[Tensor, ...]) -> Course:
+        """The solve with these tensors."""
+        supply, is_constant = iter(tensors), iter(self._is_constant)
+        return with_tensors(self._course, lambda tensor: tensor if next(is_constant) else next(supply))
+
+
+def held_map(plan: Plan, samples: Samples) -> FlatMapping:
+    """The map, called with the values at which samples stand for those that have stopped."""
+    # Made where it is used: torch.export finds no shapes in an object that was made outside of a loop.
+    map_ = plan.map()
+    active, held = samples.active.unsqueeze(1), _rules.held(samples)
+    return lambda z: map_.image(torch.where(active, z, held))
+
+
+def _stepped(plan: Plan, now: Course) -> Course:
+    """A step and its test."""
+    limits = plan.limits
+    state = plan.solver.step(held_map(plan, now.samples), now.state)
     step = now.step + 1
     samples, lost = take_in(limits, now.samples, now.before, state, step)
-    entries, due = some_entries(State(state.z, state.fz)), limits.is_due(step)
+    entries, due = limits.entries_of(state), limits.is_due(step)
     tested = (~lost if due is None else ~lost & due).unsqueeze(1)
     before = State(torch.where(tested, entries.z, now.before.z), torch.where(tested, entries.fz, now.before.fz))
     return Course(state, samples, before, step, lost, now.num_evals + 1)
@@ -160,7 +198,7 @@ def recovered(plan: Plan, course: Course, f: FlatMapping, loop: Loop) -> Course:
     lost = course.lost
     state, calls = take_back(plan.solver, f, course.state, lost, course.samples.value, loop)
     samples, _ = take_in(plan.limits, course.samples, course.before, state, course.step, lost)
-    entries, rows = some_entries(State(state.z, state.fz)), lost.unsqueeze(1)
+    entries, rows = plan.limits.entries_of(state), lost.unsqueeze(1)
     before = State(torch.where(rows, entries.z, course.before.z), torch.where(rows, entries.fz, course.before.fz))
     return Course(state, samples, before, course.step, torch.zeros_like(lost), course.num_evals + calls)
 

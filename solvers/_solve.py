@@ -12,7 +12,7 @@ from solvers import _compiled as compiled
 from solvers._branch_free import Limits
 from solvers._failure import report_failure
 from solvers._fixed_steps import FixedSteps
-from solvers._graph import Plan, on_host, take_back
+from solvers._graph import Plan, complete, on_host, take_back
 from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
@@ -183,6 +183,7 @@ class Iteration(Generic[S]):
             self._map.check_in_dims(in_dims)
         self._in_dims = in_dims
         self._compact = compact
+        self._in_graph = False
         self._max_steps = rule.max_steps
         self._goal = rule.tolerances if isinstance(rule, Stopping) else ""
         self._check_every = 1
@@ -197,7 +198,7 @@ class Iteration(Generic[S]):
             )
         else:
             self._progress = FixedSteps(keep_history=history)
-        self.num_steps = 1
+        self.num_steps: Any = 1
         with without_autocast(self._layout.device.type):
             z = self._layout.pack(z0)
             if compile and not history:
@@ -220,8 +221,9 @@ class Iteration(Generic[S]):
         assert isinstance(progress, ToleranceTest)
         measure = self._measure.for_unit(map_.unit)
         limits = Limits.of(stopping, measure, fz, eps=map_.eps, remembers=progress.remembers)
+        in_graph = torch.compiler.is_compiling()
         plan = Plan(
-            f=f.traced() if isinstance(f, Traceable) else f,
+            f=f.traced() if isinstance(f, Traceable) and not in_graph else f,
             z0=z0,
             args=args,
             batch_dims=len(self._layout.batch_shape),
@@ -230,14 +232,17 @@ class Iteration(Generic[S]):
             solver=self._solver,
             limits=limits,
             max_growth=stopping.max_growth,
-            room=min(compiled.FIRST_ROOM, stopping.max_steps),
-            in_place=compiled.writes_in_loops(),
+            room=stopping.max_steps if in_graph else min(compiled.FIRST_ROOM, stopping.max_steps),
+            in_place=not in_graph and compiled.writes_in_loops(),
         )
-        course = compiled.run(plan, fz)
+        course = complete(plan, fz) if in_graph else compiled.run(plan, fz)
         if course is None:
             return False
-        self.state, self.num_steps, self.done = course.state, int(course.step), True
-        map_.num_evals = int(course.num_evals)
+        self.state, self.done, self._in_graph = course.state, True, in_graph
+        # Numbers, but in a graph.
+        step, num_evals = (x if in_graph else int(x) for x in (course.step, course.num_evals))
+        self.num_steps = step
+        map_.num_evals += num_evals - 1
         progress.take_over(course.samples, course.state, self.num_steps)
         return True
 
@@ -253,7 +258,7 @@ class Iteration(Generic[S]):
                 self._step()
         close(self.state)
         solution = self.solution()
-        if self.tested:
+        if self.tested and not self._in_graph:
             kind = "root" if isinstance(self._map, RootMap) else "fixed-point"
             report_failure(solution, on_failure, what or f"The {kind} solve", goal=self._goal, advice=self._advice)
         return solution
@@ -293,7 +298,7 @@ class Iteration(Generic[S]):
 
     def solution(self) -> Solution[S]:
         """The solution as it stands; a sample that is still active counts as MAX_STEPS."""
-        if torch.compiler.is_compiling() and isinstance(self._progress, ToleranceTest):
+        if torch.compiler.is_compiling() and isinstance(self._progress, ToleranceTest) and not self._in_graph:
             from solvers import _untraced
 
             outcome = _untraced.outcome(self._progress)

@@ -264,6 +264,11 @@ class Measure:
                 setattr(other, name, torch.full((), number, dtype=like.dtype, device=like.device))
         return other
 
+    @property
+    def kind(self) -> Hashable:
+        """What two measures share, apart from their numbers, that compute alike."""
+        return self._ord, self._sizes is None, self._of_start is None, self._unit_of is None
+
     def for_unit(self, unit: Tensor | None) -> "Measure":
         """The same for a root whose absolute tolerance of 1 belongs to states of the size ``unit`` (B,)."""
         other = copy.copy(self)

@@ -42,7 +42,7 @@ class FlatMap:
         self.autocast = autocast or AutocastMode.current(layout.device.type)
         self._active: Tensor | None = None
         self._value: Tensor | None = None
-        self.num_evals = 0
+        self.num_evals: Any = 0
 
     @property
     def eps(self) -> float:
