@@ -161,8 +161,7 @@ def solve_with_gradient(
                 "Anderson or Broyden (without a limited memory or a line search), or a fixed number of steps: "
                 "rtol=None, atol=None, max_steps=n."
             )
-        with torch.no_grad():
-            return mode.evaluate(f, z0, args, dataclasses.replace(options, compile=True))
+        return mode.evaluate(f, z0, args, dataclasses.replace(options, compile=True))
     mode = mode.chosen(options)
     if not exporting and (torch.is_grad_enabled() or transform_active()):
         solution = mode.solve(f, z0, args, options)

@@ -88,7 +88,7 @@ def is_refused(solver: Solver, stopping: StopRule, fz: Tensor) -> bool:
             f"{solver!r} has no form whose tensors keep their shapes. Picard, Anderson, and Broyden without a limited "
             "memory or a line search have one."
         )
-    elif recorded(fz):
+    elif recorded(fz) and not torch.compiler.is_exporting():
         why = (
             "gradients are recorded through its steps. Call it under torch.no_grad(), or use implicit.fixed_point with "
             "the implicit backward mode, which does not need the steps."

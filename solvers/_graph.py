@@ -175,10 +175,9 @@ class _Carry:
 
 def held_map(plan: Plan, samples: Samples) -> FlatMapping:
     """The map, called with the values at which samples stand for those that have stopped."""
-    # Made where it is used: torch.export finds no shapes in an object that was made outside of a loop.
-    map_ = plan.map()
     active, held = samples.active.unsqueeze(1), _rules.held(samples)
-    return lambda z: map_.image(torch.where(active, z, held))
+    # The map is made where it is called: torch.export finds no shapes in an object that was made outside of a loop.
+    return lambda z: plan.map().image(torch.where(active, z, held))
 
 
 def _stepped(plan: Plan, now: Course) -> Course:

@@ -1,5 +1,6 @@
 """What becomes of each sample of a solve: its best value, its status, and the step at which it stops."""
 
+import contextlib
 import dataclasses
 
 import torch
@@ -328,7 +329,8 @@ class ToleranceTest:
         """Where the samples stand; one that is still active has not made it within the steps taken."""
         samples, whole = self._samples, self._whole()
         active = samples.active
-        with torch.no_grad():
+        # torch.export splits a graph where the mode changes, and does not find the loops in the parts.
+        with contextlib.nullcontext() if torch.compiler.is_exporting() else torch.no_grad():
             status, num_steps = samples.status, samples.num_steps
             if self.num_done < active.shape[0]:
                 status = _rules.status_out_of_steps(samples, self._stopping.max_growth)

@@ -141,7 +141,8 @@ class Samples:
         ]
         if changes is not None:
             pairs.append(changes)
-        if len(error) < MANY:
+        # What is traced must not ask for the size of the batch.
+        if not torch.compiler.is_compiling() and error.shape[0] < MANY:
             larger, smaller = zip(*pairs, strict=True)
             return News(error, scale, rounded, torch.stack(larger) >= torch.stack(smaller))
         return News(error, scale, rounded, torch.stack([one >= other for one, other in pairs]))

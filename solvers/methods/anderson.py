@@ -177,7 +177,7 @@ class Anderson(Solver):
             return state
         m, held = self.memory, 0 if state.gram is None else state.gram.shape[1]
         # Columns of length zero, whose squares _with_row takes for 1.
-        gram = torch.eye(m, dtype=state.g.dtype, device=state.g.device).repeat(len(state.g), 1, 1)
+        gram = torch.eye(m, dtype=state.g.dtype, device=state.g.device).repeat(state.g.shape[0], 1, 1)
         if state.gram is not None:
             gram[:, :held, :held] = state.gram
         df, dg = (with_slots(state.g, m, None if block is None else block[:, :held]) for block in (state.df, state.dg))
