@@ -102,7 +102,7 @@ def test_samples_end_alike(name, stopping, f, double):
 
 
 @pytest.mark.parametrize("name", [pytest.param("picard"), pytest.param("anderson"), pytest.param("broyden")])
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_random_maps(name, data):
     number = st.floats(-2.5, 2.5, allow_subnormal=False)
