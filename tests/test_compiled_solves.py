@@ -53,12 +53,23 @@ def both(f, z0, solver, **options):
         return [solve(f, z0, solver, on_failure="ignore", compile=compile, **options) for compile in (False, True)]
 
 
-def assert_equal(eager, compiled, *, steps_apart=0):
-    assert compiled.status.tolist() == eager.status.tolist()
-    assert (compiled.num_steps - eager.num_steps).abs().max() <= steps_apart
-    if not steps_apart:
+def firm(eager, f, z0, solver, **options):
+    """Which samples end alike from starts that rounding moves; where not, their steps are chaotic."""
+    same = torch.ones_like(eager.converged)
+    for _ in range(3):
+        start = z0 + 1e-15 * (z0.abs().amax() + 1) * torch.randn_like(z0)
+        moved = solve(f, start, solver, on_failure="ignore", **options)
+        same &= (moved.status == eager.status) & (moved.num_steps == eager.num_steps)
+    return same
+
+
+def assert_equal(eager, compiled, *, steps_apart=0, where=None):
+    where = torch.ones_like(eager.converged) if where is None else where
+    assert compiled.status[where].tolist() == eager.status[where].tolist()
+    assert (compiled.num_steps - eager.num_steps)[where].abs().max() <= steps_apart
+    if where.all() and not steps_apart:
         assert compiled.num_evals == eager.num_evals
-    ended = eager.converged
+    ended = eager.converged & where
     eps = torch.finfo(eager.value.dtype).eps ** 0.5
     torch.testing.assert_close(compiled.value[ended], eager.value[ended], rtol=eps, atol=eps)
     estimate = eager.error_estimate[ended], compiled.error_estimate[ended]
@@ -86,22 +97,32 @@ STOPPINGS = {
 }
 
 
-@pytest.mark.parametrize("f", [affine, logarithm], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("stopping", STOPPINGS.values(), ids=STOPPINGS)
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in ("damped", "qr") else name for name in SOLVERS]
+    ("name", "stopping"),
+    [
+        pytest.param(
+            name, stopping, marks=() if name in ("picard", "anderson") and stopping != "loose" else pytest.mark.long
+        )
+        for name in SOLVERS
+        for stopping in STOPPINGS
+    ],
 )
+@pytest.mark.parametrize("f", [affine, logarithm], ids=lambda f: f.__name__)
 def test_samples_end_alike(name, stopping, f, double):
     """Mixtures of samples that converge, diverge, stagnate, are taken back and are not finite."""
     rate = torch.tensor(RATES).unsqueeze(1)
     shift = torch.randn(len(RATES), 6)
-    eager, compiled = both(f, torch.full_like(shift, 0.3), SOLVERS[name], args=(rate, shift), stopping=stopping)
-    assert len(eager.status.unique()) > 1
-    assert_equal(eager, compiled)
+    problem = f, torch.full_like(shift, 0.3), SOLVERS[name]
+    options = {"args": (rate, shift), "stopping": STOPPINGS[stopping]}
+    eager, compiled = both(*problem, **options)
+    where = firm(eager, *problem, **options)
+    assert where.sum() > len(RATES) // 2
+    assert len(eager.status[where].unique()) > 1
+    assert_equal(eager, compiled, where=where)
     assert not _compiled._refused
 
 
-@pytest.mark.parametrize("name", [pytest.param("picard"), pytest.param("anderson"), pytest.param("broyden")])
+@pytest.mark.parametrize("name", ["picard", "anderson", pytest.param("broyden", marks=pytest.mark.long)])
 @settings(max_examples=8)
 @given(data=st.data())
 def test_random_maps(name, data):
@@ -114,25 +135,17 @@ def test_random_maps(name, data):
     shift = scale * torch.randn(4, 6, dtype=dtype, generator=generator)
     rate = torch.tensor(rates, dtype=dtype).unsqueeze(1)
     stopping = Stopping(rtol=data.draw(st.sampled_from([1e-3, 1e-6])), max_steps=40, patience=15)
-    eager, compiled = both(f, torch.zeros_like(shift), SOLVERS[name], args=(rate, shift), stopping=stopping)
-    # A sample whose steps are chaotic has no step at which it ends: rounding decides it.
-    moved = solve(
-        f,
-        scale * 1e-15 * torch.ones_like(shift),
-        SOLVERS[name],
-        args=(rate, shift),
-        stopping=stopping,
-        on_failure="ignore",
-    )
-    firm = (moved.status == eager.status) & (moved.num_steps == eager.num_steps)
-    assert compiled.status[firm].tolist() == eager.status[firm].tolist()
-    assert compiled.num_steps[firm].tolist() == eager.num_steps[firm].tolist()
-    solved = firm & eager.converged
+    problem, options = (f, torch.zeros_like(shift), SOLVERS[name]), {"args": (rate, shift), "stopping": stopping}
+    eager, compiled = both(*problem, **options)
+    where = firm(eager, *problem, **options)
+    assert compiled.status[where].tolist() == eager.status[where].tolist()
+    assert compiled.num_steps[where].tolist() == eager.num_steps[where].tolist()
+    solved = where & eager.converged
     torch.testing.assert_close(compiled.value[solved], eager.value[solved], rtol=1e-5, atol=1e-5 * scale)
     assert not _compiled._refused
 
 
-@pytest.mark.parametrize("name", ["picard", "anderson", "broyden"])
+@pytest.mark.parametrize("name", ["picard", "anderson", pytest.param("broyden", marks=pytest.mark.long)])
 def test_single_precision_ends_within_two_steps(name):
     rate = torch.linspace(-0.9, 0.9, 16).unsqueeze(1)
     eager, compiled = both(sine, torch.zeros(16, 40), SOLVERS[name], args=(rate, torch.randn(16, 40)), rtol=1e-5)
