@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from training_runs import TINY
 from imixer.data import ImageData
 from imixer.training import TrainingConfig, evaluation, load_data, loop, train
 from imixer.training.learner import Learner
-from imixer.training.objective import make_loss, make_mixup
+from imixer.training.objective import make_loss, make_mixup, seed_step
 from imixer.training.schedule import Schedule
 from imixer.training.step import TrainingStep
 
@@ -278,3 +279,16 @@ def test_mixing_ends_when_it_should(digits: ImageData, tmp_path: Path, monkeypat
     train(config, digits, progress=False)
     assert max(soft[:20]) == 2
     assert set(soft[20:]) == {1}
+
+
+def test_random_numbers_of_a_step_depend_on_its_place_in_the_run_alone() -> None:
+    """On seed, epoch, step and process: two processes draw other dropout masks."""
+
+    def drawn(*place: int) -> tuple[float, ...]:
+        seed_step(*place)
+        return tuple(torch.rand(4).tolist())
+
+    places = list(itertools.product((0, 1), repeat=4))
+    found = {drawn(*place): place for place in places}
+    assert list(found.values()) == places
+    assert all(found[drawn(*place)] == place for place in reversed(places))

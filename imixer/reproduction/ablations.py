@@ -18,7 +18,8 @@ def solvers(scale: Scale, data_sets: Sequence[DataSet]) -> Experiment:
     data = data_sets[0]
     changes = {name: value for name, value in scale.solver_training.items() if data.data_dir or name != "patch_size"}
     solves: dict[str, dict[str, Any]] = {
-        f"picard, {steps} steps": {"solver": "picard", "n_iter": steps} for steps in scale.fixed_steps
+        f"picard, {steps} step" + "s" * (steps > 1): {"solver": "picard", "n_iter": steps}
+        for steps in scale.fixed_steps
     }
     solves |= {f"{name} to {RTOL:g}": {"solver": name, "n_iter": MAX_STEPS, "rtol": RTOL} for name in scale.solvers}
     baseline = {"solver": "picard, 2 steps", "backward": "unrolled"}

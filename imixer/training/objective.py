@@ -28,8 +28,8 @@ def make_mixup(config: TrainingConfig, num_classes: int) -> Mixup | None:
 def make_loss(config: TrainingConfig) -> nn.Module:
     """Return the training loss. Mixed targets are soft and smoothed already."""
     if config.bce_loss:
-        smoothing = 0.0 if config.mixes else config.smoothing
-        loss: nn.Module = BinaryCrossEntropy(smoothing=smoothing, target_threshold=config.bce_target_thresh)
+        # It smooths classes, and leaves soft targets alone.
+        loss: nn.Module = BinaryCrossEntropy(config.smoothing, target_threshold=config.bce_target_thresh)
     elif config.mixes:
         loss = SoftTargetCrossEntropy()
     elif config.smoothing:
