@@ -31,10 +31,18 @@ MOST_KEPT = 256
 # For how many steps a method with unlimited memory gets room at first; then for as many again.
 FIRST_ROOM = 8
 
+# A state with more elements runs step by step on the CPU. A compiled loop saves what every operation costs beside its
+# arithmetic, and carries more copies of the state through memory; measured by benchmarks/compiled.py --rows.
+MOST_ELEMENTS = 2**17
+
 # What could not be compiled; it is not tried again.
 _refused: set[Hashable] = set()
 
 _numbers = itertools.count()
+
+# How guards on this package's own code begin: on its modules, and on the names of the one in which the loops are. (Later
+# torch.compile adds the modules of maps to these names.)
+_OWN_CODE = ("G['__import_solvers_dot_", *(f"G['{name}']" for name in vars(_graph)))
 
 
 class NotCompiledWarning(UserWarning):
@@ -49,23 +57,17 @@ def writes_in_loops() -> bool:
 
 
 def run(plan: Plan, fz0: Tensor) -> Course | None:
-    """The solve from its first step, whose image is ``fz0``, to its end; None if it cannot be compiled."""
+    """The solve from its first step, whose image is ``fz0``, to its end; None if it is not compiled."""
+    if fz0.device.type == "cpu" and fz0.numel() > MOST_ELEMENTS:
+        return None
     limits = plan.limits
     options = (plan.solver, limits.check_every, limits.measure.kind, plan.batch_dims, plan.autocast)
     key = (fz0.device.type, fz0.dtype, fz0.shape[1], options, _kind_of(plan.f))
     if key in _refused:
         return None
     try:
-        course = _compiled(_graph.begin, key)(plan, fz0)
-        while True:
-            lost, active, step = _look(course)
-            if lost:
-                course = _graph.recovered(plan, course, _graph.held_map(plan, course.samples), _graph.on_host)
-            elif not active or step == int(plan.limits.max_steps):
-                return course
-            elif plan.solver.room(course.state) is not None:
-                course.state = plan.solver.fixed_shape(course.state, room=step)
-            course = _compiled(_graph.advance, key)(plan, course)
+        with torch.no_grad():  # without which a loop must not write
+            return _run(plan, fz0, key)
     except Exception as error:
         _refused.add(key)
         cause = str(error).strip().splitlines()
@@ -77,6 +79,19 @@ def run(plan: Plan, fz0: Tensor) -> Course | None:
             same=str(key),
         )
         return None
+
+
+def _run(plan: Plan, fz0: Tensor, key: tuple[Hashable, ...]) -> Course:
+    course = _compiled(_graph.begin, key)(plan, fz0)
+    while True:
+        lost, active, step = _look(course)
+        if lost:
+            course = _graph.recovered(plan, course, _graph.held_map(plan, course.samples), _graph.on_host)
+        elif not active or step == int(plan.limits.max_steps):
+            return course
+        elif plan.solver.room(course.state) is not None:
+            course.state = plan.solver.fixed_shape(course.state, room=step)
+        course = _compiled(_graph.advance, key)(plan, course)
 
 
 def is_refused(solver: Solver, stopping: StopRule, fz: Tensor) -> bool:
@@ -114,18 +129,15 @@ def _compiled(function: Callable[..., Course], key: tuple[Hashable, ...]) -> Cal
     """
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
-    if BACKEND != "inductor":
-        return torch.compile(own, fullgraph=True, backend=BACKEND)
     options: dict[str, Any] = {"guard_filter_fn": _needed}
-    if key[0] == "cpu":
+    if BACKEND == "inductor" and key[0] == "cpu":
         options["cpp_wrapper"] = True
-    return torch.compile(own, fullgraph=True, options=options)
+    return torch.compile(own, fullgraph=True, backend=BACKEND, options=options)
 
 
 def _needed(guards: Any) -> list[bool]:
     """Which guards to keep: not those on this package's own code, which does not change."""
-    own = tuple(f"G['{name}']" for name in vars(_graph))
-    return [not guard.name.startswith(("G['__import_solvers_dot_", *own)) for guard in guards]
+    return [not guard.name.startswith(_OWN_CODE) for guard in guards]
 
 
 def _kind_of(f: Any) -> Hashable:

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from implicit import FixedPointLayer, Implicit, fixed_point, root, spectral_norm
-from solvers import Anderson, Broyden, Newton, Picard, Status, Steps, Stopping, _compiled, solve
+from solvers import Anderson, Broyden, Newton, NotCompiledWarning, Picard, Status, Steps, Stopping, _compiled, solve
 from solvers.linear import NeumannSeries
 
 # PyTorch's own, while it compiles.
@@ -49,7 +49,7 @@ def graphs():
 
 def both(f, z0, solver, **options):
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error", _compiled.NotCompiledWarning)
+        warnings.simplefilter("error", NotCompiledWarning)
         return [solve(f, z0, solver, on_failure="ignore", compile=compile, **options) for compile in (False, True)]
 
 
@@ -230,6 +230,16 @@ def test_a_number_in_a_closure_is_not_taken_for_another():
         torch.testing.assert_close(solution.value, torch.full((2, 3), 2 * number), rtol=1e-5, atol=0)
 
 
+NUMBER = 1.0
+
+
+def test_a_number_in_a_module_is_not_taken_for_another(monkeypatch):
+    for number in (1.0, 2.0, -3.0):
+        monkeypatch.setitem(globals(), "NUMBER", number)
+        solution = solve(lambda z: 0.5 * z + NUMBER, torch.zeros(2, 3), rtol=1e-6, compile=True)
+        torch.testing.assert_close(solution.value, torch.full((2, 3), 2 * number), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "normalized"])
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_layers_have_the_gradients_of_eager_mode(norm, training):
@@ -286,7 +296,7 @@ def decides(z, x):
 
 def test_a_map_that_cannot_be_traced_runs_step_by_step_and_says_so_once():
     x = torch.ones(2, 3)
-    with pytest.warns(_compiled.NotCompiledWarning, match="could not be compiled: .*\n.*decide in"):
+    with pytest.warns(NotCompiledWarning, match="could not be compiled: .*\n.*decide in"):
         first = solve(decides, torch.zeros(2, 3), args=(x,), compile=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -307,13 +317,13 @@ def test_a_map_that_cannot_be_traced_runs_step_by_step_and_says_so_once():
     ids=["newton", "limited", "steps"],
 )
 def test_what_has_no_compiled_form_says_so(options, message):
-    with pytest.warns(_compiled.NotCompiledWarning, match=message):
+    with pytest.warns(NotCompiledWarning, match=message):
         solve(lambda z: 0.5 * z + 1, torch.zeros(2, 3), compile=True, **options)
 
 
 def test_recorded_steps_say_so():
     w = torch.randn(3, requires_grad=True)
-    with pytest.warns(_compiled.NotCompiledWarning, match="gradients are recorded through its steps"):
+    with pytest.warns(NotCompiledWarning, match="gradients are recorded through its steps"):
         z = fixed_point(lambda z, w: 0.1 * z * w + 1, torch.zeros(2, 3), w, compile=True, backward="unrolled")
     z.sum().backward()
     assert w.grad is not None
@@ -331,6 +341,14 @@ def test_options_that_exclude_each_other():
 def test_failures_are_reported():
     with pytest.raises(RuntimeError, match="did not converge .*\n.*DIVERGED"):
         solve(lambda z: 3 * z + 1, torch.zeros(2, 3), "picard", compile=True, on_failure="raise")
+
+
+def test_large_states_run_step_by_step(monkeypatch):
+    monkeypatch.setattr(_compiled, "MOST_ELEMENTS", 5)
+    for size, number in ((2, 0), (1, 1)):
+        solution = solve(lambda z: 0.5 * z + 1, torch.zeros(size, 3), compile=True)
+        assert solution.converged.all()
+        assert graphs() == number
 
 
 def test_an_empty_batch():
