@@ -1,8 +1,6 @@
-"""compile=True and torch.export of a solve to a tolerance: eager's statuses, steps, values and gradients."""
+"""compile=True: the statuses, steps, values and gradients of solves that run step by step."""
 
 import math
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -12,9 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.utils import counters
 
-from implicit import FixedPointLayer, Implicit, fixed_point, root, spectral_norm
+from implicit import FixedPointLayer, fixed_point, root, spectral_norm
 from solvers import Anderson, Broyden, Newton, NotCompiledWarning, Picard, Status, Steps, Stopping, _compiled, solve
-from solvers.linear import NeumannSeries
 
 # PyTorch's own, while it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -359,52 +356,6 @@ def test_an_empty_batch():
 def test_a_record_of_the_residuals_is_kept_step_by_step():
     solution = solve(lambda z: 0.5 * z + 1, torch.zeros(2, 3), "picard", history=True, compile=True)
     assert solution.history.shape == (int(solution.num_steps.max()), 2)
-
-
-@pytest.mark.long
-def test_one_graph_inside_of_a_larger_one():
-    layer = FixedPointLayer(
-        TanhMap(), rtol=1e-6, compile=True, backward=Implicit(linear_solver=NeumannSeries(terms=25))
-    )
-    outer = torch.compile(lambda x: layer(x).sin(), backend="aot_eager", fullgraph=True)
-    x = torch.randn(4, 3, requires_grad=True)
-    found = outer(x), *torch.autograd.grad(outer(x).sum(), [x, *layer.parameters()])
-    expected = layer(x).sin(), *torch.autograd.grad(layer(x).sin().sum(), [x, *layer.parameters()])
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-RUN_ELSEWHERE = """
-import sys, torch
-program = torch.export.load(sys.argv[1]).module()
-torch.save([program(x) for x in torch.load(sys.argv[2])], sys.argv[3])
-assert "solvers" not in sys.modules
-"""
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
-def test_exported_solves_run_elsewhere(solver, tmp_path):
-    """With a dynamic batch, in a process that does not know the library; also where samples are taken back."""
-
-    class Logarithm(nn.Module):
-        def forward(self, z, x):
-            return torch.log(z + 0.5) + x
-
-    for name, f, inputs in (
-        ("tanh", TanhMap(norm=True), [torch.randn(size, 3) for size in (1, 4, 7)]),
-        ("logarithm", Logarithm(), [torch.rand(size, 3) + 1 for size in (2, 5)]),
-    ):
-        layer = FixedPointLayer(f, solver=solver, rtol=1e-5, on_failure="ignore").eval()
-        batch = {0: torch.export.Dim("batch")}
-        exported = torch.export.export(layer, (torch.randn(4, 3),), dynamic_shapes=((batch,),))
-        torch.export.save(exported, tmp_path / f"{name}.pt2")
-        torch.save(inputs, tmp_path / "inputs.pt")
-        files = [tmp_path / f"{name}.pt2", tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
-        subprocess.run([sys.executable, "-c", RUN_ELSEWHERE, *files], check=True, cwd=tmp_path)
-        for x, z in zip(inputs, torch.load(tmp_path / "outputs.pt"), strict=True):
-            with torch.no_grad():
-                torch.testing.assert_close(z, layer(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.long
