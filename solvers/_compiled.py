@@ -40,7 +40,7 @@ _refused: set[Hashable] = set()
 
 _numbers = itertools.count()
 
-# How guards on this package's own code begin: on its modules, and on the names of the one in which the loops are. (Later
+# How guards on this package's own code begin: on its modules, and on the names of that with the loops. (Later
 # torch.compile adds the modules of maps to these names.)
 _OWN_CODE = ("G['__import_solvers_dot_", *(f"G['{name}']" for name in vars(_graph)))
 
