@@ -13,6 +13,7 @@ from training_runs import TINY
 
 from imixer.data import ImageData
 from imixer.training import TrainingConfig, load_data, reporting, train
+from imixer.training.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -113,3 +114,13 @@ def test_trackers_are_chosen_by_name(digits: ImageData, tmp_path: Path, monkeypa
     assert "test/top1" in seen["points"][-1][1]
     assert seen["finished"]
     assert (tmp_path / "both" / "tensorboard").is_dir()
+
+
+def test_a_row_of_failed_updates_starts_anew_in_a_resumed_run() -> None:
+    """Otherwise a run that stopped for too many of them would stop again at the first."""
+    at = Progress()
+    for finite in (True, False, False):
+        at.count(1, 2.0, finite=finite, lr=0.1)
+    assert (at.nonfinite, at.nonfinite_in_row) == (2, 2)
+    resumed = Progress.from_dict(at.as_dict())
+    assert resumed == replace(at, nonfinite_in_row=0)

@@ -73,6 +73,20 @@ def test_one_bad_batch_of_several_leaves_the_update_out() -> None:
     assert difference(state_of(step), before) == []
 
 
+@pytest.mark.parametrize("opt", ["adamw", "lion"])
+def test_an_infinite_loss_with_a_finite_gradient_is_left_out(opt: str) -> None:
+    model = small()
+    optimizer = make_optimizer(model, opt=opt, lr=1e-2)
+    offset = torch.zeros(())
+    step = TrainingStep(model.train(), lambda *given: nn.functional.cross_entropy(*given) + offset, optimizer)
+    step(*batch())
+    before = state_of(step)
+    offset.fill_(math.inf)
+    loss, norm, finite = step(*batch()).tolist()
+    assert (loss, math.isfinite(norm), finite) == (math.inf, True, 0)
+    assert difference(state_of(step), before) == []
+
+
 def test_what_a_step_forgets_is_as_if_it_had_not_been() -> None:
     twins = [make_step(small(norm="batch")), make_step(small(norm="batch"))]
     twins[1].model.load_state_dict(twins[0].model.state_dict())
