@@ -47,15 +47,16 @@ class Limits:
         def number(value: int) -> Tensor:
             return torch.full((), value, dtype=torch.int64, device=like.device)
 
-        patience, max_steps = number(stopping.patience), number(stopping.max_steps)
+        # torch.compile looks through caches, and warns of it.
+        stride = (stride_of.__wrapped__ if torch.compiler.is_compiling() else stride_of)(like.shape[1])
         return cls(
-            measure.with_tensors(like),
-            eps,
-            remembers,
-            patience,
-            max_steps,
-            stopping.check_every,
-            stride_of(like.shape[1]),
+            measure=measure.with_tensors(like),
+            eps=eps,
+            remembers=remembers,
+            patience=number(stopping.patience),
+            max_steps=number(stopping.max_steps),
+            check_every=stopping.check_every,
+            stride=stride,
         )
 
     def entries_of(self, state: State) -> State:

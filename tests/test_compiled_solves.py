@@ -14,7 +14,9 @@ from implicit import FixedPointLayer, fixed_point, root, spectral_norm
 from solvers import Anderson, Broyden, Newton, NotCompiledWarning, Picard, Status, Steps, Stopping, _compiled, solve
 
 # PyTorch's own, while it compiles.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
 
 SOLVERS = {
     "picard": Picard(),

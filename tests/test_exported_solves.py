@@ -11,7 +11,9 @@ from implicit import FixedPointLayer, Implicit, spectral_norm
 from solvers.linear import NeumannSeries
 
 # PyTorch's own, while it compiles.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
 
 
 class TanhMap(nn.Module):
