@@ -199,16 +199,13 @@ class Iteration(Generic[S]):
         else:
             self._progress = FixedSteps(keep_history=history)
         self.num_steps: Any = 1
+        self.done = True
         with without_autocast(self._layout.device.type):
             z = self._layout.pack(z0)
-            if compile and not history:
-                fz = self._map(z)
-                if self._runs_compiled(rule, z0, args, f, fz):
-                    return
-                self.state = self._solver.init(lambda _: fz, z)
-            else:
-                self.state = self._solver.init(self._map, z)
-            self.done = self._is_done(compiling=torch.compiler.is_compiling()) or self._max_steps == 1
+            fz = self._map(z) if compile and not history else None
+            if fz is None or not self._runs_compiled(rule, z0, args, f, fz):
+                self.state = self._solver.init(self._map if fz is None else lambda _: fz, z)
+                self.done = self._is_done(compiling=torch.compiler.is_compiling()) or self._max_steps == 1
 
     def _runs_compiled(
         self, stopping: StopRule, z0: S, args: tuple[Any, ...], f: Callable[..., Any], fz: Tensor
@@ -238,11 +235,10 @@ class Iteration(Generic[S]):
         course = complete(plan, fz) if in_graph else compiled.run(plan, fz)
         if course is None:
             return False
-        self.state, self.done, self._in_graph = course.state, True, in_graph
+        self.state, self._in_graph = course.state, in_graph
         # Numbers, but in a graph.
-        step, num_evals = (x if in_graph else int(x) for x in (course.step, course.num_evals))
-        self.num_steps = step
-        map_.num_evals += num_evals - 1
+        self.num_steps = course.step if in_graph else int(course.step)
+        map_.num_evals += (course.num_evals if in_graph else int(course.num_evals)) - 1
         progress.take_over(course.samples, course.state, self.num_steps)
         return True
 

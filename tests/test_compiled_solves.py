@@ -144,7 +144,10 @@ def test_random_maps(name, data):
     assert not _compiled._refused
 
 
-@pytest.mark.parametrize("name", ["picard", "anderson", pytest.param("broyden", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("picard", marks=pytest.mark.long), "anderson", pytest.param("broyden", marks=pytest.mark.long)],
+)
 def test_single_precision_ends_within_two_steps(name):
     rate = torch.linspace(-0.9, 0.9, 16).unsqueeze(1)
     eager, compiled = both(sine, torch.zeros(16, 40), SOLVERS[name], args=(rate, torch.randn(16, 40)), rtol=1e-5)
@@ -173,7 +176,14 @@ def test_pytrees_batch_dims_and_tolerances_of_leaves(double):
     assert not _compiled._refused
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.bfloat16, marks=pytest.mark.long),
+        torch.float32,
+        pytest.param(torch.float64, marks=pytest.mark.long),
+    ],
+)
 def test_dtypes_and_autocast(dtype):
     linear = nn.Linear(4, 4).to(dtype)
     x = torch.randn(3, 4, dtype=dtype)
@@ -262,6 +272,7 @@ def test_layers_have_the_gradients_of_eager_mode(norm, training):
     assert "compile=True" in repr(layers[1])
 
 
+@pytest.mark.long
 def test_every_order_of_derivative(double):
     w = (torch.randn(3, 3) / 6).requires_grad_()
     x = torch.randn(2, 3)
@@ -274,7 +285,7 @@ def test_every_order_of_derivative(double):
     torch.testing.assert_close(first, second)
 
 
-@pytest.mark.parametrize("solver", ["anderson", "broyden"])
+@pytest.mark.parametrize("solver", [pytest.param("anderson", marks=pytest.mark.long), "broyden"])
 def test_roots(solver, double):
     x = torch.tensor([[2.0], [3.0], [-5.0]], requires_grad=True)
     found = []
