@@ -202,7 +202,9 @@ class Iteration(Generic[S]):
         self.done = True
         with without_autocast(self._layout.device.type):
             z = self._layout.pack(z0)
-            fz = self._map(z) if compile and not history else None
+            # What torch.compile traces runs step by step: its graph breaks at the tests.
+            compile = compile and not (history or torch.compiler.is_dynamo_compiling())
+            fz = self._map(z) if compile else None
             if fz is None or not self._runs_compiled(rule, z0, args, f, fz):
                 self.state = self._solver.init(self._map if fz is None else lambda _: fz, z)
                 self.done = self._is_done(compiling=torch.compiler.is_compiling()) or self._max_steps == 1
