@@ -1,5 +1,6 @@
 """The fixed point of a map as a differentiable function."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -37,6 +38,7 @@ def fixed_point(
     history: bool = ...,
     compact: bool = ...,
     in_dims: InDims = ...,
+    compile: bool = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[False] = ...,
 ) -> S: ...
@@ -58,6 +60,7 @@ def fixed_point(
     history: bool = ...,
     compact: bool = ...,
     in_dims: InDims = ...,
+    compile: bool = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[True],
 ) -> tuple[S, Solution[S]]: ...
@@ -79,6 +82,7 @@ def fixed_point(
     history: bool = False,
     compact: bool = False,
     in_dims: InDims = 0,
+    compile: bool = False,
     on_failure: OnFailure = "warn",
     return_solution: bool = False,
 ) -> S | tuple[S, Solution[S]]:
@@ -105,6 +109,8 @@ def fixed_point(
         history: Keep the residual of every step.
         compact: Take finished samples out of the call of ``f``.
         in_dims: With ``compact``, which dimension of each of ``args`` indexes the samples.
+        compile: Run the loop of the solve as one compiled graph, as :func:`solvers.solve` does. Gradients are as
+            without it: the implicit mode does not need the steps.
         on_failure: "warn", "raise" or "ignore", for the forward solve and for linear solves of derivatives.
         return_solution: Return ``(z, solution)``. After a backward pass ``solution.adjoint`` tells how its linear
             solve went, if it made one.
@@ -133,6 +139,7 @@ def fixed_point(
         history=history,
         compact=compact,
         in_dims=in_dims,
+        compile=compile,
         on_failure=on_failure,
     )
     mode.check(options.solver)
@@ -147,11 +154,14 @@ def solve_with_gradient(
     # Not while torch.compile traces, when PyTorch 2.11 says that it is exporting too.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if exporting and isinstance(options.stopping, Stopping):
-        raise ValueError(
-            f"A solve to a tolerance, got rtol={options.stopping.rtol!r}, cannot be exported: its test for convergence "
-            "decides by the values, and a graph has none. Export a fixed number of steps: rtol=None, atol=None, "
-            "max_steps=n."
-        )
+        if not options.solver.compiles or options.compact or options.history:
+            raise ValueError(
+                f"A solve to a tolerance, got rtol={options.stopping.rtol!r}, is exported as a loop, for which "
+                f"{options.solver!r} has no form, nor has any solver with compact=True or a history. Use Picard, "
+                "Anderson or Broyden (without a limited memory or a line search), or a fixed number of steps: "
+                "rtol=None, atol=None, max_steps=n."
+            )
+        return mode.evaluate(f, z0, args, dataclasses.replace(options, compile=True))
     mode = mode.chosen(options)
     if not exporting and (torch.is_grad_enabled() or transform_active()):
         solution = mode.solve(f, z0, args, options)

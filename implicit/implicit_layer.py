@@ -45,6 +45,7 @@ class ImplicitLayer(nn.Module):
         batch_dims: How many leading dimensions of the state index independent problems.
         compact: Whether finished samples are taken out of the calls of the map.
         in_dims: With ``compact``, which dimension of each input indexes the samples.
+        compiled: Whether the loop of the solve runs as one compiled graph.
         on_failure: "warn", "raise" or "ignore".
     """
 
@@ -62,6 +63,7 @@ class ImplicitLayer(nn.Module):
         compact: bool,
         in_dims: InDims,
         on_failure: OnFailure,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.solver = get_solver(solver)
@@ -71,6 +73,7 @@ class ImplicitLayer(nn.Module):
         self.batch_dims = checked_batch_dims(batch_dims)
         self.compact = compact
         self.in_dims = in_dims
+        self.compiled = compile
         self.on_failure: OnFailure = on_failure
         self._name_in_model = ""
         # Set by implicit.diagnostics.record_solutions while it is active.
@@ -85,6 +88,7 @@ class ImplicitLayer(nn.Module):
             history=self._observer is not None,
             compact=self.compact,
             in_dims=self.in_dims,
+            compile=self.compiled,
             on_failure=self.on_failure,
             layer="" if torch.compiler.is_compiling() else self._described(),
         )
@@ -120,6 +124,8 @@ class ImplicitLayer(nn.Module):
             shown["batch_dims"] = self.batch_dims
         if self.compact:
             shown["compact"] = True
+        if self.compiled:
+            shown["compile"] = True
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 

@@ -35,6 +35,8 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         compact: Take finished samples out of the call of ``f``. All that it needs of each sample must then come through
             the inputs.
         in_dims: With ``compact``, which dimension of each input indexes the samples.
+        compile: Run the loop of the solve as one compiled graph, as :func:`solvers.solve` does. The attribute is
+            ``compiled``, because ``compile`` is a method of all modules.
         on_failure: "warn", "raise" or "ignore".
 
     Raises:
@@ -92,6 +94,7 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         batch_dims: int = ...,
         compact: bool = ...,
         in_dims: InDims = ...,
+        compile: bool = ...,
         on_failure: OnFailure = ...,
     ) -> None: ...
 
@@ -111,6 +114,7 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         batch_dims: int = ...,
         compact: bool = ...,
         in_dims: InDims = ...,
+        compile: bool = ...,
         on_failure: OnFailure = ...,
     ) -> None: ...
 
@@ -130,6 +134,7 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         batch_dims: int = 1,
         compact: bool = False,
         in_dims: InDims = 0,
+        compile: bool = False,
         on_failure: OnFailure = "warn",
     ) -> None:
         if not callable(f):
@@ -151,6 +156,7 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
             batch_dims=batch_dims,
             compact=compact,
             in_dims=in_dims,
+            compile=compile,
             on_failure=on_failure,
         )
         self.f = f

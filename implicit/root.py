@@ -29,6 +29,7 @@ def root(
     compact: bool = ...,
     in_dims: InDims = ...,
     chunk_size: int | None = ...,
+    compile: bool = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[False] = ...,
 ) -> S: ...
@@ -51,6 +52,7 @@ def root(
     compact: bool = ...,
     in_dims: InDims = ...,
     chunk_size: int | None = ...,
+    compile: bool = ...,
     on_failure: OnFailure = ...,
     return_solution: Literal[True],
 ) -> tuple[S, Solution[S]]: ...
@@ -73,6 +75,7 @@ def root(
     compact: bool = False,
     in_dims: InDims = 0,
     chunk_size: int | None = None,
+    compile: bool = False,
     on_failure: OnFailure = "warn",
     return_solution: bool = False,
 ) -> S | tuple[S, Solution[S]]:
@@ -113,6 +116,8 @@ def root(
             ``torch.func.vmap``: an int or None for all, or a tuple with one for each.
         chunk_size: Solve so many samples at a time, whose intermediate results then fit into the cache or the memory.
             All that ``F`` needs of each sample must then come through ``args``.
+        compile: Run the loop of the solve as one compiled graph, as :func:`solvers.solve` does. Gradients are as
+            without it: the implicit mode does not need the steps.
         on_failure: "warn", "raise" or "ignore", for the forward solve and for linear solves of derivatives.
         return_solution: Return ``(z, solution)``. ``solution.change`` is ``norm(F(z))``, in the units of F.
 
@@ -150,6 +155,7 @@ def root(
         compact=compact,
         in_dims=in_dims,
         chunk_size=chunk_size,
+        compile=compile,
         on_failure=on_failure,
         root=True,
     )

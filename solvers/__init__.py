@@ -1,5 +1,6 @@
 """Fixed-point solvers for PyTorch, batched, with a status for every sample."""
 
+from solvers._compiled import NotCompiledWarning
 from solvers._failure import report_failure
 from solvers._registry import get_solver
 from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, Status
@@ -25,6 +26,7 @@ __all__ = [
     "NOT_GIVEN",
     "Newton",
     "NewtonKrylov",
+    "NotCompiledWarning",
     "NotGiven",
     "Picard",
     "Solution",

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from solvers._progress import TINY
+from solvers._rules import TINY
 from solvers._samples import count_true
 from solvers._secant import Secant, some_entries
 from solvers._stopping import Measure, Stopping

@@ -1,32 +1,21 @@
 """What becomes of each sample of a solve: its best value, its status, and the step at which it stops."""
 
+import contextlib
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
+from solvers import _rules
 from solvers._fixed_steps import Outcome
+from solvers._rules import FLOOR_PATIENCE
 from solvers._samples import News, Samples, Tests, Verdict, count_true
 from solvers._secant import Secant, some_entries
 from solvers._solution import ACTIVE, Status
 from solvers._stopping import Measure, Stopping
 from solvers.methods.solver import State
 from solvers.problem import relative, with_tensors
-from solvers.problem.norms import FLOOR, underflow
-
-# Steps without a smaller residual after which a sample that is at the floor ends there.
-FLOOR_PATIENCE = 10
-# A residual this many times its minimum is growing or wild, and not stagnant.
-WILD = 1e3
-# Growth of the residual since the start from which a sample that is out of steps counts as diverged.
-FAR = 1e6
-# A residual that gets beyond the limit in so many steps from its smallest value has not grown there step by step.
-SUDDEN = 10
-# How often in a row a sample is taken back without a smaller residual in between.
-MOST_TAKEN_BACK = 10
-# The part of its bound below which the residual of a single iterate counts as convergence.
-TINY = 1e-2
+from solvers.problem.norms import FLOOR
 
 
 class ToleranceTest:
@@ -47,6 +36,7 @@ class ToleranceTest:
         keep_history: Keep the residuals of every tested step.
 
     Attributes:
+        remembers: As it was given.
         num_done: How many of the samples that are left in the batch have stopped at least, on the host.
         may_have_ended: Whether some may have stopped in the last step.
         lost: (B,) bool, the samples to be taken back: their last step led to infinity, NaN or far away. None if there
@@ -64,7 +54,7 @@ class ToleranceTest:
         self._stopping = stopping
         self._measure = measure
         self._eps = eps
-        self._remembers = remembers
+        self.remembers = remembers
         self._history: list[Tensor] | None = [] if keep_history else None
         self._step = 0
         # The last step at which the residual of every active sample fell: none of them can be stagnant soon after it.
@@ -143,11 +133,8 @@ class ToleranceTest:
         news = self._samples.news(self._measure, errors, scales, self._eps, changes)
         self._slack = self._measure.slack(errors, scales, self._samples.absolute)
         if self._step == 1:
-            # One iterate tells nothing of the error, so that the residual has to.
-            bound, error = self._measure.compared(TINY * self._measure.bound(scales, self._samples.absolute), errors)
-            tiny = (bound >= error) & (news.scale > underflow(error))
-            tests = news.of_samples
-            news.of_samples = tests._replace(within=tiny | (tests.within & self._is_fixed()))
+            within = _rules.within_at_start(self._samples, news, self.latest, self._measure, errors, scales)
+            news.of_samples = news.of_samples._replace(within=within)
         return news
 
     def _secant(self) -> Secant:
@@ -180,8 +167,7 @@ class ToleranceTest:
             met = self._met(news, secant, careful)
         if waited and secant is not None:
             waiting, idle = self._idle(news, secant)
-            # Norms whose squares have vanished tell nothing, entries do.
-            fixed = (idle != ACTIVE) & (news.scale <= underflow(news.scale)) & self._is_fixed() & samples.active
+            fixed = _rules.fixed_where_norms_vanish(samples, news, self.latest, idle)
             met = fixed if met is None else met | fixed
         # Of truth values, "less than" says "but not".
         active = tests.allowed if met is None else met < tests.allowed
@@ -196,10 +182,6 @@ class ToleranceTest:
             self._all_improved_at = self._step - self._patience // 2 + 1
         return Verdict(met, idle, active, contracts, Tests(*counts), num_before, num_active, True, num_contracting)
 
-    def _is_fixed(self) -> Tensor:
-        """(B,) bool: whether f(z) is z, bit for bit."""
-        return (self.latest.fz == self.latest.z).all(dim=1)
-
     def _met(self, news: News, secant: Secant | None, grown: bool) -> Tensor:
         """(B,) bool: the samples that have converged."""
         samples, tests, confirms = self._samples, news.of_samples, self._measure.asks_newton_step
@@ -208,42 +190,31 @@ class ToleranceTest:
         return self._measure.confirmed(met, self.latest.z, scales, samples.start, samples.absolute)
 
     def _is_sure(self, news: News, secant: Secant, grown: bool = True, *, confirmed: bool = False) -> Tensor:
-        """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell.
-
-        As the last step shows, unless Newton's step has ``confirmed`` more; and if the value has ``grown`` tenfold, the
-        residual must have fallen tenfold since: one that is small only beside a value that ran away has not.
-        """
-        samples, near = self._samples, self._samples.active
-        if not confirmed:
-            near = secant.shows_a_digit(news.rounded, news.scale, samples.start_size, self._slack)
-            if self._entries is not self.latest:
-                # The entries that were looked at may have been solved long ago, while others still changed.
-                near = near | (secant.dg == 0) & self._is_fixed()
-        return near & samples.has_fallen(news) if grown else near
+        """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell."""
+        fixed = None if self._entries is self.latest else _rules.is_fixed(self.latest)
+        slack = self._slack
+        return _rules.is_sure(self._samples, news, secant, slack, fixed=fixed, grown=grown, confirmed=confirmed)
 
     def _idle(self, news: News, secant: Secant) -> tuple[Tensor, Tensor]:
         """Which samples have waited for half of the least patience or longer (B,), and what they may expect.
 
         The latter is (B,) int8: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE.
         """
-        samples = self._samples
-        waited = (self._step - samples.best_step.clamp_min(self._all_improved_at)).masked_fill(news.improved, 0)
-        stagnant = (waited >= self._stopping.patience) & (news.error <= WILD * samples.error)
-        at_floor = (waited >= FLOOR_PATIENCE) & (samples.residual <= FLOOR * self._eps) & self._is_sure(news, secant)
-        idle = torch.full_like(samples.status, ACTIVE)
-        idle = idle.masked_fill(stagnant, Status.STAGNATED).masked_fill(at_floor, Status.PRECISION_FLOOR)
+        waited = self._waited().masked_fill(news.improved, 0)
+        sure = self._is_sure(news, secant)
+        idle = _rules.idle(self._samples, news, sure, waited, patience=self._stopping.patience, eps=self._eps)
         return waited >= self._patience // 2, idle
+
+    def _waited(self) -> Tensor:
+        """(B,) int64: steps since that with the smallest residual before this one."""
+        return self._step - self._samples.best_step.clamp_min(self._all_improved_at)
 
     def _lost(self, news: News, verdict: Verdict) -> Tensor | None:
         """(B,) bool: the samples that a step has led to infinity or NaN, or what the solver remembers far away."""
         samples = self._samples
         if verdict.count.allowed == verdict.num_before:
             return None
-        lost = ~(news.error < math.inf)
-        if self._remembers:
-            since = self._step - samples.best_step.clamp_min(self._all_improved_at)
-            lost = lost | ((since <= SUDDEN) & (news.error > WILD * samples.latest))
-        lost = (news.of_samples.allowed < samples.active) & lost & (samples.taken_back < MOST_TAKEN_BACK)
+        lost = _rules.lost(samples, news, self._waited(), remembers=self.remembers)
         if not bool(lost.any()):
             return None
         self._some_taken_back = True
@@ -316,12 +287,7 @@ class ToleranceTest:
             samples.status = samples.status.masked_fill(ended, Status.CONVERGED)
         else:
             self._some_lost = True
-            status = torch.full_like(samples.status, ACTIVE) if verdict.idle is None else verdict.idle
-            # The later line wins.
-            status = status.masked_fill(~news.of_samples.allowed, Status.DIVERGED)
-            status = status.masked_fill(~(news.error < math.inf), Status.NONFINITE)
-            if verdict.met is not None:
-                status = status.masked_fill(verdict.met, Status.CONVERGED)
+            status = _rules.status_at_end(news, verdict.met, verdict.idle)
             samples.status = torch.where(ended, status, samples.status)
         samples.stop(ended, self._step)
 
@@ -333,6 +299,10 @@ class ToleranceTest:
         elif not self._all_contract:
             newest = torch.where(samples.contracts.unsqueeze(1), newest, self.latest.z)
         samples.value = newest if taken is None else torch.where(taken.unsqueeze(1), newest, samples.value)
+
+    def take_over(self, samples: Samples, state: State, step: int) -> None:
+        """Stand where another test of the same kind has ended."""
+        self._samples, self._step, self.latest = samples, step, State(state.z, state.fz)
 
     @property
     def value(self) -> Tensor:
@@ -346,10 +316,7 @@ class ToleranceTest:
 
     def held(self) -> Tensor:
         """(B, D) what the map is to be called with for samples that have stopped: always finite, if z0 was."""
-        samples = self._samples
-        if not self._some_lost:
-            return samples.value.detach()
-        return torch.where(samples.error.isinf().unsqueeze(1), samples.start, samples.value).detach()
+        return (_rules.held(self._samples) if self._some_lost else self._samples.value).detach()
 
     def drop_done(self) -> Tensor:
         """Put stopped samples aside; from now on updates are of the others alone.
@@ -371,12 +338,11 @@ class ToleranceTest:
         """Where the samples stand; one that is still active has not made it within the steps taken."""
         samples, whole = self._samples, self._whole()
         active = samples.active
-        with torch.no_grad():
+        # torch.export splits a graph where the mode changes, and does not find the loops in the parts.
+        with contextlib.nullcontext() if torch.compiler.is_exporting() else torch.no_grad():
             status, num_steps = samples.status, samples.num_steps
             if self.num_done < active.shape[0]:
-                far = torch.maximum(min(1.0, FAR / self._stopping.max_growth) * samples.limit, WILD * samples.error)
-                status = status.masked_fill(active, Status.MAX_STEPS)
-                status = status.masked_fill(active & (samples.latest > far), Status.DIVERGED)
+                status = _rules.status_out_of_steps(samples, self._stopping.max_growth)
                 num_steps = num_steps.masked_fill(active, self._step)
             change = self._measure.in_units(whole.error)
             estimate = whole.error_ratio * change

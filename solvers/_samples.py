@@ -104,6 +104,19 @@ class Samples:
         """(B,) the relative residual at the best iterate."""
         return relative(self.error, self.scale)
 
+    def value_of(self, state: State) -> Tensor:
+        """(B, D) of an iterate, f(z) where every step that was asked has contracted, else z."""
+        return torch.where(self.contracts.unsqueeze(1), state.fz, state.z)
+
+    def replaced(self, rows: Tensor, new: "Samples") -> "Samples":
+        """These samples, with the ``rows`` (B,) or () of others."""
+        mixed = {}
+        for field in dataclasses.fields(self):
+            old, other = getattr(self, field.name), getattr(new, field.name)
+            where = rows.view(-1, *[1] * (old.dim() - 1))
+            mixed[field.name] = old if other is old else torch.where(where, other, old)
+        return Samples(**mixed)
+
     def news(
         self, measure: Measure, errors: Tensor, scales: Tensor, eps: float, changes: tuple[Tensor, Tensor] | None
     ) -> "News":
@@ -129,7 +142,8 @@ class Samples:
         ]
         if changes is not None:
             pairs.append(changes)
-        if len(error) < MANY:
+        # What is traced must not ask for the size of the batch.
+        if not torch.compiler.is_compiling() and error.shape[0] < MANY:
             larger, smaller = zip(*pairs, strict=True)
             return News(error, scale, rounded, torch.stack(larger) >= torch.stack(smaller))
         return News(error, scale, rounded, torch.stack([one >= other for one, other in pairs]))
@@ -147,7 +161,7 @@ class Samples:
         self.smallest = torch.where(grown, news.scale, torch.minimum(self.smallest, news.scale))
         self.next_growth = 10 * self.smallest
 
-    def stop(self, ended: Tensor, step: int) -> None:
+    def stop(self, ended: Tensor, step: int | Tensor) -> None:
         """Let the samples ``ended`` (B,) fail all further tests."""
         self.num_steps = self.num_steps.masked_fill(ended, step)
         self.absolute = self.absolute.masked_fill(ended.view(-1, *[1] * (self.absolute.dim() - 1)), -math.inf)

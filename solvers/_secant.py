@@ -70,14 +70,19 @@ class Secant:
         return near if slack is None else near & (self.dz <= slack * self.dg)
 
 
-def some_entries(state: State) -> State:
-    """A view of the state with some of its entries where there are many, else the state itself."""
-    stride = _stride(state.z.shape[1])
+def some_entries(state: State, stride: int | None = None) -> State:
+    """A view of the state with some of its entries where there are many, else the state itself.
+
+    Args:
+        state: The state.
+        stride: The distance of the entries, if it is known: :func:`stride_of` the number of entries.
+    """
+    stride = stride_of(state.z.shape[1]) if stride is None else stride
     return state if stride == 1 else State(state.z[:, ::stride], state.fz[:, ::stride])
 
 
 @functools.cache
-def _stride(size: int) -> int:
+def stride_of(size: int) -> int:
     """The distance of the entries that are looked at: a prime, so that regular states are read at all phases."""
     stride = math.ceil(size / ENTRIES)
     while any(stride % divisor == 0 for divisor in range(2, math.isqrt(stride) + 1)):

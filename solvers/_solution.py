@@ -101,7 +101,8 @@ class Solution(Generic[S]):
             error and residual along the sample's last step. 0 where the residual is 0, NaN after a single step; None
             where ``change`` is, and after a fixed number of steps.
         num_steps: (B,) int64, the step at which each sample stopped. The first evaluation of f counts as step 1.
-        num_evals: Number of calls of f (of the matrix-vector product) for the whole batch.
+        num_evals: Number of calls of f (of the matrix-vector product) for the whole batch; a tensor () where the solve
+            is part of a larger graph.
         history: (steps really taken, B) residuals when ``history=True``, else None. A stopped sample repeats its
             best one.
         state: The solver's last state, on the flattened (B, D) problem; None for roots that were found in parts.

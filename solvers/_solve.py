@@ -8,8 +8,11 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
+from solvers import _compiled as compiled
+from solvers._branch_free import Limits
 from solvers._failure import report_failure
 from solvers._fixed_steps import FixedSteps
+from solvers._graph import Plan, complete, on_host, take_back
 from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
@@ -24,15 +27,14 @@ from solvers.problem import (
     Layout,
     OnFailure,
     S,
+    Traceable,
+    check_compile,
     check_on_failure,
     copy_with_tensors,
     names_options,
     with_tensors,
     without_autocast,
 )
-
-# A step that leads to infinity or NaN is replaced by the plain one, or by one so many times shorter, and so on.
-SHORTER, MOST_SHORTER = 0.25, 8
 
 # The part of a batch that must be finished before the rest is copied together.
 COMPACT_SHARE = 0.25
@@ -54,6 +56,7 @@ def solve(
     history: bool = False,
     compact: bool = False,
     in_dims: InDims = 0,
+    compile: bool = False,
     on_failure: OnFailure = "warn",
 ) -> Solution[S]:
     """Find ``z = f(z, *args)`` for a batch of independent problems.
@@ -85,6 +88,11 @@ def solve(
             must then come through ``args``.
         in_dims: With ``compact``, which dimension of each of ``args`` indexes the samples, as in ``torch.func.vmap``:
             an int or None for all, or a tuple with one for each; None where it has none.
+        compile: Run the whole loop as one graph of ``torch.compile``, which takes a fraction of the time of a step
+            where the state is small, after some seconds in which it is compiled. Statuses are the same; values and
+            numbers of steps are, up to rounding. For solves to a tolerance by Picard, Anderson and Broyden without
+            a limited memory or a line search, of which no gradients are recorded; others run step by step, and a
+            warning says so. What is compiled is kept and runs other data, tolerances and numbers of steps as well.
         on_failure: What to do when a sample fails: "warn", "raise" a ConvergenceError that carries the solution, or
             "ignore". ``solution.status`` says what happened in any case.
 
@@ -114,6 +122,7 @@ def solve(
         history=history,
         compact=compact,
         in_dims=in_dims,
+        compile=compile,
     )
     return iteration.run(on_failure)
 
@@ -159,10 +168,12 @@ class Iteration(Generic[S]):
         history: bool = False,
         compact: bool = False,
         in_dims: InDims = 0,
+        compile: bool = False,
         root: bool = False,
     ) -> None:
         self._solver = get_solver(solver)
         rule = stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, check_every=check_every)
+        check_compile(compile, compact=compact)
         if compact and batch_dims != 1:
             raise ValueError(f"compact=True needs batch_dims=1, so that samples can leave the batch; got {batch_dims}.")
         self._layout = Layout(z0, batch_dims)
@@ -173,6 +184,7 @@ class Iteration(Generic[S]):
             self._map.check_in_dims(in_dims)
         self._in_dims = in_dims
         self._compact = compact
+        self._in_graph = False
         self._max_steps = rule.max_steps
         self._goal = rule.tolerances if isinstance(rule, Stopping) else ""
         self._check_every = 1
@@ -192,10 +204,52 @@ class Iteration(Generic[S]):
             )
         else:
             self._progress = FixedSteps(keep_history=history)
-        self.num_steps = 1
+        self.num_steps: Any = 1
+        self.done = True
         with without_autocast(self._layout.device.type):
-            self.state = self._solver.init(self._map, self._layout.pack(z0))
-            self.done = self._is_done(compiling=torch.compiler.is_compiling()) or self._max_steps == 1
+            z = self._layout.pack(z0)
+            # What torch.compile traces runs step by step: its graph breaks at the tests.
+            compile = compile and not (history or torch.compiler.is_dynamo_compiling())
+            fz = self._map(z) if compile else None
+            if fz is None or not self._runs_compiled(rule, z0, args, f, fz):
+                self.state = self._solver.init(self._map if fz is None else lambda _: fz, z)
+                self.done = self._is_done(compiling=torch.compiler.is_compiling()) or self._max_steps == 1
+
+    def _runs_compiled(
+        self, stopping: StopRule, z0: S, args: tuple[Any, ...], f: Callable[..., Any], fz: Tensor
+    ) -> bool:
+        """Take all steps after the first, whose image is ``fz`` (B, D), in a compiled loop; False if that cannot be."""
+        progress, map_ = self._progress, self._map
+        confirmed = self.tested and self._measure.asks_newton_step
+        if compiled.is_refused(self._solver, stopping, fz, confirmed=confirmed):
+            return False
+        assert isinstance(stopping, Stopping)
+        assert isinstance(progress, ToleranceTest)
+        measure = self._measure.for_unit(map_.unit)
+        limits = Limits.of(stopping, measure, fz, eps=map_.eps, remembers=progress.remembers)
+        in_graph = torch.compiler.is_compiling()
+        plan = Plan(
+            f=f.traced() if isinstance(f, Traceable) and not in_graph else f,
+            z0=z0,
+            args=args,
+            batch_dims=len(self._layout.batch_shape),
+            autocast=map_.autocast,
+            scaling=map_.scaling,
+            solver=self._solver,
+            limits=limits,
+            max_growth=stopping.max_growth,
+            room=stopping.max_steps if in_graph else min(compiled.FIRST_ROOM, stopping.max_steps),
+            in_place=not in_graph and compiled.writes_in_loops(),
+        )
+        course = complete(plan, fz) if in_graph else compiled.run(plan, fz)
+        if course is None:
+            return False
+        self.state, self._in_graph = course.state, in_graph
+        # Numbers, but in a graph.
+        self.num_steps = course.step if in_graph else int(course.step)
+        map_.num_evals += (course.num_evals if in_graph else int(course.num_evals)) - 1
+        progress.take_over(course.samples, course.state, self.num_steps)
+        return True
 
     def run(self, on_failure: OnFailure = "warn", *, what: str = "") -> Solution[S]:
         """Take all the steps that are left, and report failures.
@@ -209,7 +263,7 @@ class Iteration(Generic[S]):
                 self._step()
         close(self.state)
         solution = self.solution()
-        if self.tested:
+        if self.tested and not self._in_graph:
             kind = "root" if isinstance(self._map, RootMap) else "fixed-point"
             report_failure(solution, on_failure, what or f"The {kind} solve", goal=self._goal, advice=self._advice)
         return solution
@@ -243,28 +297,13 @@ class Iteration(Generic[S]):
             update = functools.partial(_untraced.update, progress)
         done = bool(update(self.num_steps, self.state))
         if progress.lost is not None:
-            self._take_back(progress.lost, progress.value)
+            self.state, _ = take_back(self._solver, self._map, self.state, progress.lost, progress.value, on_host)
             done = bool(update(self.num_steps, self.state, taken_back=True))
         return done
 
-    def _take_back(self, lost: Tensor, best: Tensor) -> None:
-        """Let the samples ``lost`` (B,) go on after a plain step from their ``best`` value (B, D), or a shorter one."""
-        z = start = torch.where(lost.unsqueeze(1), best, self.state.z)
-        fz = image = self._map(start)
-        still, length = lost & image.isfinite().all(dim=1), 1.0
-        for _ in range(MOST_SHORTER):
-            if not bool(still.any()):
-                break
-            rows = still.unsqueeze(1)
-            z = torch.where(rows, torch.lerp(start, image, length), z)
-            fz = torch.where(rows, self._map(z), fz)
-            still = still & ~fz.isfinite().all(dim=1)
-            length *= SHORTER
-        self.state = self._solver.restarted(self.state, lost, z, fz)
-
     def solution(self) -> Solution[S]:
         """The solution as it stands; a sample that is still active counts as MAX_STEPS."""
-        if torch.compiler.is_compiling() and isinstance(self._progress, ToleranceTest):
+        if torch.compiler.is_compiling() and isinstance(self._progress, ToleranceTest) and not self._in_graph:
             from solvers import _untraced
 
             outcome = _untraced.outcome(self._progress)

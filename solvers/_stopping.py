@@ -1,5 +1,6 @@
 """When a solve stops: the one value that says so, and the norms and bounds that follow from it."""
 
+import copy
 import dataclasses
 import enum
 import math
@@ -272,6 +273,26 @@ class Measure:
     def is_of_whole(self) -> bool:
         """Whether the whole sample is the only part."""
         return self._sizes is None
+
+    def with_tensors(self, like: Tensor) -> "Measure":
+        """The same with tensors () for its numbers, on the device of ``like``, so that others need no other code."""
+        other = copy.copy(self)
+        for name in ("_rtol", "_atol", "_of_start"):
+            number = getattr(self, name)
+            if isinstance(number, float):
+                setattr(other, name, torch.full((), number, dtype=like.dtype, device=like.device))
+        return other
+
+    @property
+    def kind(self) -> Hashable:
+        """What two measures share, apart from their numbers, that compute alike."""
+        return self._ord, self._sizes is None, self._of_start is None, self._unit_of is None
+
+    def for_unit(self, unit: Tensor | None) -> "Measure":
+        """The same for a root whose absolute tolerance of 1 belongs to states of the size ``unit`` (B,)."""
+        other = copy.copy(self)
+        other._unit_of = None if unit is None else (lambda: unit)
+        return other
 
     def parts(self, x: Tensor) -> Tensor:
         """(B, D) -> plain norms of the parts."""

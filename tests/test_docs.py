@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("solvers", "implicit", "imixer")
 MARKDOWN = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-LONG = {"scaling.md"}
+LONG = {"compile.md", "scaling.md"}
 
 FENCED_BLOCK = re.compile(
     r"^(?P<comment><!-- not run: .+? -->\n+)?(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=fence)[ ]*$",

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
 )
 
-# All with a fixed number of steps: a test for convergence decides on the host, and no graph holds that.
+# All with a fixed number of steps.
 MODELS = {
     "paper": {},
     "eight steps": {"n_iter": 8},
@@ -68,10 +68,19 @@ def test_exported_program(name):
         torch.testing.assert_close(exported.module()(x), model(x))
 
 
-def test_a_test_for_convergence_is_not_exported():
-    model = small(rtol=1e-3, n_iter=4).eval()
-    with pytest.raises(ValueError, match="got rtol=0.001, cannot be exported: .* Export a fixed number of steps"):
+def test_a_solver_without_a_loop_is_not_exported():
+    model = small(rtol=1e-3, n_iter=4, solver="squarem").eval()
+    with pytest.raises(ValueError, match="got rtol=0.001, is exported as a loop, for which Squarem.* has no form"):
         torch.export.export(model, (images(2),))
+
+
+@pytest.mark.long
+def test_a_solve_to_a_tolerance_is_exported():
+    model = trained_somewhat(small(rtol=1e-3, n_iter=8, num_blocks=1)).eval()
+    exported = torch.export.export(model, (images(2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for size in (1, 5):
+        x = images(size)
+        torch.testing.assert_close(exported.module()(x), model(x))
 
 
 # Anderson's small systems are solved by a Cholesky factorization, for which ONNX has no operator.

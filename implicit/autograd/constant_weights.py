@@ -129,6 +129,13 @@ def constant_weights() -> contextlib.AbstractContextManager[object]:
     return ConstantWeights().in_force()
 
 
+def weights_in_force() -> Weights:
+    """The weights that are known in the innermost solve of this thread."""
+    source = weight_source.get()
+    weights = source.weights if isinstance(source, _Detached) else source
+    return dict(weights.values) if isinstance(weights, ConstantWeights) else {}
+
+
 @contextlib.contextmanager
 def _reading_from(source: WeightSource) -> Iterator[None]:
     token = weight_source.set(source)

@@ -14,6 +14,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from implicit.autograd.constant_weights import ConstantWeights, Weights
 from implicit.autograd.torch_internals import Loan, cached_weights, current_loans, is_followed, lending, vmap_levels
+from implicit.autograd.traced_map import with_weights
+from solvers.problem import Traceable
 from solvers.problem.autocast import AutocastMode
 from solvers.problem.layout import check_structure
 
@@ -180,7 +182,7 @@ def _is_original(name: str) -> bool:
     return "parametrizations" in name.split(".")
 
 
-class FirstCall:
+class FirstCall(Traceable):
     """``f`` for the solver. Its first call is made with gradients, to find the tensors that f brings along by itself.
 
     Args:
@@ -214,6 +216,9 @@ class FirstCall:
             others = (p for p in self._f.parameters() if p.requires_grad and p.is_leaf and id(p) not in known)
             self.captured.extend(others)
         return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+
+    def traced(self) -> Callable[..., Any]:
+        return with_weights(self._f, self._weights.values)
 
 
 def _captured(outputs: Sequence[Tensor], explicit: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:

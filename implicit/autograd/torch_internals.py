@@ -160,11 +160,30 @@ weight_source: ContextVar[WeightSource | None] = ContextVar("weight_source", def
 computed_weight: Callable[[ParametrizationList], Tensor] = ParametrizationList.forward
 
 
+# What parametrized weights are in what torch.compile traces. It is only ever other than empty while it traces, when no
+# value is assigned outside of the trace.
+_traced_weights: tuple[tuple[ParametrizationList, Tensor], ...] = ()
+
+
+@contextlib.contextmanager
+def tracing_weights(weights: Sequence[tuple[ParametrizationList, Tensor]]) -> Iterator[None]:
+    """While torch.compile traces, which knows no context variables: inside, parametrized weights are these."""
+    global _traced_weights
+    _traced_weights = tuple(weights)
+    try:
+        yield
+    finally:
+        _traced_weights = ()
+
+
 @functools.wraps(computed_weight)
 def _weight(self: ParametrizationList) -> Tensor:
     if torch.jit.is_scripting():  # type: ignore[attr-defined]  # as PyTorch's own; the rest cannot be scripted
         raise RuntimeError("Parametrization is not working with scripting.")
     if torch.compiler.is_compiling():
+        for parametrization, weight in _traced_weights:
+            if parametrization is self:
+                return weight
         return computed_weight(self)
     source = weight_source.get()
     weight = computed_weight(self) if source is None else source.weight_of(self)

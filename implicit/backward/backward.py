@@ -8,8 +8,10 @@ from typing import Any
 from torch.utils._pytree import TreeSpec
 
 from implicit.autograd.constant_weights import constant_weights
+from implicit.autograd.torch_internals import transform_active
+from implicit.autograd.traced_map import MapInForce
 from solvers import Iteration, Solution, Solver, Stopping, StopRule, solve_root
-from solvers.problem import Hyperparameters, InDims, OnFailure, check_on_failure
+from solvers.problem import Hyperparameters, InDims, OnFailure, Traceable, check_compile, check_on_failure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,11 @@ class SolveOptions:
     layer: str = ""
     root: bool = False
     chunk_size: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_on_failure(self.on_failure)
+        check_compile(self.compile, compact=self.compact, chunked=self.chunk_size is not None)
 
     @property
     def tested(self) -> bool:
@@ -51,7 +55,7 @@ class SolveOptions:
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Solution[Any]:
         """``solvers.solve`` with these options."""
-        if self.root:
+        if self.root and not self.compile:
             return solve_root(
                 f,
                 z0,
@@ -75,6 +79,10 @@ class SolveOptions:
 
     def iteration(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Iteration[Any]:
         """The same solve, to be driven by hand."""
+        # What transforms wrap is not compiled.
+        compile = self.compile and not transform_active()
+        if compile and not isinstance(f, Traceable):
+            f = MapInForce(f)
         return Iteration(
             f,
             z0,
@@ -85,6 +93,7 @@ class SolveOptions:
             history=self.history,
             compact=self.compact,
             in_dims=self.in_dims,
+            compile=compile,
             root=self.root,
         )
 

@@ -9,15 +9,19 @@ from torch import Tensor
 
 from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.problem.hyperparameters import require_damping, require_positive_int
-from solvers.problem.small_systems import back_substitute, inverse_or_zero
+from solvers.problem.small_systems import back_substitute, inverse_or_zero, solve_positive_definite
 from solvers.problem.window import (
+    Slot,
     add_combination,
     cleared,
     dot,
+    is_slot,
     recorded,
     row_of_products,
     slots,
     store_difference,
+    vector_at,
+    with_slots,
     zero_where_not_finite,
 )
 
@@ -31,7 +35,7 @@ class AndersonState(State):
 
     Attributes:
         g: (B, D) ``f(z) - z``.
-        steps: Number of steps after the first, a Python int.
+        steps: Number of steps after the first, a Python int; () int64 in a state of fixed shape.
         df: (B, m, D) differences of ``f(z)``.
         dg: (B, m, D) differences of ``g``.
         gram: (B, n, n) inner products of the differences of ``g``, with the ridge added to the diagonal.
@@ -39,7 +43,7 @@ class AndersonState(State):
     """
 
     g: Tensor
-    steps: int = 0
+    steps: int | Tensor = 0
     df: Tensor | None = None
     dg: Tensor | None = None
     gram: Tensor | None = None
@@ -48,6 +52,10 @@ class AndersonState(State):
     @property
     def displacement(self) -> Tensor:
         return self.g
+
+    @property
+    def blocks(self) -> tuple[Tensor, ...]:
+        return () if self.df is None or self.dg is None else (self.df, self.dg)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,9 +129,10 @@ class Anderson(Solver):
         if self.least_squares == "gram":
             gamma = _least_squares_gram(state.gram, row_of_products(dg, state.g))  # (B, 1, n)
         else:
-            # The newest comes first, so that of two dependent columns the older is left out.
-            slot = state.steps % self.memory
-            gamma = _least_squares_qr(dg.roll(-slot, dims=1).flip(1), state.g).flip(1).roll(slot, dims=1).unsqueeze(1)
+            # The newest comes first, so that of two dependent columns the older is left out. The order is its own
+            # inverse.
+            order = (state.steps - 1 - torch.arange(n, device=dg.device)) % n
+            gamma = _least_squares_qr(dg.index_select(1, order), state.g).index_select(1, order).unsqueeze(1)
         if state.norms is not None:
             # Coefficients that are all 1 take every remembered step back.
             oldest = (state.steps + 1) % (self.memory + 1)
@@ -136,11 +145,12 @@ class Anderson(Solver):
     def absorb(self, state: AndersonState, z: Tensor, fz: Tensor) -> AndersonState:
         """The state at any z (B, D), with its image ``fz``, that stores the differences from ``state``."""
         steps = state.steps + 1
-        slot, n = state.steps % self.memory, min(steps, self.memory)
+        slot = state.steps % self.memory
+        n = self.memory if isinstance(steps, Tensor) else min(steps, self.memory)
         g = fz - z
         df = store_difference(state.df, slot, zero_where_not_finite(fz, g), state.fz, self.memory)
         dg = store_difference(state.dg, slot, zero_where_not_finite(g, g), state.g, self.memory)
-        row = row_of_products(slots(dg, n), dg[:, slot])
+        row = row_of_products(slots(dg, n), vector_at(dg, slot))
         gram = _with_row(state.gram, slot, row, RIDGE * self.memory)
         norms = None if state.norms is None else _put_norm(state.norms, steps % (self.memory + 1), g)
         return AndersonState(z=z, fz=fz, g=g, steps=steps, df=df, dg=dg, gram=gram, norms=norms)
@@ -158,25 +168,50 @@ class Anderson(Solver):
             norms = replaced(norms, rows, alone)
         return dataclasses.replace(state, g=g, df=df, dg=dg, gram=gram, norms=norms)
 
+    @property
+    def compiles(self) -> bool:
+        return True
 
-def _put_norm(norms: Tensor, slot: int, g: Tensor) -> Tensor:
+    def fixed_shape(self, state: AndersonState, room: int) -> AndersonState:
+        if isinstance(state.steps, Tensor):
+            return state
+        m, held = self.memory, 0 if state.gram is None else state.gram.shape[1]
+        # Columns of length zero, whose squares _with_row takes for 1.
+        gram = torch.eye(m, dtype=state.g.dtype, device=state.g.device).repeat(state.g.shape[0], 1, 1)
+        if state.gram is not None:
+            gram[:, :held, :held] = state.gram
+        df, dg = (with_slots(state.g, m, None if block is None else block[:, :held]) for block in (state.df, state.dg))
+        steps = torch.full((), state.steps, dtype=torch.int64, device=state.g.device)
+        return dataclasses.replace(state, steps=steps, df=df, dg=dg, gram=gram)
+
+
+def _put_norm(norms: Tensor, slot: Slot, g: Tensor) -> Tensor:
     """``norms`` with the norm of g in a slot. No gradient is recorded, because norms are only compared.
 
     Writes in place where none is recorded of g either: what is recorded may be computed again.
     """
+    if isinstance(slot, Tensor):
+        here = is_slot(slot, norms.shape[1], norms).view(1, -1, 1)
+        return torch.where(here, torch.linalg.vector_norm(g, dim=1).view(-1, 1, 1), norms)
     if recorded(g):
         norms, g = norms.clone(), g.detach()
     norms[:, slot] = torch.linalg.vector_norm(g, dim=1, keepdim=True)
     return norms
 
 
-def _with_row(gram: Tensor | None, slot: int, row: Tensor, ridge: float) -> Tensor:
+def _with_row(gram: Tensor | None, slot: Slot, row: Tensor, ridge: float) -> Tensor:
     """The Gram matrix (B, n, n) with ``row`` (B, 1, n) as row and column ``slot``; it may grow by one.
 
     The diagonal gets a ridge, in units of rounding errors of the column's own square. A square that has underflowed is
     replaced by 1, which makes the coefficient of that column negligible.
     """
     info = torch.finfo(row.dtype)
+    if isinstance(slot, Tensor):
+        assert gram is not None
+        here = is_slot(slot, row.shape[2], row)
+        square = torch.nn.functional.threshold(row * (1 + ridge * info.eps), info.tiny / info.eps, 1.0)
+        row = torch.where(here, square, row)
+        return torch.where(here.unsqueeze(1), row, torch.where(here, row.mT, gram))
     square = row.select(2, slot).mul_(1 + ridge * info.eps)
     torch.threshold_(square, info.tiny / info.eps, 1.0)
     if gram is None:
@@ -192,10 +227,9 @@ def _with_row(gram: Tensor | None, slot: int, row: Tensor, ridge: float) -> Tens
 
 def _least_squares_gram(gram: Tensor, products: Tensor) -> Tensor:
     """Minimize ``|b - A x|``, given ``A' A`` (B, n, n) with its ridge and ``b' A`` (B, 1, n); returns x' (B, 1, n)."""
-    # The rounding errors of Cholesky's method do not depend on how the columns are scaled. cholesky_ex does not check
-    # its result, which would wait for the device: with the ridge the matrices are positive definite or not finite.
-    factor = torch.linalg.cholesky_ex(gram)[0]
-    return torch.cholesky_solve(products.mT, factor).mT
+    # The rounding errors of Cholesky's method do not depend on how the columns are scaled. With the ridge the matrices
+    # are positive definite or not finite.
+    return solve_positive_definite(gram, products.mT).mT
 
 
 def _least_squares_qr(columns: Tensor, rhs: Tensor) -> Tensor:

@@ -11,12 +11,15 @@ from solvers.methods.low_rank_inverse import LowRankInverse
 from solvers.methods.solver import FlatMapping, Solver, State, replaced
 from solvers.problem.hyperparameters import require_damping, require_positive_int
 from solvers.problem.window import (
+    Slot,
     add_combination,
     dot,
     recorded,
     row_of_products,
     store,
     store_quotient,
+    vector_at,
+    with_slots,
     zero_where_not_finite,
 )
 
@@ -40,6 +43,10 @@ class BroydenState(State):
     direction: Tensor
     inverse: LowRankInverse
     recent: Tensor
+
+    @property
+    def blocks(self) -> tuple[Tensor, ...]:
+        return () if self.inverse.u is None or self.inverse.v is None else (self.inverse.u, self.inverse.v)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,21 +124,22 @@ class Broyden(Solver):
         if self.method == "bad":
             v_block, vy = self._append_bad(inverse, state, g)
         # (B, 1, n) with the old v, (B, 1, 1) with the new one
-        vg_old, vg = row_of_products(v_block[:, : n + 1], g).split((n, 1), dim=2)
+        vg_old, vg = _old_and_new(row_of_products(v_block if isinstance(n, Tensor) else v_block[:, : n + 1], g), n)
         if self.method == "good":
             vy = vg.squeeze(1) + overlap
         divisor = torch.where(_is_usable(vy, fz, state.recent[:, -1:]), vy, math.inf)  # infinite for no update
         recent = torch.cat((state.recent[:, 1:], _norm(g)), dim=1) if self.line_search else _norm(g)
 
         direction = g  # becomes -H g at the new point
-        if inverse.u is not None and n > 0:
-            direction = add_combination(g, inverse.u[:, :n], vg_old, -1.0, reuse=True)
+        old = inverse.used(inverse.u)
+        if old is not None:
+            direction = add_combination(g, old, vg_old, -1.0, reuse=True)
         # u = (s - H y) / (v'y), where s - H y = (s + H g_old) - H g.
         numerator = direction if rest is None else _sum(rest, direction)
         u_block = store_quotient(inverse.u, n, numerator, divisor, self._capacity, self._first)
         del g, rest, numerator
         # -(H + u v') g
-        direction = add_combination(direction, u_block[:, n : n + 1], vg, -1.0, reuse=True)
+        direction = add_combination(direction, vector_at(u_block, n).unsqueeze(1), vg, -1.0, reuse=True)
         return BroydenState(
             z=z, fz=fz, direction=direction, inverse=LowRankInverse(n + 1, u_block, v_block), recent=recent
         )
@@ -146,9 +154,32 @@ class Broyden(Solver):
             recent=replaced(state.recent, rows, _norm(g)),
         )
 
+    @property
+    def compiles(self) -> bool:
+        # A truncation and a line search are decided on the host.
+        return self.memory is None and not self.line_search
+
+    def fixed_shape(self, state: BroydenState, room: int) -> BroydenState:
+        rank = int(state.inverse.rank)
+        u, v = (
+            with_slots(state.z, rank + room, None if block is None else block[:, :rank])
+            for block in (state.inverse.u, state.inverse.v)
+        )
+        return dataclasses.replace(
+            state,
+            inverse=LowRankInverse(torch.full((), rank, dtype=torch.int64, device=state.z.device), u, v),
+            recent=state.recent.clone(),
+        )
+
+    def room(self, state: BroydenState) -> Tensor:
+        assert state.inverse.u is not None
+        return state.inverse.u.shape[1] - torch.as_tensor(state.inverse.rank)
+
     def _with_free_slot(self, state: BroydenState) -> tuple[LowRankInverse, Tensor]:
         """``H`` with room for one more pair, and ``-H g`` at the state's point, (B, D)."""
-        if self.memory is None or state.inverse.rank < self.memory:
+        rank = state.inverse.rank
+        # A state of fixed shape has a free slot, or the solve would not have gone on.
+        if self.memory is None or isinstance(rank, Tensor) or rank < self.memory:
             return state.inverse, state.direction
         inverse = state.inverse.truncated(self.memory - max(self.memory // 3, 1))
         return inverse, -inverse.mv(state.fz - state.z)
@@ -170,7 +201,7 @@ class Broyden(Solver):
         n = inverse.rank
         minus_y = _sum(state.fz - state.z, g, -1.0)  # (B, D); the sign cancels in H, as does the length
         block = store_quotient(inverse.v, n, minus_y, _size_or_inf(minus_y), self._capacity, self._first)
-        return block, -dot(block[:, n : n + 1], minus_y)
+        return block, -dot(vector_at(block, n).unsqueeze(1), minus_y)
 
     @property
     def _capacity(self) -> int:
@@ -180,6 +211,13 @@ class Broyden(Solver):
     def _first(self) -> int:
         # A limited memory is allocated at once, because growing needs room for the old block and the new one.
         return 8 if self.memory is None else self.memory
+
+
+def _old_and_new(products: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
+    """Products with every vector of a block -> those with the old ones, and the one (B, 1, 1) with that in ``slot``."""
+    if isinstance(slot, Tensor):
+        return products, products.index_select(2, slot.view(1))
+    return products[:, :, :slot], products[:, :, slot:]
 
 
 def _is_usable(vy: Tensor, fz: Tensor, old_size: Tensor) -> Tensor:

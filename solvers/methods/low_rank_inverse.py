@@ -17,20 +17,25 @@ class LowRankInverse:
     """An estimate of the inverse Jacobian of ``g(z) = f(z) - z``: per sample ``H = -I + sum_i u_i v_i'``.
 
     Attributes:
-        rank: How many pairs are in use.
+        rank: How many pairs are in use; () int64 in a state of fixed shape, where the others are zero.
         u: (B, m, D), None before the first pair.
         v: (B, m, D), None before the first pair.
     """
 
-    rank: int = 0
+    rank: int | Tensor = 0
     u: Tensor | None = None
     v: Tensor | None = None
 
     def mv(self, x: Tensor) -> Tensor:
         """``H x`` for x of shape (B, D)."""
-        if self.u is None or self.v is None or self.rank == 0:
-            return -x
-        return add_combination(x, self.u[:, : self.rank], row_of_products(self.v[:, : self.rank], x), 1.0, scale=-1.0)
+        u, v = self.used(self.u), self.used(self.v)
+        return -x if u is None or v is None else add_combination(x, u, row_of_products(v, x), 1.0, scale=-1.0)
+
+    def used(self, block: Tensor | None) -> Tensor | None:
+        """The pairs' vectors in a block, ``u`` or ``v``: the first of it, or all; None if there are none."""
+        if block is None or isinstance(self.rank, Tensor):
+            return block
+        return block[:, : self.rank] if self.rank else None
 
     def rmv(self, x: Tensor) -> Tensor:
         """``H' x`` for x of shape (B, D): ``(rmv(x) * y).sum() == (x * mv(y)).sum()``."""
@@ -41,9 +46,9 @@ class LowRankInverse:
 
         Overwrites the pairs where no gradient is recorded.
         """
-        if self.u is None or self.v is None:
+        u, v = self.used(self.u), self.used(self.v)
+        if u is None or v is None:
             return self
-        u, v = self.u[:, : self.rank], self.v[:, : self.rank]
         to_u, to_v = _order_by_size(_gram(u), _gram(v))
         return LowRankInverse(rank, _recombined(u, to_u[:, :rank]), _recombined(v, to_v[:, :rank]))
 

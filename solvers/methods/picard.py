@@ -32,3 +32,10 @@ class Picard(Solver):
     def step(self, f: FlatMapping, state: State) -> State:
         z = state.fz if self.damping == 1.0 else state.z.lerp(state.fz, self.damping)
         return State(z=z, fz=f(z))
+
+    @property
+    def compiles(self) -> bool:
+        return True
+
+    def fixed_shape(self, state: State, room: int) -> State:
+        return state

@@ -39,6 +39,11 @@ class State:
         """Whether f(z) is known to be nearer to the solution than z; otherwise the steps have to show it."""
         return False
 
+    @property
+    def blocks(self) -> tuple[Tensor, ...]:
+        """The tensors that a step of a state of fixed shape writes into; all others it makes anew."""
+        return ()
+
 
 class Resource(abc.ABC):
     """A field of a state that is more than data, such as a running solver of another package."""
@@ -80,6 +85,28 @@ class Solver(Hyperparameters, abc.ABC):
     @abc.abstractmethod
     def step(self, f: FlatMapping, state: Any) -> Any:
         """The next state. A solver's states are of its own subclass of :class:`State`."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the method has a form whose tensors keep their shapes: :meth:`fixed_shape`, for compiled solves."""
+        return False
+
+    def fixed_shape(self, state: Any, room: int) -> Any:
+        """The state in a form whose tensors keep their shapes and strides in a step.
+
+        ``step`` must take it as well, without looking at the host: numbers of steps, and all else that changes, are
+        tensors then, and what is remembered has all its room already, filled with zeros. The tensors that a step writes
+        into are the :attr:`State.blocks`. Called after any step, if :attr:`compiles`.
+
+        Args:
+            state: A state of either form.
+            room: For how many more steps there must be room at least, if the method's memory has no limit.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no state of fixed shape.")
+
+    def room(self, state: Any) -> Tensor | None:
+        """For a state of fixed shape: () int64, how many steps it has room for; None where that has no end."""
+        return None
 
     def restarted(self, state: Any, rows: Tensor, z: Tensor, fz: Tensor) -> Any:
         """The state with some samples at other points, as if they began there.

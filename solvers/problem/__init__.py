@@ -1,6 +1,7 @@
 """What solvers and implicit layers are built from: layouts of states, the flat map, autocast, norms, options."""
 
 from solvers.problem.autocast import AutocastMode, without_autocast
+from solvers.problem.compile_option import check_compile
 from solvers.problem.flat_map import FlatMap, InDims
 from solvers.problem.foreign_names import names_options
 from solvers.problem.hyperparameters import (
@@ -19,6 +20,7 @@ from solvers.problem.replaced_tensors import copy_with_tensors, with_tensors
 from solvers.problem.slopes import direction_of, slope_inverse
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
 from solvers.problem.state_type import S
+from solvers.problem.traceable import Traceable, Traced
 from solvers.problem.window import add_combination, combine, dot, recorded, store
 
 __all__ = [
@@ -29,10 +31,13 @@ __all__ = [
     "Layout",
     "OnFailure",
     "S",
+    "Traceable",
+    "Traced",
     "add_combination",
     "as_float",
     "as_int",
     "back_substitute",
+    "check_compile",
     "check_on_failure",
     "check_structure",
     "checked_batch_dims",

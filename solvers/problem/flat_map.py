@@ -19,6 +19,7 @@ class FlatMap:
 
     Attributes:
         called: What messages call the user's function.
+        autocast: The mode in which the user's function runs: by default that in force at construction.
         scaling: (B, 1) what the user's function is multiplied by, for one whose roots are sought; else None.
         scaling_of_all: (B,) the same, of the samples that have been taken out as well.
     """
@@ -27,7 +28,9 @@ class FlatMap:
     scaling: Tensor | None = None
     scaling_of_all: Tensor | None = None
 
-    def __init__(self, f: Callable[..., Any], args: tuple[Any, ...], layout: Layout) -> None:
+    def __init__(
+        self, f: Callable[..., Any], args: tuple[Any, ...], layout: Layout, autocast: AutocastMode | None = None
+    ) -> None:
         if not isinstance(args, (tuple, list)):
             raise TypeError(
                 f"args must be a tuple of what f takes after z, got a {type(args).__name__}. For one, write args=(x,)."
@@ -36,15 +39,15 @@ class FlatMap:
         self._args = tuple(args)
         self._layout = layout
         # The driver switches autocast off for the solver's algebra; f runs in the mode that it was given in.
-        self._autocast = AutocastMode.current(layout.device.type)
+        self.autocast = autocast or AutocastMode.current(layout.device.type)
         self._active: Tensor | None = None
         self._value: Tensor | None = None
-        self.num_evals = 0
+        self.num_evals: Any = 0
 
     @property
     def eps(self) -> float:
         """The relative rounding error of what f returns: that of the coarsest dtype of the state, or of autocast."""
-        dtypes = [*self._layout.dtypes, *((self._autocast.dtype,) if self._autocast.dtype else ())]
+        dtypes = [*self._layout.dtypes, *((self.autocast.dtype,) if self.autocast.dtype else ())]
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
     @property
@@ -102,18 +105,26 @@ class FlatMap:
     def __call__(self, z: Tensor) -> Tensor:
         if self._active is not None and self._value is not None:
             z = torch.where(self._active, z, self._value)
-        argument = self._layout.unpack(z)
         self.num_evals += 1
         versioned = not (torch.compiler.is_compiling() or z.is_inference())
         version = z._version if versioned else 0
-        with self._autocast.in_force():
-            output = self._f(argument, *self._args)
-            self._layout.check(output, self.called)
+        output = self._evaluated(z)
         if versioned and z._version != version:
             raise RuntimeError(
                 f"{self.called} changed its argument z in place, so the iterate is lost. Write out of place: z = z "
                 "+ ... instead of z += ..., torch.relu(z) instead of torch.relu_(z)."
             )
+        return output
+
+    def image(self, z: Tensor) -> Tensor:
+        """(B, D) -> (B, D) the map after its first call, neither counted nor frozen: for a compiled loop."""
+        return self._evaluated(z)
+
+    def _evaluated(self, z: Tensor) -> Tensor:
+        """(B, D) -> (B, D) what the user's function returns."""
+        with self.autocast.in_force():
+            output = self._f(self._layout.unpack(z), *self._args)
+            self._layout.check(output, self.called)
         return self._layout.pack(output)
 
     @torch.no_grad()

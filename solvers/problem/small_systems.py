@@ -8,10 +8,45 @@ import math
 import torch
 from torch import Tensor
 
+# Unknowns up to which a compiled elimination is written out: the code grows with their third power.
+MOST_UNROLLED = 10
+
 
 def inverse_or_zero(x: Tensor, threshold: float | Tensor) -> Tensor:
     """``1 / x`` where ``|x| > threshold``, else 0. The gradient is finite everywhere."""
     return torch.where(x.abs() > threshold, x, math.inf).reciprocal()
+
+
+def solve_positive_definite(matrix: Tensor, rhs: Tensor) -> Tensor:
+    """Solve ``matrix x = rhs`` for positive definite matrices (B, n, n) and right-hand sides (B, n, 1).
+
+    What torch.compile traces of it, for few unknowns, is elimination in elementwise operations, which become part of
+    the loop over the batch; a call of a library for each sample takes longer than the arithmetic.
+    """
+    n = matrix.shape[1]
+    if torch.compiler.is_compiling() and n <= MOST_UNROLLED:
+        return _eliminated(matrix, rhs)
+    # cholesky_ex does not check its result, which would wait for the device.
+    return torch.cholesky_solve(rhs, torch.linalg.cholesky_ex(matrix)[0])
+
+
+def _eliminated(matrix: Tensor, rhs: Tensor) -> Tensor:
+    """The same by Gaussian elimination, which needs no pivots here, on numbers (B,)."""
+    n = matrix.shape[1]
+    rows = [[matrix[:, i, j] for j in range(i, n)] for i in range(n)]  # the upper triangle
+    x = list(rhs.squeeze(2).unbind(1))
+    inverse = []
+    for k in range(n):
+        inverse.append(rows[k][0].reciprocal())
+        for i in range(k + 1, n):
+            factor = rows[k][i - k] * inverse[k]
+            rows[i] = [a - factor * b for a, b in zip(rows[i], rows[k][i - k :], strict=True)]
+            x[i] = x[i] - factor * x[k]
+    for k in reversed(range(n)):
+        for j in range(k + 1, n):
+            x[k] = x[k] - rows[k][j - k] * x[j]
+        x[k] = x[k] * inverse[k]
+    return torch.stack(x, dim=1).unsqueeze(2)
 
 
 def back_substitute(rows: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor
 
+# A place in a block: a number; or a tensor () with one, for a block that has all its slots and no gradients, as in a
+# compiled solve, whose steps are all the same code.
+Slot = int | Tensor
 
-def store(block: Tensor | None, slot: int, vector: Tensor, capacity: int, first: int = 8) -> Tensor:
+
+def store(block: Tensor | None, slot: Slot, vector: Tensor, capacity: int, first: int = 8) -> Tensor:
     """Put ``vector`` (B, D) at ``slot`` of ``block`` (B, m, D), growing the block to at most ``capacity`` slots.
 
     Writes in place where no gradient is recorded. Builds a new block where one is, because autograd keeps the old one.
@@ -16,6 +20,9 @@ def store(block: Tensor | None, slot: int, vector: Tensor, capacity: int, first:
         capacity: The largest number of slots that the block may ever have.
         first: How many slots to begin with; their number then doubles as needed.
     """
+    if isinstance(slot, Tensor):
+        assert block is not None
+        return block.index_copy_(1, slot.view(1), vector.unsqueeze(1))
     if recorded(vector, block):
         row = vector.unsqueeze(1)
         return row if block is None else torch.cat((block[:, :slot], row, block[:, slot + 1 :]), dim=1)
@@ -25,13 +32,13 @@ def store(block: Tensor | None, slot: int, vector: Tensor, capacity: int, first:
     return block
 
 
-def store_difference(block: Tensor | None, slot: int, a: Tensor, b: Tensor, capacity: int) -> Tensor:
+def store_difference(block: Tensor | None, slot: Slot, a: Tensor, b: Tensor, capacity: int) -> Tensor:
     """``store(block, slot, a - b, capacity)``, without an intermediate vector where no gradient is recorded.
 
     The block then begins with up to 20 slots, so that a block of the usual size is never copied to a larger one while
     both are in memory.
     """
-    if recorded(a, b, block):
+    if isinstance(slot, Tensor) or recorded(a, b, block):
         return store(block, slot, a - b, capacity)
     held = 0 if block is None else block.shape[1]
     block = _with_room(block, slot, a, min(capacity, max(2 * held, 20)))
@@ -41,17 +48,35 @@ def store_difference(block: Tensor | None, slot: int, a: Tensor, b: Tensor, capa
 
 
 def store_quotient(
-    block: Tensor | None, slot: int, vector: Tensor, divisor: Tensor, capacity: int, first: int = 8
+    block: Tensor | None, slot: Slot, vector: Tensor, divisor: Tensor, capacity: int, first: int = 8
 ) -> Tensor:
     """``store(block, slot, vector / divisor, capacity, first)`` with a divisor (B, 1).
 
     Needs no intermediate vector where no gradient is recorded.
     """
-    if recorded(vector, divisor, block):
+    if isinstance(slot, Tensor) or recorded(vector, divisor, block):
         return store(block, slot, vector / divisor, capacity, first)
     block = store(block, slot, vector, capacity, first)
     block[:, slot].div_(divisor)
     return block
+
+
+def vector_at(block: Tensor, slot: Slot) -> Tensor:
+    """(B, m, D) -> (B, D) the vector in a slot."""
+    return block.index_select(1, slot.view(1)).squeeze(1) if isinstance(slot, Tensor) else block[:, slot]
+
+
+def is_slot(slot: Slot, number: int, like: Tensor) -> Tensor:
+    """(number,) bool, true at the slot, on the device of ``like``."""
+    return torch.arange(number, device=like.device) == slot
+
+
+def with_slots(like: Tensor, number: int, block: Tensor | None = None) -> Tensor:
+    """(B, number, D) for vectors like ``like`` (B, D), with the contents of ``block`` in front and zeros behind."""
+    larger = like.new_zeros(number, *like.shape).transpose(0, 1)
+    if block is not None:
+        larger[:, : block.shape[1]] = block
+    return larger
 
 
 def _with_room(block: Tensor | None, slot: int, vector: Tensor, slots: int) -> Tensor:
@@ -125,6 +150,9 @@ def add_combination(
         scale: A Python number.
         reuse: Whether to return the result in the memory of ``vector`` where no gradient is recorded.
     """
+    if torch.compiler.is_compiling() and not recorded(vector, block, coefficients):
+        # Part of a loop over the entries, instead of a call of a library for each sample.
+        return scale * vector + factor * (coefficients.mT * block).sum(dim=1)
     row = vector.unsqueeze(1)
     # Under torch.vmap the in-place variant gives a warning.
     transformed = torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,0 +1,106 @@
+"""Whole solves with ``compile=True`` beside the same solves step by step.
+
+python -m benchmarks.compiled [--repeats 15] [--problems NAME ...] [--solvers NAME ...] [--rows 64 2048 ...]
+
+One thread; the two forms of a solve alternate, and times are medians of processor time in milliseconds. "first" is how
+long the first compiled solve took, in seconds: with an empty cache of Inductor's on disk it is the cold time, in a
+second run of the same command the warm one. "pays after" is the number of solves whose gain makes up for it. "f" is the
+time of as many bare calls of the map. With ``--rows`` the problem is a contraction, ``0.9 tanh(z W) + x`` of 256
+unknowns, with batches of these sizes.
+"""
+
+import functools
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+if not __package__:
+    sys.exit("Start it as a module: python -m benchmarks.compiled")
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import begin, parser
+from solvers import Anderson, Broyden, Picard, Solution, Solver, solve
+from solvers.testing import BANK
+
+PROBLEMS = ["linear 0.5", "linear 0.9", "linear 0.99", "tanh", "imlp", "H-equation"]
+SOLVERS: dict[str, Solver] = {
+    "picard": Picard(),
+    "anderson 5": Anderson(),
+    "anderson 10": Anderson(memory=10),
+    "broyden": Broyden(),
+}
+RTOL, MAX_CALLS = 1e-5, 200
+
+
+def contraction(rows: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The map of ``--rows`` and its start."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.linalg.qr(torch.randn(256, 256, generator=generator))[0]
+    x = torch.randn(rows, 256, generator=generator)
+    return lambda z: 0.9 * torch.tanh(z @ weight) + x, torch.zeros(rows, 256)
+
+
+def run(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver, *, compile: bool) -> Solution[Tensor]:
+    return solve(f, z0, solver, rtol=RTOL, atol=0, max_steps=MAX_CALLS, compile=compile, on_failure="ignore")
+
+
+def processor_ms(runs: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Medians of processor time, taken in turns after a first call of each."""
+    times: list[list[float]] = [[] for _ in runs]
+    for repeat in range(repeats + 1):
+        for call, series in zip(runs, times, strict=True):
+            start = time.process_time()
+            call()
+            if repeat:
+                series.append(1e3 * (time.process_time() - start))
+    return [statistics.median(series) for series in times]
+
+
+def row(name: str, f: Callable[[Tensor], Tensor], z0: Tensor, solver: str, repeats: int) -> str:
+    """One line of the table."""
+    forms = [functools.partial(run, f, z0, SOLVERS[solver], compile=compile) for compile in (False, True)]
+    start = time.perf_counter()
+    compiled = forms[1]()
+    first = time.perf_counter() - start
+    eager = forms[0]()
+    eager_ms, compiled_ms, f_ms = processor_ms([*forms, functools.partial(f, z0)], repeats)
+    gain = eager_ms - compiled_ms
+    pays = math.ceil(1e3 * first / gain) if gain > 0 else math.inf
+    cells = [
+        *(name, solver, eager.num_evals, compiled.num_evals),
+        "yes" if torch.equal(eager.status, compiled.status) else "no",
+        *(f"{number:.2f}" for number in (eager_ms, compiled_ms, f_ms * eager.num_evals, eager_ms / compiled_ms)),
+        *(f"{first:.1f}", pays),
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    """Print the table."""
+    options = parser(__doc__, threads=1, repeats=15)
+    options.add_argument("--problems", nargs="*", choices=PROBLEMS, default=PROBLEMS, metavar="NAME", help="[all]")
+    options.add_argument("--solvers", nargs="*", choices=SOLVERS, default=[*SOLVERS], metavar="NAME", help="[all]")
+    options.add_argument("--rows", nargs="*", type=int, default=[], help="batch sizes, instead of the problems")
+    given = options.parse_args()
+    warnings.simplefilter("ignore")
+    begin(given.threads)
+    columns = ["problem", "solver", "calls", "compiled", "statuses equal", "ms", "compiled", "f", "ratio"]
+    columns += ["first, s", "pays after"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    bank = {name: BANK[name](torch.float32) for name in ([] if given.rows else given.problems)}
+    maps = {name: (problem.f, problem.z0) for name, problem in bank.items()}
+    maps |= {f"{rows} x 256": contraction(rows) for rows in given.rows}
+    with torch.no_grad():
+        for name, (f, z0) in maps.items():
+            for solver in given.solvers:
+                print(row(name, f, z0, solver, given.repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Solves that are compiled: the loop of :mod:`solvers._graph` under ``torch.compile``, and what is left to the host.
+
+A map is found again by its code: new closures, modules and data of the same kind run what was compiled before, as far
+as the guards of ``torch.compile`` allow. What cannot be compiled runs step by step, as without ``compile=True``, and
+one warning says why.
+"""
+
+import functools
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers import _graph
+from solvers._failure import warn_caller
+from solvers._graph import Course, Plan
+from solvers._stopping import Stopping, StopRule
+from solvers.methods.solver import Solver
+from solvers.problem import Traced, recorded
+
+# What compiles the loops.
+BACKEND = "inductor"
+
+# Compiled loops that are kept, each for one kind of map, solver and state.
+MOST_KEPT = 256
+
+# For how many steps a method with unlimited memory gets room at first; then for as many again.
+FIRST_ROOM = 8
+
+# A state with more elements runs step by step on the CPU. A compiled loop saves what every operation costs beside its
+# arithmetic, and carries more copies of the state through memory; measured by benchmarks/compiled.py --rows.
+MOST_ELEMENTS = 2**17
+
+# What could not be compiled; it is not tried again.
+_refused: set[Hashable] = set()
+
+_numbers = itertools.count()
+
+# How guards on this package's own code begin: on its modules, and on the names of that with the loops. (Later
+# torch.compile adds the modules of maps to these names.)
+_OWN_CODE = ("G['__import_solvers_dot_", *(f"G['{name}']" for name in vars(_graph)))
+
+
+class NotCompiledWarning(UserWarning):
+    """``compile=True``, but the solve ran step by step."""
+
+
+@functools.cache
+def writes_in_loops() -> bool:
+    """Whether ``torch.while_loop`` may write into tensors that it does not carry; in PyTorch 2.11 it may not."""
+    operator = torch.ops.higher_order.while_loop
+    return "mutated_arg_indices" in inspect.signature(type(operator).__call__).parameters
+
+
+def run(plan: Plan, fz0: Tensor) -> Course | None:
+    """The solve from its first step, whose image is ``fz0``, to its end; None if it is not compiled."""
+    if fz0.device.type == "cpu" and fz0.numel() > MOST_ELEMENTS:
+        return None
+    limits = plan.limits
+    options = (plan.solver, limits.check_every, limits.measure.kind, plan.batch_dims, plan.autocast)
+    key = (fz0.device.type, fz0.dtype, fz0.shape[1], options, _kind_of(plan.f))
+    if key in _refused:
+        return None
+    try:
+        with torch.no_grad():  # without which a loop must not write
+            return _run(plan, fz0, key)
+    except Exception as error:
+        _refused.add(key)
+        cause = str(error).strip().splitlines()
+        warn_caller(
+            "The solve runs step by step although compile=True, because it could not be compiled: "
+            f"{type(error).__name__}: {cause[0] if cause else 'no message'}\nA map that is compiled must not decide in "
+            "Python by the values of tensors; torch.compile(f, fullgraph=True) shows where it does.",
+            NotCompiledWarning,
+            same=str(key),
+        )
+        return None
+
+
+def _run(plan: Plan, fz0: Tensor, key: tuple[Hashable, ...]) -> Course:
+    course = _compiled(_graph.begin, key)(plan, fz0)
+    while True:
+        lost, active, step = _look(course)
+        if lost:
+            course = _graph.recovered(plan, course, _graph.held_map(plan, course.samples), _graph.on_host)
+        elif not active or step == int(plan.limits.max_steps):
+            return course
+        elif plan.solver.room(course.state) is not None:
+            course.state = plan.solver.fixed_shape(course.state, room=step)
+        course = _compiled(_graph.advance, key)(plan, course)
+
+
+def is_refused(solver: Solver, stopping: StopRule, fz: Tensor, *, confirmed: bool) -> bool:
+    """Whether a solve with the first image ``fz`` runs step by step anyway, of which a warning tells.
+
+    Args:
+        solver: The solver.
+        stopping: When to stop.
+        fz: The first image.
+        confirmed: Whether Newton's step has to confirm what has converged.
+    """
+    if not isinstance(stopping, Stopping):
+        why = "it takes a fixed number of steps. For one graph of these call it inside torch.compile."
+    elif not solver.compiles:
+        why = (
+            f"{solver!r} has no form whose tensors keep their shapes. Picard, Anderson, and Broyden without a limited "
+            "memory or a line search have one."
+        )
+    elif recorded(fz) and not torch.compiler.is_exporting():
+        why = (
+            "gradients are recorded through its steps. Call it under torch.no_grad(), or use implicit.fixed_point with "
+            "the implicit backward mode, which does not need the steps."
+        )
+    else:
+        return False
+    warn_caller(f"The solve runs step by step although compile=True: {why}", NotCompiledWarning, same=why)
+    return True
+
+
+def _look(course: Course) -> tuple[bool, bool, int]:
+    """Whether samples are lost, whether some are active, and the step: one look at the host."""
+    flags = torch.stack([course.lost.any().to(torch.int64), course.samples.active.any().to(torch.int64), course.step])
+    lost, active, step = flags.tolist()
+    return bool(lost), bool(active), step
+
+
+@functools.lru_cache(maxsize=MOST_KEPT)
+def _compiled(function: Callable[..., Course], key: tuple[Hashable, ...]) -> Callable[..., Course]:
+    """The function, compiled for one kind of solve, whose code it shares with no other.
+
+    ``torch.compile`` keeps what it compiled with the code, tries it in turn, and gives up where that gets long.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+    options: dict[str, Any] = {"guard_filter_fn": _needed}
+    if BACKEND == "inductor" and key[0] == "cpu":
+        options["cpp_wrapper"] = True
+    return torch.compile(own, fullgraph=True, backend=BACKEND, options=options)
+
+
+def _needed(guards: Any) -> list[bool]:
+    """Which guards to keep: not those on this package's own code, which does not change."""
+    return [not guard.name.startswith(_OWN_CODE) for guard in guards]
+
+
+def _kind_of(f: Any) -> Hashable:
+    """What maps have in common that are the same code: functions by their code, other callables by their types."""
+    if isinstance(f, types.FunctionType):
+        return f.__code__
+    if isinstance(f, types.MethodType):
+        return (f.__func__, _kind_of(f.__self__))
+    if isinstance(f, functools.partial):
+        return (functools.partial, _kind_of(f.func))
+    if isinstance(f, types.BuiltinFunctionType):
+        return f
+    if isinstance(f, Traced):
+        return (type(f), *map(_kind_of, filter(callable, vars(f).values())))
+    return (type(f),)

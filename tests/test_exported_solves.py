@@ -1,0 +1,78 @@
+"""Solves to a tolerance as parts of larger graphs: exported, and inside of torch.compile."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from implicit import FixedPointLayer, spectral_norm
+from solvers import _compiled
+
+# PyTorch's own, while it compiles.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
+
+
+@pytest.fixture(autouse=True)
+def _without_a_compiler(monkeypatch):
+    monkeypatch.setattr(_compiled, "BACKEND", "eager")
+
+
+class TanhMap(nn.Module):
+    def __init__(self, norm=False):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        with torch.no_grad():
+            self.linear.weight.mul_(0.6 / torch.linalg.matrix_norm(self.linear.weight, 2))
+        if norm:
+            spectral_norm(self.linear, coeff=0.5)
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(z) + x)
+
+
+@pytest.mark.long
+def test_inside_of_a_larger_compiled_function():
+    layer = FixedPointLayer(TanhMap(), solver="picard", rtol=1e-6, compile=True)
+    outer = torch.compile(lambda x: layer(x).sin(), backend="eager")
+    x = torch.randn(4, 3, requires_grad=True)
+    found = outer(x), *torch.autograd.grad(outer(x).sum(), [x, *layer.parameters()])
+    expected = layer(x).sin(), *torch.autograd.grad(layer(x).sin().sum(), [x, *layer.parameters()])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+RUN_ELSEWHERE = """
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+torch.save([program(x) for x in torch.load(sys.argv[2])], sys.argv[3])
+assert "solvers" not in sys.modules
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+def test_exported_solves_run_elsewhere(solver, tmp_path):
+    """With a dynamic batch, in a process that does not know the library; also where samples are taken back."""
+
+    class Logarithm(nn.Module):
+        def forward(self, z, x):
+            return torch.log(z + 0.5) + x
+
+    for name, f, inputs in (
+        ("tanh", TanhMap(norm=True), [torch.randn(size, 3) for size in (1, 4, 7)]),
+        ("logarithm", Logarithm(), [torch.rand(size, 3) + 1 for size in (2, 5)]),
+    ):
+        layer = FixedPointLayer(f, solver=solver, rtol=1e-5, on_failure="ignore").eval()
+        batch = {0: torch.export.Dim("batch")}
+        exported = torch.export.export(layer, (torch.randn(4, 3),), dynamic_shapes=((batch,),))
+        torch.export.save(exported, tmp_path / f"{name}.pt2")
+        torch.save(inputs, tmp_path / "inputs.pt")
+        files = [tmp_path / f"{name}.pt2", tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
+        subprocess.run([sys.executable, "-c", RUN_ELSEWHERE, *files], check=True, cwd=tmp_path)
+        for x, z in zip(inputs, torch.load(tmp_path / "outputs.pt"), strict=True):
+            with torch.no_grad():
+                torch.testing.assert_close(z, layer(x), rtol=1e-5, atol=1e-5)
