@@ -192,6 +192,10 @@ class NewtonKrylov(Solver):
             if few:
                 model = model or system.model()
                 lower, radius, found = descend(point_at, at, model, radius, descends)
+                if bool((lost := descends & ~explores & ~found).any()):  # as where the matrix is zero up to rounding
+                    plain = point_at(torch.where(lost.unsqueeze(1), at.fz, at.z))
+                    helps = lost & (plain.error < at.error)
+                    lower, found = plain.where(helps, lower), found | helps
             else:
                 lower, found = backtrack(point_at, at, s, trial, descends)
             end = lower.where(found & ~explores, end)
