@@ -203,17 +203,15 @@ class ToleranceTest:
     def _is_sure(self, news: News, secant: Secant, grown: bool = True) -> Tensor:
         """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell.
 
-        The error, which is the residual times the change of f(z) over the change of f(z) - z in the last step, must be
-        below a tenth of the size of the value or of the start. And if the value has ``grown`` tenfold, the residual
-        must have fallen tenfold since, with room for rounding in f: a residual that is small only beside a value that
-        ran away has not.
+        The error, the residual times the change of f(z) over that of f(z) - z in the last step, must be below a tenth
+        of the size of the value or of the start. If the value has ``grown`` tenfold, the residual must have fallen
+        tenfold since, with room for rounding in f: one that is small only beside a value that ran away has not.
         """
         samples = self._samples
         # Where squares lose digits to underflow, norms tell nothing.
         tenfold = torch.add(10 * underflow(news.rounded), news.rounded, alpha=10)
         near = tenfold * secant.df < torch.maximum(news.scale, samples.start_size) * secant.dg
-        if self._entries is not self.latest:
-            # The entries that were looked at may have been solved long ago, while others still changed.
+        if self._entries is not self.latest:  # those may have been solved long before the others
             near = near | (secant.dg == 0) & self._is_fixed()
         if self._slack is not None:
             near = near & (secant.dz <= self._slack * secant.dg)
