@@ -215,7 +215,7 @@ def unsolved(model: Any, inputs: tuple[Tensor, ...], tolerance: float, batch_dim
     fz = model.map_of_zoo(z, *inputs)
     flat = [torch.cat([leaf.flatten(batch_dims).double() for leaf in tree_leaves(state)], dim=-1) for state in (z, fz)]
     residual = (flat[1] - flat[0]).norm(dim=-1) / flat[1].norm(dim=-1)
-    return (residual > 2 * tolerance).double().mean().item()
+    return float((residual > 2 * tolerance).double().mean())
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from solvers import _rules
+from solvers._measure import Measure
 from solvers._samples import News, Samples
 from solvers._secant import Secant, some_entries, stride_of
 from solvers._solution import ACTIVE
-from solvers._stopping import Measure, Stopping
+from solvers._stopping import Stopping
 from solvers.methods.solver import State
 
 

@@ -6,10 +6,11 @@ import math
 import torch
 from torch import Tensor
 
+from solvers._measure import Measure
 from solvers._rules import TINY
 from solvers._samples import count_true
 from solvers._secant import Secant, some_entries
-from solvers._stopping import Measure, Stopping
+from solvers._stopping import Stopping
 from solvers.methods.dense_jacobian import with_jacobian
 from solvers.methods.descent import SUFFICIENT
 from solvers.methods.jacobian_product import Way

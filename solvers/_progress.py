@@ -8,11 +8,12 @@ from torch import Tensor
 
 from solvers import _rules
 from solvers._fixed_steps import Outcome
+from solvers._measure import Measure
 from solvers._rules import FLOOR_PATIENCE
 from solvers._samples import News, Samples, Tests, Verdict, count_true
 from solvers._secant import Secant, some_entries
 from solvers._solution import ACTIVE, Status
-from solvers._stopping import Measure, Stopping
+from solvers._stopping import Stopping
 from solvers.methods.solver import State
 from solvers.problem import relative, with_tensors
 from solvers.problem.norms import FLOOR

@@ -9,10 +9,10 @@ import math
 import torch
 from torch import Tensor
 
+from solvers._measure import Measure
 from solvers._samples import News, Samples
 from solvers._secant import Secant
 from solvers._solution import ACTIVE, Status
-from solvers._stopping import Measure
 from solvers.methods.solver import State
 from solvers.problem.norms import FLOOR, underflow
 

@@ -7,8 +7,8 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from solvers._measure import Measure
 from solvers._solution import ACTIVE
-from solvers._stopping import Measure
 from solvers.methods.solver import State
 from solvers.problem import relative
 from solvers.problem.norms import FLOOR, underflow

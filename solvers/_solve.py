@@ -13,10 +13,11 @@ from solvers._branch_free import Limits
 from solvers._failure import report_failure
 from solvers._fixed_steps import FixedSteps
 from solvers._graph import Plan, complete, on_host, take_back
+from solvers._measure import Measure
 from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
-from solvers._stopping import NOT_GIVEN, Measure, NotGiven, Stopping, StopRule, Tolerance, stop_rule
+from solvers._stopping import NOT_GIVEN, NotGiven, Stopping, StopRule, Tolerance, stop_rule
 from solvers.methods.newton import Newton, NewtonState, newton_step
 from solvers.methods.newton_krylov import FEW_UNKNOWNS
 from solvers.methods.root_map import RootMap

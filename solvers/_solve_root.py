@@ -11,10 +11,11 @@ from torch import Tensor
 
 from solvers._failure import report_failure
 from solvers._full_steps import FullSteps, Reached
+from solvers._measure import Measure
 from solvers._registry import get_solver
 from solvers._solution import Solution, Status
 from solvers._solve import Iteration, advice_on
-from solvers._stopping import Measure, Stopping, StopRule
+from solvers._stopping import Stopping, StopRule
 from solvers.methods.newton import Newton
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import Solver

@@ -51,6 +51,7 @@ LEVELS: dict[str, list[set[str]]] = {
     "solvers": [
         {"problem"},
         {"_solution", "_stopping"},
+        {"_measure"},
         {"_failure"},
         {"linear"},
         {"methods"},
