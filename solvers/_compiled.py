@@ -32,7 +32,8 @@ MOST_KEPT = 256
 FIRST_ROOM = 8
 
 # A state with more elements runs step by step on the CPU. A compiled loop saves what every operation costs beside its
-# arithmetic, and carries more copies of the state through memory; measured by benchmarks/compiled.py --rows.
+# arithmetic, and carries more copies of the state through memory: by benchmarks/compiled.py --rows, Picard is 1.6 times
+# as fast with 64 x 256 elements and 0.7 times with 2048 x 256. The limit lies between these.
 MOST_ELEMENTS = 2**17
 
 # What could not be compiled; it is not tried again.
