@@ -111,6 +111,8 @@ def is_refused(solver: Solver, stopping: StopRule, fz: Tensor, *, confirmed: boo
             f"{solver!r} has no form whose tensors keep their shapes. Picard, Anderson, and Broyden without a limited "
             "memory or a line search have one."
         )
+    elif confirmed:
+        why = "roots of so few unknowns are confirmed by Newton's step, whose matrix is not part of the graph."
     elif recorded(fz) and not torch.compiler.is_exporting():
         why = (
             "gradients are recorded through its steps. Call it under torch.no_grad(), or use implicit.fixed_point with "
