@@ -114,7 +114,7 @@ def advance(plan: Plan, course: Course) -> Course:
     """The solve when all samples have stopped or something rare has to be done."""
     limits = plan.limits
     # No two inputs of a loop may be the same memory, and none may be written to that others hold.
-    course = with_tensors(course, _copied)
+    course = _copies(course)
     carry = _Carry(course, course.state.blocks if plan.in_place else ())
 
     def goes_on(*values: Tensor) -> Tensor:
@@ -126,8 +126,8 @@ def advance(plan: Plan, course: Course) -> Course:
     def step(*values: Tensor) -> tuple[Tensor, ...]:
         now = carry.course(values)
         if not plan.in_place:
-            now.state = with_tensors(now.state, _copied)
-        return carry.tensors(with_tensors(_stepped(plan, now), _copied))
+            now = _copies(now)
+        return carry.tensors(_copies(_stepped(plan, now)))
 
     with plan.f.context() if isinstance(plan.f, Traced) else contextlib.nullcontext():
         return carry.course(torch.while_loop(goes_on, step, carry.tensors(course)))
@@ -135,16 +135,16 @@ def advance(plan: Plan, course: Course) -> Course:
 
 def complete(plan: Plan, fz0: Tensor) -> Course:
     """The whole solve from its first step, whose image is ``fz0`` (B, D), in a graph that has no host beside it."""
-    course = with_tensors(begin(plan, fz0), _copied)
+    course = _copies(begin(plan, fz0))
     carry = _Carry(course, ())
 
     def goes_on(*values: Tensor) -> Tensor:
         return carry.course(values).goes_on(plan.limits.max_steps)
 
     def go_on(*values: Tensor) -> tuple[Tensor, ...]:
-        now = with_tensors(carry.course(values), _copied)
+        now = _copies(carry.course(values))
         now = recovered(plan, now, held_map(plan, now.samples), torch.while_loop)
-        return carry.tensors(with_tensors(advance(plan, now), _copied))
+        return carry.tensors(_copies(advance(plan, now)))
 
     return carry.course(torch.while_loop(goes_on, go_on, carry.tensors(course)))
 
@@ -254,5 +254,13 @@ def _tensors_of(course: Course) -> list[Tensor]:
     return tensors
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.preserve_format)
+def _copies(course: Course) -> Course:
+    """The solve with copies of its tensors, which lie in memory as a loop expects them in every turn."""
+    blocks = course.state.blocks
+
+    def copied(tensor: Tensor) -> Tensor:
+        if any(tensor is block for block in blocks):  # all samples' vectors in one slot lie together
+            return tensor.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+        return tensor.clone(memory_format=torch.preserve_format)
+
+    return with_tensors(course, copied)
