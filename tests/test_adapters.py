@@ -335,8 +335,9 @@ def test_too_many_rows_for_scipy():
 @pytest.mark.parametrize("name", ["scipy:krylov", "torchdeq:anderson"])
 def test_on_a_stream_of_its_own(name):
     solver, problem = made(name), RowContractions.make()
-    here = solve(problem, problem.start, solver, max_steps=200)
+    options = {"rtol": 1e-9, "max_steps": 200, "on_failure": "raise"}
+    here = solve(problem, problem.start, solver, **options)
     with torch.cuda.stream(torch.cuda.Stream()):
         there = RowContractions(problem.rate.cuda(), problem.growth.cuda(), problem.shift.cuda())
-        solution = solve(there, there.start, solver, max_steps=200)
+        solution = solve(there, there.start, solver, **options)
         assert torch.allclose(solution.value.cpu(), here.value, rtol=1e-6)

@@ -246,12 +246,12 @@ def test_checked_maps():
 @pytest.mark.gpu
 def test_on_the_gpu():
     x = torch.randn(64, 6, device="cuda")
+    index = torch.randint(6, (1000,), device="cuda")
+    values = torch.randn(1000, device="cuda")
     random_state = torch.cuda.get_rng_state()
     for inner in (nn.Dropout(0.1), nn.BatchNorm1d(6)):
         with pytest.raises(ValueError, match=rf"Cell.block.1 \({type(inner).__name__}\)"):
             check_map(Cell(inner).cuda(), torch.zeros_like(x), x)
-    index = torch.randint(6, (1000,), device="cuda")
-    values = torch.randn(1000, device="cuda")
     # Its sums differ by rounding from call to call.
     scattered = lambda z: z + torch.zeros_like(z).index_add_(1, index, values.expand(64, 1000)) * z  # noqa: E731
     for f in (Cell(nn.GELU()).cuda(), Cell(spectral_norm(nn.Linear(6, 6))).cuda(), lambda z, x: scattered(z) + x):

@@ -30,6 +30,7 @@ _PAPER: dict[str, Any] = {
     "remode": "pixel",
     "smoothing": 0.1,
     "amp": True,
+    "channels_last": True,
 }
 
 # For small images and minutes on a processor.

@@ -244,13 +244,12 @@ def _row(solution: Solution[Any]) -> Tensor:
     steps = solution.num_steps.flatten().float()
     residual = solution.residual
     if residual is None:
-        worst = steps.new_tensor(math.nan)
+        worst = steps.new_full((), math.nan)  # filled on the device; a number would be copied there
     else:
         worst = residual.detach().flatten().float().nan_to_num(nan=math.inf)
         worst = worst.amax() if worst.numel() else steps.new_zeros(())
     failed = ((solution.status != Status.CONVERGED) & (solution.status != Status.UNTESTED)).sum().float()
     most = steps.amax() if steps.numel() else steps.new_zeros(())
-    # full_like fills on the device; a tensor of Python numbers would be copied there.
     count, calls = (torch.full_like(failed, float(n)) for n in (steps.numel(), solution.num_evals))
     return torch.stack((count, failed, steps.sum(), most, worst, calls))
 

@@ -26,8 +26,12 @@ def solve_positive_definite(matrix: Tensor, rhs: Tensor) -> Tensor:
     n = matrix.shape[1]
     if torch.compiler.is_compiling() and n <= MOST_UNROLLED:
         return _eliminated(matrix, rhs)
-    # cholesky_ex does not check its result, which would wait for the device.
-    return torch.cholesky_solve(rhs, torch.linalg.cholesky_ex(matrix)[0])
+    factor: Tensor = torch.linalg.cholesky_ex(matrix)[0]  # does not check its result, which would wait for the device
+    if not matrix.is_cuda:
+        return torch.cholesky_solve(rhs, factor)
+    # What torch.cholesky_solve calls for batches waits for the device, and so no CUDA graph can hold it.
+    halfway = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, halfway, upper=True)
 
 
 def _eliminated(matrix: Tensor, rhs: Tensor) -> Tensor:
