@@ -79,6 +79,7 @@ def test_fixed_steps_are_one_graph_forward_and_backward(solver, backward):
         assert torch.allclose(fast(x), layer(x), atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "backward", [pytest.param("unrolled", marks=pytest.mark.long), SERIES], ids=["unrolled", "implicit"]
 )
@@ -231,6 +232,7 @@ def test_second_derivatives_are_refused_and_not_wrong():
             _second_derivative(fast, x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backward", ["unrolled", pytest.param("implicit", marks=pytest.mark.long)])
 def test_transforms_inside_what_is_compiled(backward):
     def solved(w):

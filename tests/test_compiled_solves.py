@@ -96,19 +96,26 @@ STOPPINGS = {
 }
 
 
+CASES = {
+    **{(name, "tight"): logarithm for name in SOLVERS},
+    **{(name, "now and then"): affine for name in SOLVERS},
+    ("picard", "loose"): affine,
+    ("anderson", "loose"): logarithm,
+}
+
+
 @pytest.mark.parametrize(
     ("name", "stopping"),
     [
         pytest.param(
-            name, stopping, marks=() if name in ("picard", "anderson") and stopping != "loose" else pytest.mark.long
+            *case, marks=() if case in {("anderson", "tight"), ("picard", "now and then")} else pytest.mark.long
         )
-        for name in SOLVERS
-        for stopping in STOPPINGS
+        for case in CASES
     ],
 )
-@pytest.mark.parametrize("f", [affine, logarithm], ids=lambda f: f.__name__)
-def test_samples_end_alike(name, stopping, f, double):
+def test_samples_end_alike(name, stopping, double):
     """Mixtures of samples that converge, diverge, stagnate, are taken back and are not finite."""
+    f = CASES[name, stopping]
     rate = torch.tensor(RATES).unsqueeze(1)
     shift = torch.randn(len(RATES), 6)
     problem = f, torch.full_like(shift, 0.3), SOLVERS[name]
@@ -121,6 +128,7 @@ def test_samples_end_alike(name, stopping, f, double):
     assert not _compiled._refused
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["picard", "anderson", pytest.param("broyden", marks=pytest.mark.long)])
 @settings(max_examples=8)
 @given(data=st.data())
@@ -154,12 +162,14 @@ def test_single_precision_ends_within_two_steps(name):
     assert_equal(eager, compiled, steps_apart=2)
 
 
+@pytest.mark.long
 def test_more_entries_than_the_secant_takes(double):
     rate = torch.linspace(-0.9, 0.9, 4).unsqueeze(1)
     eager, compiled = both(sine, torch.zeros(4, 300), Anderson(), args=(rate, torch.randn(4, 300)), rtol=1e-8)
     assert_equal(eager, compiled)
 
 
+@pytest.mark.long
 def test_pytrees_batch_dims_and_tolerances_of_leaves(double):
     def f(z, x):
         return {"a": 0.5 * torch.tanh(z["b"]) + x, "b": 0.4 * z["a"].cos()}
@@ -176,6 +186,7 @@ def test_pytrees_batch_dims_and_tolerances_of_leaves(double):
     assert not _compiled._refused
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "dtype",
     [
@@ -214,6 +225,7 @@ class TanhMap(nn.Module):
         return torch.tanh(self.linear(z) + x)
 
 
+@pytest.mark.long
 def test_new_data_modules_tolerances_and_limits_do_not_compile_again():
     def call(size, rtol, max_steps):
         layer = FixedPointLayer(TanhMap(), compile=True, on_failure="ignore")
@@ -233,6 +245,7 @@ def test_new_data_modules_tolerances_and_limits_do_not_compile_again():
     assert not _compiled._refused
 
 
+@pytest.mark.long
 def test_a_number_in_a_closure_is_not_taken_for_another():
     for number in (1.0, 2.0, -3.0):
         solution = solve(lambda z, number=number: 0.5 * z + number, torch.zeros(2, 3), rtol=1e-6, compile=True)
@@ -242,6 +255,7 @@ def test_a_number_in_a_closure_is_not_taken_for_another():
 NUMBER = 1.0
 
 
+@pytest.mark.long
 def test_a_number_in_a_module_is_not_taken_for_another(monkeypatch):
     for number in (1.0, 2.0, -3.0):
         monkeypatch.setitem(globals(), "NUMBER", number)
@@ -285,6 +299,7 @@ def test_every_order_of_derivative(double):
     torch.testing.assert_close(first, second)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", [pytest.param("anderson", marks=pytest.mark.long), "broyden"])
 def test_roots(solver, double):
     x = (torch.tensor([[2.0], [3.0], [-5.0]]) * torch.linspace(1, 2, 40)).requires_grad_()

@@ -96,6 +96,7 @@ def test_text_is_long_and_without_repetitions() -> None:
     assert orders[0] > orders[1] > orders[2]
 
 
+@pytest.mark.long
 def test_transformer_learns_and_is_solved() -> None:
     zoo, model, text, num_characters = small_transformer()
     training, test = text[:-40_000], text[-40_000:][:3000]
@@ -144,6 +145,7 @@ def test_transformer_beats_the_frequencies_of_pairs(
 # The multiscale classifier.
 
 
+@pytest.mark.long
 def test_mdeq_learns_and_is_healthy() -> None:
     zoo = load("mdeq")
     train_images, test_images, train_labels, test_labels = zoo.load_split()
@@ -339,6 +341,7 @@ def test_blur_is_a_symmetric_contraction() -> None:
     assert torch.linalg.matrix_norm(matrix, 2) <= 1
 
 
+@pytest.mark.long
 def test_deblurring_restores_images(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
