@@ -116,8 +116,7 @@ class Cause(enum.Enum):
     )
     UNSUITED_SOLVER = (
         "unsuited solver",
-        "There is a regular root, which another solver finds from the same start, and the steps of this one do not lead "
-        "to it.",
+        "There is a regular root, and another solver or start leads to it; the steps of this solver do not.",
     )
     UNKNOWN = (
         "unknown",

@@ -201,9 +201,7 @@ def audit_gradients(
     if any(exactly.fixed) and not all(exactly.fixed):
         what = f"{solved}, and of the steps in layers with a fixed number of them"
     groups = tuple(exact)
-    return GradientAudit(
-        audits, {name: _groups_of(names.seen[name], groups, model) for name in names.in_order()}, what
-    )
+    return GradientAudit(audits, {name: _groups_of(names.seen[name], groups, model) for name in names.in_order()}, what)
 
 
 class _Exactly:

@@ -38,7 +38,7 @@ class Proposal:
         num_converged: The number of samples that converged.
         num_samples: The number of samples.
         worst_steps: The largest number of steps that a sample took.
-        num_evals: The number of calls of the map.
+        num_evals: The number of calls of the map, or of F.
     """
 
     setting: str
@@ -50,7 +50,7 @@ class Proposal:
     def __str__(self) -> str:
         return (
             f"{self.setting}: {self.num_converged} of {self.num_samples} samples converge, in at most "
-            f"{self.worst_steps} steps and {self.num_evals} calls of the map"
+            f"{self.worst_steps} steps and {self.num_evals} calls"
         )
 
 

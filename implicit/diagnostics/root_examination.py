@@ -16,8 +16,9 @@ from solvers.problem import relative, rms_norm
 
 # The most unknowns of a sample whose Jacobian is formed.
 MOST_UNKNOWNS = 64
-# How far away the Jacobian is compared with that at the root: relative to the state, and to Newton's step.
-NEARBY, STEPS_AWAY = 1e-3, 100
+# How far away the Jacobian is compared with that at the root: at least and, by rounding, at most so much of the state;
+# and so many times Newton's step or rounding.
+NEARBY, NOT_NEARBY, AWAY = 1e-3, 0.1, 300
 # A Jacobian is singular at a root if its smallest singular value is at most this part of that nearby.
 SINGULAR = 0.05
 # A minimum of |F|: no step of so much of the state reduces |F| by so much.
@@ -47,7 +48,8 @@ class RootExamination(Examination):
             residual = self._replay.flat(z)
             if jacobian is None:
                 return z - factor.unsqueeze(1) * residual
-            return z - (inverse @ residual.unsqueeze(2)).squeeze(2)
+            step: Tensor = (inverse @ residual.unsqueeze(2)).squeeze(2)
+            return z - step
 
         return newton
 
@@ -72,10 +74,9 @@ class RootExamination(Examination):
             astray |= self._status == Status.NONFINITE
             self._add(Cause.DOMAIN_LEFT, astray & found, f"{steps} lead to NaN or infinity; those of others do not.")
             self._find_singular(point, self._left & found)
-            self._find_minima(found)
+            least = self._find_minima(found)
             self._find_why_not_found(point, found, steps)
-            least = largest(rms_norm(replay.flat(point)).cpu()[self._left]) if bool(self._left.any()) else math.nan
-            self._add(Cause.UNKNOWN, self._left, f"The smallest |F| is {least:.1e}.")
+            self._add(Cause.UNKNOWN, self._left, f"The smallest |F| is {largest(least[self._left]):.1e}.")
         elif any(finding.cause is Cause.NOT_FINITE for finding in self.findings):
             trials.search_starts()
         self._measure(point)
@@ -89,14 +90,15 @@ class RootExamination(Examination):
         nearby = torch.zeros_like(least)
         size = rms_norm(point)
         step = rms_norm(self._map_at(point)(point) - point)
-        distance = torch.maximum(NEARBY * size, STEPS_AWAY * step)
+        rounding = (AWAY * self.floor).clamp(NEARBY, NOT_NEARBY).to(size) * size
+        distance = torch.maximum(rounding, AWAY * step)
         for _ in range(3):
             way = self._noise(point)
             way = way * relative(distance, rms_norm(way)).unsqueeze(1)
             sides = [self._jacobian(point + side * way) for side in (-1, 1)]
             pair = [_least_singular(side) for side in sides if side is not None]
             nearby = torch.maximum(nearby, torch.minimum(*pair).nan_to_num(0.0))
-        multiple = (least <= SINGULAR * nearby).cpu() & rows
+        multiple = ((nearby > 0) & (least <= SINGULAR * nearby)).cpu() & rows
         smaller = largest(relative(least, nearby).cpu()[multiple])
         self._add(
             Cause.SINGULAR_JACOBIAN,
@@ -117,8 +119,8 @@ class RootExamination(Examination):
         noise = torch.randn(point.shape, generator=self._generator, dtype=point.dtype)
         return noise.to(point.device)
 
-    def _find_minima(self, found: Tensor) -> None:
-        """Find the samples whose solves end where no small step reduces |F|, or run away."""
+    def _find_minima(self, found: Tensor) -> Tensor:
+        """Find the samples whose solves end at a minimum of |F|, or run away; return the least |F|, (B,)."""
         replay, trials = self._replay, self._trials
         begin = rms_norm(replay.flat(replay.start))
         own = self._lowest([self._solution])
@@ -139,13 +141,16 @@ class RootExamination(Examination):
             f"{tried} |F| is at least {worst:.1e} times that at the start, and no step of {REACH:.0%} of the state "
             "reduces it there.",
         )
-        growth = relative(rms_norm(best), torch.maximum(rms_norm(own), rms_norm(replay.start))).cpu()
-        rows = self._left & ~found & (growth >= RUN_AWAY)
+        sizes = [rms_norm(replay.flat(factor * best)) for factor in (1, 2, 4)]
+        away = (sizes[2] < sizes[1]) & (sizes[1] < sizes[0]) & (rms_norm(best) >= RUN_AWAY * rms_norm(replay.start))
+        rows = self._left & ~found & away.cpu()
         self._add(
             Cause.NO_ROOT,
             rows,
-            f"{tried} |F| falls only while the state grows, to {largest(growth[rows]):.0f} times its size in these.",
+            f"{tried} |F| falls to {largest(sizes[0].cpu()[rows]):.1e} while the state grows to "
+            f"{largest(rms_norm(best).cpu()[rows]):.1e}, and is smaller still at 2 and 4 times that state.",
         )
+        return sizes[0].cpu()
 
     def _lowest(self, solutions: list[Solution[Any]]) -> Tensor:
         """(B, D) of the values of solves and where they ended, those with the smallest |F|."""
@@ -176,7 +181,10 @@ class RootExamination(Examination):
             step = -(vh.mT @ (weights * target).unsqueeze(2)).squeeze(2)
             step = step * relative(reach, rms_norm(step)).clamp_max(1.0).unsqueeze(1)
             lowest = torch.fmin(lowest, rms_norm(flat(point + step)))
-        return (fine & (lowest > (1 - STATIONARY) * rms_norm(residual))).cpu()
+        size, begin = rms_norm(residual), rms_norm(flat(start))
+        nonzero = ~(size <= torch.finfo(size.dtype).eps ** 0.75 * begin)
+        minimum: Tensor = fine & nonzero & (lowest > (1 - STATIONARY) * size)
+        return minimum.cpu()
 
     def _find_why_not_found(self, point: Tensor, found: Tensor, steps: str) -> None:
         """Tell the causes apart where there is a regular root: by more steps, and by a start near the root."""
@@ -198,8 +206,8 @@ class RootExamination(Examination):
         self._add(
             Cause.START_TOO_FAR,
             far,
-            f"The start and the root are {largest(distance[far]):.1e} times the size of one of them apart; from a start "
-            f"within {REACH:.0%} of the root, {limit} steps are enough.",
+            f"The start and the root are {largest(distance[far]):.1e} times the size of one of them apart; from a "
+            f"start within {REACH:.0%} of the root, {limit} steps are enough.",
         )
         few = self._left & reaches
         count = 0 if longer is None else int(longer.solution.num_steps.flatten().cpu()[few].max()) if few.any() else 0

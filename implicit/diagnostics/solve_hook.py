@@ -87,7 +87,8 @@ class SolveNames:
         while frame is not None:
             owner = frame.f_locals.get("self")
             if isinstance(owner, nn.Module) and owner in self._modules:
-                return self._modules[owner]
+                found: str = self._modules[owner]
+                return found
             frame = frame.f_back
         return None
 
@@ -105,9 +106,9 @@ class SolveNames:
         while isinstance(f, functools.partial):
             f = f.func
         if isinstance(f, nn.Module):
-            name = self._modules.get(f)
-            return (type(f), type(f).__name__) if name is None else (name, name or type(f).__name__)
-        text = getattr(f, "__name__", type(f).__name__)
+            kind, name = type(f), self._modules.get(f)
+            return (kind, kind.__name__) if name is None else (name, name or kind.__name__)
+        text: str = getattr(f, "__name__", type(f).__name__)
         return getattr(f, "__code__", text), text
 
 
