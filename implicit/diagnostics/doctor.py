@@ -1,4 +1,4 @@
-"""The diagnosis of every implicit layer of a model."""
+"""The diagnosis of every implicit solve of a model."""
 
 import contextlib
 import dataclasses
@@ -34,20 +34,25 @@ def diagnose(
 ) -> Diagnosis:
     """Find out how every implicit layer of a model solves, and why a solve fails.
 
-    Runs ``model(*inputs)`` twice, without gradients. For each layer it reports the statuses, the steps, the residuals,
-    the leading eigenvalues of the Jacobian, the rounding in the map, the cost, and a certified contraction bound where
-    :func:`implicit.lipschitz_bound` knows the map. If a solve fails, or its result is not to be trusted, it names the
-    :class:`Cause` and proposes a setting that it has tried on the same inputs. If a layer solves more than once, the
-    worst solve is examined. Of an :class:`implicit.InvertibleResidual` whose inverse the model does not call, the
-    inverse at its own output is examined.
+    Runs ``model(*inputs)`` twice, without gradients, and a third time for solves within F of a root that need it. For
+    each layer, and each call of :func:`implicit.fixed_point` or :func:`implicit.root` in the model's methods, it
+    reports the statuses, the steps, the residuals, the leading eigenvalues of the Jacobian, the rounding in the map,
+    the cost, and a certified contraction bound where :func:`implicit.lipschitz_bound` knows the map. If a solve fails,
+    or its result is not to be trusted, it names the :class:`Cause` and proposes a setting that it has tried on the same
+    inputs. If a layer solves more than once, the worst solve is examined. Of an :class:`implicit.InvertibleResidual`
+    whose inverse the model does not call, the inverse at its own output is examined. Calls are named by the module
+    that makes them and the function that they solve, such as ``"head: root of kepler"``. Solves in other threads are
+    not seen, and compiled models run as they are written.
 
     One layer takes at most twenty solves, a check of its map (as :func:`implicit.check_map`), about 40 products with
-    its Jacobian, and the memory of as many states. The model, its buffers and gradients, and PyTorch's random number
-    generators are left as they were. The causes hold for these inputs: call it on a real batch, in the mode (training
-    or evaluation) and under the autocast that you are interested in.
+    its Jacobian, and the memory of as many states; for a root of D unknowns, D at most 64, up to 11 D products more.
+    The model, its buffers and gradients, and PyTorch's random number generators are left as they were. The causes hold
+    for these inputs: call it on a real batch, in the mode (training or evaluation) and under the autocast that you are
+    interested in.
 
     Args:
-        model: A model with implicit layers, or a layer. For a map, pass ``FixedPointLayer(f, ...)``.
+        model: A model with implicit layers or calls of ``fixed_point`` and ``root``, or a layer. For a map, pass
+            ``FixedPointLayer(f, ...)``.
         *inputs: The inputs of the model.
         known: Lipschitz constants of module types, as in :func:`implicit.lipschitz_bound`.
         seed: For the random directions of the measurements.
@@ -56,7 +61,7 @@ def diagnose(
         The :class:`Diagnosis`. ``print`` shows it, ``to_dict()`` is for JSON, ``plot()`` draws it.
 
     Raises:
-        TypeError, ValueError: The model has no implicit layer, or none that solves.
+        TypeError, ValueError: The model makes no solve that can be seen.
 
     Example:
         >>> import torch

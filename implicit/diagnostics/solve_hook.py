@@ -107,7 +107,7 @@ class SolveNames:
             f = f.func
         if isinstance(f, nn.Module):
             kind, name = type(f), self._modules.get(f)
-            return (kind, kind.__name__) if name is None else (name, name or kind.__name__)
+            return kind.__qualname__ if name is None else name, name or kind.__name__
         text: str = getattr(f, "__name__", type(f).__name__)
         return getattr(f, "__code__", text), text
 
