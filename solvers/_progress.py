@@ -90,11 +90,14 @@ class ToleranceTest:
             self._before, self._entries_before = self.latest, self._entries
         # Without what else the solver remembers.
         self.latest, self._entries, self.lost = State(state.z, state.fz), None, None
-        self._image_is_nearer = state.image_is_nearer
+        self._image_is_nearer = state.image_is_nearer is True
         with torch.no_grad():
             errors, scales = self._measure.parts(state.displacement), self._measure.parts(state.fz)
             if first:
                 self._samples = Samples.at_start(state, self._measure, scales, errors, self._stopping.max_growth)
+                if state.image_is_nearer is False:
+                    self._samples.contracts = torch.zeros_like(self._samples.contracts)
+                    self._all_contract = self._some_contract = False
             waited = step - self._all_improved_at >= self._patience
             near = self._near or waited or step == self._stopping.max_steps or self._stopping.check_every > 1
             # Whether the map contracts is asked at steps that do not depend on the batch.

@@ -173,9 +173,11 @@ class Solution(Generic[S]):
 
             norm(value - fixed point) <= q / (1 - q) * norm(f(z) - z).
 
-        Rounding in the map comes on top. The bound is certain only if q is: a bound on the map's Lipschitz constant in
-        the norm of the stopping test; in the Euclidean norm, and so in the root mean square, such as a product of
-        spectral norms and of the largest slopes of activations. Without q there is ``error_estimate``.
+        Rounding in the map comes on top, and the value must be f(z) of the iterate z whose change is known, as it is
+        for maps that contract unless a solver's state says otherwise (``State.image_is_nearer``). The bound is certain
+        only if q is: a bound on the map's Lipschitz constant in the norm of the stopping test; in the Euclidean norm,
+        and so in the root mean square, such as a product of spectral norms and of the largest slopes of activations.
+        Without q there is ``error_estimate``.
 
         Args:
             contraction: q in [0, 1), one for all samples or (B,).

@@ -1,11 +1,12 @@
 """Testing now and then, taking finished samples out of the batch, stepping by hand, and bounds of the error."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
-from solvers import Anderson, Broyden, Iteration, NewtonKrylov, Picard, Status, solve
+from solvers import Anderson, Broyden, Iteration, NewtonKrylov, Picard, Solver, State, Status, solve
 from solvers.testing import BANK
 
 SOLVERS = {"picard": Picard(), "anderson": Anderson(), "broyden": Broyden(), "limited": Broyden(memory=5)}
@@ -201,3 +202,36 @@ def test_a_copy_and_its_original_go_on_by_themselves(solver, options):
         assert torch.equal(again.value, after.value)
         assert torch.equal(again.history, after.history)
         assert torch.equal(steps(Iteration(f, z0, solver, **options), taken + 8).value, after.value)
+
+
+class ReflectedState(State):
+    """Of steps that contract where the map expands."""
+
+    @property
+    def image_is_nearer(self):
+        return False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reflected(Solver):
+    """z <- (z + f(z)) / 2, which contracts for f(z) = x - 3 z / 2."""
+
+    def init(self, f, z0):
+        return ReflectedState(z0, f(z0))
+
+    def step(self, f, state):
+        z = state.z.lerp(state.fz, 0.5)
+        return ReflectedState(z, f(z))
+
+
+def test_a_state_can_say_that_the_image_is_not_nearer(double):
+    """Then the value is the iterate, whose residual meets the tolerance, in every sample and also where f contracts."""
+    rate = torch.tensor([[-1.5], [0.5], [-2.0]])
+    f = lambda z: rate * z + 1  # noqa: E731
+    for rtol in (1e-2, 1e-6):
+        solution = solve(f, torch.zeros(3, 4), Reflected(), rtol=rtol, atol=0, on_failure="raise")
+        change = f(solution.value) - solution.value
+        assert torch.allclose(change.square().mean(dim=1).sqrt(), solution.change)
+        assert torch.allclose(
+            solution.error_estimate, (solution.value - 1 / (1 - rate)).square().mean(dim=1).sqrt(), rtol=1e-3
+        )

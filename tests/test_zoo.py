@@ -202,6 +202,21 @@ def test_splitting_converges_to_one_point_for_all_weights(size: float, double: N
     assert (values - values[0]).norm(dim=2).max() < 1e-5 * values[0].norm(dim=1).min()
 
 
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4])
+def test_values_of_splitting_meet_the_tolerance(rtol: float) -> None:
+    """Steps of splitting contract where the map expands, so that the image of a solved iterate can miss it."""
+    zoo = load("monotone_operator_network")
+    for size in (0.1, 0.5):
+        f = zoo.MonotoneMap(width=12, m=1.0)
+        randomized(f, size)
+        x = torch.randn(40, 12)
+        with torch.no_grad():
+            for solver in monotone_solvers(zoo, f):
+                z = solve(f, torch.zeros_like(x), solver, args=(x,), rtol=rtol, atol=0, max_steps=5000).value
+                image = f(z, x)
+                assert ((image - z).norm(dim=1) <= 1.001 * rtol * image.norm(dim=1)).all()
+
+
 def test_plain_iteration_of_a_monotone_network_need_not_converge(double: None) -> None:
     zoo = load("monotone_operator_network")
     f = zoo.MonotoneMap(width=12, m=1.0)

@@ -86,8 +86,16 @@ def scaled(v: Tensor, factor: float | Tensor) -> Tensor:
     return torch.where(v > 0, v, v * factor)
 
 
+class SplittingState(State):
+    """A state of operator splitting, which converges where the map itself expands."""
+
+    @property
+    def image_is_nearer(self) -> bool:
+        return False
+
+
 @dataclasses.dataclass
-class ForwardBackwardState(State):
+class ForwardBackwardState(SplittingState):
     length: Tensor  # (B,) the step a
 
 
@@ -122,7 +130,7 @@ class ForwardBackward(Solver):
 
 
 @dataclasses.dataclass
-class PeacemanRachfordState(State):
+class PeacemanRachfordState(SplittingState):
     resolvent: Callable[[Tensor], Tensor]  # x -> (I + a (I - W))^{-1} x, the same for all samples
 
 

@@ -71,7 +71,7 @@ def accuracies(experiment: Experiment, results: Sequence[ArmResults]) -> NamedFi
         spread = max(max(points) - min(points), 0.5)
         ax.set_xlim(max(min(points) - spread, 0), min(max(points) + spread, 100))
     ax.set_yticks(range(len(shown)), [f"{result.arm.name} (n={len(result.top1)})" for result in shown], fontsize=7)
-    ax.invert_yaxis()
+    ax.set_ylim(len(shown) - 0.4, -0.6)  # the first on top
     ax.set_xlabel("test top-1 (%)")
     caption = (
         "Test accuracy after the last epoch: each seed (points), their mean (diamond) and its 95% interval (line); "

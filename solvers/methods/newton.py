@@ -49,8 +49,8 @@ class NewtonState(State):
         return self.newton if self.of_root else self.residual
 
     @property
-    def image_is_nearer(self) -> bool:
-        return self.of_root
+    def image_is_nearer(self) -> bool | None:
+        return True if self.of_root else None
 
     @property
     def num_stuck(self) -> int:

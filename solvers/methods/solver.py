@@ -35,9 +35,13 @@ class State:
         return self.fz - self.z
 
     @property
-    def image_is_nearer(self) -> bool:
-        """Whether f(z) is known to be nearer to the solution than z; otherwise the steps have to show it."""
-        return False
+    def image_is_nearer(self) -> bool | None:
+        """Whether f(z) is nearer to the solution than z; None: it is if the steps bring images closer together.
+
+        Override it with False for a method that converges where the map does not contract, such as operator splitting:
+        there its steps may contract, and f(z) can miss the tolerance that z meets. The value is then z.
+        """
+        return None
 
     @property
     def blocks(self) -> tuple[Tensor, ...]:
