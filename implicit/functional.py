@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, Literal, overload
 
 import torch
@@ -20,6 +21,11 @@ from solvers import (
     stop_rule,
 )
 from solvers.problem import InDims, OnFailure, S, names_options
+
+# Takes the map, the start, its other arguments, the backward mode, the options and the owner of a solve.
+Solve = Callable[[Callable[..., Any], Any, tuple[Any, ...], Backward, SolveOptions, object], Solution[Any]]
+# What makes the solves of this thread while implicit.diagnostics looks at them; None makes them as they are.
+solve_in_force: ContextVar[Solve | None] = ContextVar("solve_in_force", default=None)
 
 
 @overload
@@ -148,9 +154,22 @@ def fixed_point(
 
 
 def solve_with_gradient(
+    f: Callable[..., Any], z0: S, args: tuple[Any, ...], mode: Backward, options: SolveOptions, owner: object = None
+) -> Solution[S]:
+    """The solution of ``z = f(z, *args)``; its value carries the gradient of a backward mode where one is recorded.
+
+    The owner is the layer whose solve this is; that of a call of a function is ``f`` itself.
+    """
+    solve = None if torch.compiler.is_compiling() else solve_in_force.get()
+    if solve is None:
+        return solve_unobserved(f, z0, args, mode, options)
+    return solve(f, z0, args, mode, options, f if owner is None else owner)
+
+
+def solve_unobserved(
     f: Callable[..., Any], z0: S, args: tuple[Any, ...], mode: Backward, options: SolveOptions
 ) -> Solution[S]:
-    """The solution of ``z = f(z, *args)``; its value carries the gradient of a backward mode where one is recorded."""
+    """The same, whatever is in force."""
     # Not while torch.compile traces, when PyTorch 2.11 says that it is exporting too.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if exporting and isinstance(options.stopping, Stopping):

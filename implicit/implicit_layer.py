@@ -107,7 +107,7 @@ class ImplicitLayer(nn.Module):
         """The solution of ``z = f(z, *inputs)`` by the layer's options, with another stopping if it is given."""
         rule = stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, default=self.stopping)
         options = self._options(rule)
-        solution = solve_with_gradient(f, z0, inputs, self.backward, options)
+        solution = solve_with_gradient(f, z0, inputs, self.backward, options, owner=self)
         if self._observer is not None:
             self._observer(solution)
         return solution

@@ -205,5 +205,5 @@ def test_unfit_arguments_are_refused():
         pass
     with pytest.raises(ValueError, match="every must be a positive integer, got 0"), monitor_solves(model(), every=0):
         pass
-    with pytest.raises(ValueError, match="no implicit layer"), monitor_solves(nn.Linear(2, 2)):
+    with pytest.raises(TypeError, match="must be a torch.nn.Module"), monitor_solves(torch.cos):
         pass

@@ -22,17 +22,17 @@ class Cause(enum.Enum):
 
     MAP_CHANGES = (
         "the map changes",
-        "The map is not the same in every call, so there is no equation to solve.",
+        "The map, or F, is not the same in every call, so there is no equation to solve.",
         "draw random numbers before the solve and pass them to the map (implicit.dropout_mask).",
     )
     SAMPLES_MIX = (
         "samples mix",
-        "What the map returns for one sample depends on the other samples of the batch.",
+        "What the map, or F, returns for one sample depends on the other samples of the batch.",
         "use GroupNorm or LayerNorm in the map, or batch_dims=0 for one coupled problem.",
     )
     NOT_FINITE = (
         "not finite",
-        "The map returns NaN or infinity at the start.",
+        "The map, or F, returns NaN or infinity at the start.",
         "check the inputs and the map at the start.",
     )
     SLOW_CONTRACTION = (
@@ -41,7 +41,7 @@ class Cause(enum.Enum):
     )
     TOO_FEW_STEPS = (
         "too few steps",
-        "The map contracts well, but max_steps ends the solve before the tolerance is met.",
+        "The steps lead to the solution, but max_steps ends the solve before the tolerance is met.",
     )
     EXPANSION = (
         "expansion",
@@ -75,11 +75,12 @@ class Cause(enum.Enum):
     )
     DOMAIN_LEFT = (
         "domain left",
-        "Extrapolated steps of the solver leave the region where the map is defined or contracts; plain steps stay.",
+        "Steps of the solver leave the region where the map contracts, or where it or F is defined; steps of another "
+        "solver stay.",
     )
     PRECISION_FLOOR = (
         "precision floor",
-        "Rounding inside the map, of a lower precision or of nearly equal numbers, is larger than the tolerance.",
+        "Rounding inside the map or F, of a lower precision or of nearly equal numbers, is larger than the tolerance.",
         "run the map in float32 or float64, outside of autocast.",
     )
     TOLERANCE_TOO_TIGHT = (
@@ -89,12 +90,33 @@ class Cause(enum.Enum):
     )
     TOLERANCE_TOO_LOOSE = (
         "tolerance too loose",
-        "The solve converges, but the value is far from the equilibrium: the residual is small and the error is not.",
+        "The solve converges, but the value is far from the solution: the residual is small and the error is not.",
     )
     START_TOO_FAR = (
         "start too far",
-        "The map contracts fast near the equilibrium, but the start is so far away that the steps are used up before.",
+        "Near the solution the solve converges fast, but the start is so far away that the steps are used up before.",
         "start from an earlier solution of the same sample (implicit.WarmStart).",
+    )
+    NO_ROOT = (
+        "no root",
+        "No solver finds a root from any start that was tried: |F| has a minimum that is not zero, or falls only while "
+        "the state grows without end.",
+        "check the equations and their inputs, or minimize the sum of squares if an approximate solution will do.",
+    )
+    LOCAL_MINIMUM = (
+        "local minimum",
+        "The solve ends where |F| is not zero and no small step reduces it; another solver or start finds a root.",
+        "start closer to the root.",
+    )
+    SINGULAR_JACOBIAN = (
+        "singular Jacobian",
+        "The Jacobian of F is singular at the root, or nearly so: the root is a multiple one, or one of a continuum. "
+        "Steps converge slowly, digits are lost, and the root has no derivative.",
+        "remove the common factor of the equations, or add the equation that is missing.",
+    )
+    UNSUITED_SOLVER = (
+        "unsuited solver",
+        "There is a regular root, and another solver or start leads to it; the steps of this solver do not.",
     )
     UNKNOWN = (
         "unknown",

@@ -1,4 +1,4 @@
-"""The diagnosis of every implicit layer of a model."""
+"""The diagnosis of every implicit solve of a model."""
 
 import contextlib
 import dataclasses
@@ -13,16 +13,18 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from implicit.autograd.constant_weights import constant_weights
 from implicit.autograd.torch_internals import transform_active
+from implicit.backward import Backward, SolveOptions
 from implicit.diagnostics.diagnosis import Diagnosis
-from implicit.diagnostics.examination import Examination
 from implicit.diagnostics.layer_report import LayerReport, count_statuses
+from implicit.diagnostics.map_examination import MapExamination
 from implicit.diagnostics.observed_map import restored
 from implicit.diagnostics.replay import Replay
-from implicit.diagnostics.solve_hook import around_solves, implicit_layers, place_of
+from implicit.diagnostics.root_examination import RootExamination
+from implicit.diagnostics.solve_hook import Around, MakeSolve, SolveNames, around_solves
 from implicit.implicit_layer import ImplicitLayer
 from implicit.invertible_residual import InvertibleResidual
 from implicit.spectral.lipschitz import Constant, lipschitz_bound
-from solvers import Solution, stop_rule
+from solvers import Solution
 from solvers.problem import Layout
 from solvers.testing import PeakMemory
 
@@ -32,20 +34,25 @@ def diagnose(
 ) -> Diagnosis:
     """Find out how every implicit layer of a model solves, and why a solve fails.
 
-    Runs ``model(*inputs)`` twice, without gradients. For each layer it reports the statuses, the steps, the residuals,
-    the leading eigenvalues of the Jacobian, the rounding in the map, the cost, and a certified contraction bound where
-    :func:`implicit.lipschitz_bound` knows the map. If a solve fails, or its result is not to be trusted, it names the
-    :class:`Cause` and proposes a setting that it has tried on the same inputs. If a layer solves more than once, the
-    worst solve is examined. Of an :class:`implicit.InvertibleResidual` whose inverse the model does not call, the
-    inverse at its own output is examined.
+    Runs ``model(*inputs)`` twice, without gradients, and a third time for solves within F of a root that need it. For
+    each layer, and each call of :func:`implicit.fixed_point` or :func:`implicit.root` in the model's methods, it
+    reports the statuses, the steps, the residuals, the leading eigenvalues of the Jacobian, the rounding in the map,
+    the cost, and a certified contraction bound where :func:`implicit.lipschitz_bound` knows the map. If a solve fails,
+    or its result is not to be trusted, it names the :class:`Cause` and proposes a setting that it has tried on the same
+    inputs. If a layer solves more than once, the worst solve is examined. Of an :class:`implicit.InvertibleResidual`
+    whose inverse the model does not call, the inverse at its own output is examined. Calls are named by the module
+    that makes them and the function that they solve, such as ``"head: root of kepler"``. Solves in other threads are
+    not seen, and compiled models run as they are written.
 
     One layer takes at most twenty solves, a check of its map (as :func:`implicit.check_map`), about 40 products with
-    its Jacobian, and the memory of as many states. The model, its buffers and gradients, and PyTorch's random number
-    generators are left as they were. The causes hold for these inputs: call it on a real batch, in the mode (training
-    or evaluation) and under the autocast that you are interested in.
+    its Jacobian, and the memory of as many states; for a root of D unknowns, D at most 64, up to 11 D products more.
+    The model, its buffers and gradients, and PyTorch's random number generators are left as they were. The causes hold
+    for these inputs: call it on a real batch, in the mode (training or evaluation) and under the autocast that you are
+    interested in.
 
     Args:
-        model: A model with implicit layers, or a layer. For a map, pass ``FixedPointLayer(f, ...)``.
+        model: A model with implicit layers or calls of ``fixed_point`` and ``root``, or a layer. For a map, pass
+            ``FixedPointLayer(f, ...)``.
         *inputs: The inputs of the model.
         known: Lipschitz constants of module types, as in :func:`implicit.lipschitz_bound`.
         seed: For the random directions of the measurements.
@@ -54,7 +61,7 @@ def diagnose(
         The :class:`Diagnosis`. ``print`` shows it, ``to_dict()`` is for JSON, ``plot()`` draws it.
 
     Raises:
-        TypeError, ValueError: The model has no implicit layer, or none that solves.
+        TypeError, ValueError: The model makes no solve that can be seen.
 
     Example:
         >>> import torch
@@ -66,36 +73,30 @@ def diagnose(
         >>> diagnosis.layers[""].proposal.num_converged
         2
     """
-    layers = implicit_layers(model)
+    names = SolveNames(model)
     inputs = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, inputs)
     tensors = (leaf for leaf in (*tree_leaves(inputs), *model.parameters(), *model.buffers()))
     device = next((leaf.device for leaf in tensors if isinstance(leaf, Tensor)), torch.device("cpu"))
-    survey = _Survey()
-    with torch.inference_mode(False), torch.no_grad():
-        for visit in (survey, worst := _Visit(model, known, seed)):
-            if visit is worst:
-                worst.chosen = survey.worst()
-            with restored([model], device), _quiet(layers), _inverting(layers), around_solves(layers, visit):
-                model(*inputs)
-    if not worst.examined:
-        raise ValueError(f"None of the implicit layers {list(layers)} made a solve in this call of the model.")
+    survey, visit = _Survey(), _Visit(names, known, seed)
+
+    def run(around: Around) -> None:
+        with restored([model], device), _inverting(names.layers), around_solves(names, around):
+            model(*inputs)
+
+    with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        run(survey)
+        visit.examine(survey.worst())
+        run(visit)
+        if missing := survey.of.keys() - visit.examined.keys():  # solves within the solves of a root
+            visit.examine(dict.fromkeys(missing, 0))
+            run(visit)
+    names.require_solves()
     reports = {
-        name: dataclasses.replace(worst.examined[name], **survey.totals(name)) for name in layers if name in survey.of
+        name: dataclasses.replace(visit.examined[name], **survey.totals(name))
+        for name in names.in_order()
+        if name in visit.examined
     }
-    return Diagnosis(reports, tuple(name for name in layers if name not in reports))
-
-
-@contextlib.contextmanager
-def _quiet(layers: dict[str, ImplicitLayer]) -> Iterator[None]:
-    """Within the context, failures are not reported, and solutions have a history."""
-    before = {name: (layer.on_failure, layer._observer) for name, layer in layers.items()}
-    for layer in layers.values():
-        layer.on_failure, layer._observer = "ignore", lambda _: None
-    try:
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.on_failure, layer._observer = before[name]
+    return Diagnosis(reports, tuple(name for name in names.layers if name not in reports))
 
 
 @contextlib.contextmanager
@@ -127,23 +128,27 @@ class _Solved:
 
 
 class _Survey:
-    """Counts the solves of each layer, in the first call of the model."""
+    """Counts the solves by their names, in the first call of the model."""
 
     def __init__(self) -> None:
         self.of: dict[str, list[_Solved]] = {}
 
     def __call__(
         self,
-        solve: Callable[..., Solution[Any]],
+        solve: MakeSolve,
         name: str,
-        layer: ImplicitLayer,
         f: Callable[..., Any],
         z0: Any,
-        inputs: tuple[Any, ...],
-        **options: Any,
+        args: tuple[Any, ...],
+        mode: Backward,
+        options: SolveOptions,
     ) -> Solution[Any]:
+        # Residuals are those of the examination; roots that full Newton steps reach are found faster without them.
+        options = _quiet(options, history=not options.root)
+        if transform_active():  # a solve within a map that is being differentiated
+            return solve(f, z0, args, mode, options)
         begin = _now(z0)
-        solution = solve(f, z0, inputs, **options)
+        solution = solve(f, z0, args, mode, options)
         seconds = _now(z0) - begin
         status, steps = solution.status.flatten().cpu(), solution.num_steps.flatten().cpu()
         badness = (int(solution.failed.sum()), int(steps.sum()))
@@ -176,72 +181,82 @@ def _now(z0: Any) -> float:
     return time.perf_counter()
 
 
-class _Visit:
-    """Examines the chosen solve of each layer where it is made, in the second call of the model."""
+def _quiet(options: SolveOptions, *, history: bool) -> SolveOptions:
+    return dataclasses.replace(options, on_failure="ignore", history=history, compile=False)
 
-    def __init__(self, model: nn.Module, known: Mapping[type[nn.Module], Constant], seed: int) -> None:
-        self._model = model
+
+class _Visit:
+    """Examines the worst solve of each name where it is made, in the second call of the model."""
+
+    def __init__(self, names: SolveNames, known: Mapping[type[nn.Module], Constant], seed: int) -> None:
+        self._names = names
         self._known = known
         self._seed = seed
         self._made: dict[str, int] = {}
         self._busy = False
-        self.chosen: dict[str, int] = {}
+        self._chosen: dict[str, int] = {}
         self.examined: dict[str, LayerReport] = {}
+
+    def examine(self, chosen: dict[str, int]) -> None:
+        """Choose the number of the solve of each name that is examined in the next call of the model."""
+        self._chosen, self._made = chosen, {}
 
     def __call__(
         self,
-        solve: Callable[..., Solution[Any]],
+        solve: MakeSolve,
         name: str,
-        layer: ImplicitLayer,
         f: Callable[..., Any],
         z0: Any,
-        inputs: tuple[Any, ...],
-        **options: Any,
+        args: tuple[Any, ...],
+        mode: Backward,
+        options: SolveOptions,
     ) -> Solution[Any]:
+        options = _quiet(options, history=True)
         number = self._made.get(name, 0)
-        # Layers within the map of a layer that is being examined solve as usual.
-        if self._busy or number != self.chosen.get(name):
-            self._made[name] = number + (not self._busy)
-            return solve(f, z0, inputs, **options)
-        self._made[name] = number + 1
-        layout = Layout(z0, layer.batch_dims)
+        counts = not (self._busy or transform_active())
+        self._made[name] = number + counts
+        # Solves within a map that is being examined are made as usual.
+        if not counts or number != self._chosen.get(name):
+            return solve(f, z0, args, mode, options)
+        layout = Layout(z0, options.batch_dims)
         lost = torch.zeros(layout.batch_size, dtype=torch.bool, device=layout.device)
+        whole = not options.compact and options.chunk_size is None
 
         def observed(z: Any, *args: Any) -> Any:
             fz = f(z, *args)
             # A product with the Jacobian calls the map under a transform, which allows no change of other tensors.
-            if not (layer.compact or transform_active()):
-                lost.logical_or_(~layout.pack(fz).isfinite().all(dim=1))
+            if whole and not transform_active():
+                values = layout.pack(fz)
+                if len(values) == len(lost):
+                    lost.logical_or_(~values.isfinite().all(dim=1))
             return fz
 
         with constant_weights():
-            solution = solve(observed, z0, inputs, **options)
+            solution = solve(observed, z0, args, mode, options)
             self._busy = True
             try:
-                replay = Replay(layer, f, z0, inputs, stop_rule(**_given(options), default=layer.stopping), 2)
+                of_layer = name in self._names.layers
+                replay = Replay(f, z0, args, mode, options, "init" if of_layer else "z0", num_solves=2)
                 with replay.restored():
-                    self.examined[name] = self._report(name, replay, solution, lost, solve, options)
+                    self.examined[name] = self._report(name, replay, solution, lost, solve)
             finally:
                 self._busy = False
         return solution
 
     def _report(
-        self,
-        name: str,
-        replay: Replay,
-        solution: Solution[Any],
-        lost: Tensor,
-        solve: Callable[..., Solution[Any]],
-        options: dict[str, Any],
+        self, name: str, replay: Replay, solution: Solution[Any], lost: Tensor, solve: MakeSolve
     ) -> LayerReport:
-        saved = _bytes_saved(replay, solve, options)
-        exam = Examination(replay, solution, lost, self._seed)
+        options = replay.options
+        saved = _bytes_saved(replay, solve)
+        examination = RootExamination if options.root else MapExamination
+        exam = examination(replay, solution, lost, self._seed)
         history = torch.empty(0, replay.layout.batch_size)
         if solution.history is not None:
             history = solution.history.reshape(len(solution.history), -1).cpu().double()
         return LayerReport(
-            name=place_of(name, self._model),
-            settings=f"solver={replay.layer.solver!r}, stopping={replay.stopping!r}",
+            name=self._names.place_of(name),
+            settings=f"solver={options.solver!r}, stopping={options.stopping!r}",
+            root=options.root,
             statuses={},
             num_steps=solution.num_steps.flatten().cpu(),
             history=history,
@@ -249,7 +264,7 @@ class _Visit:
             eigenvalues=exam.spectrum.eigenvalues,
             eigenvalue_error=exam.spectrum.residual,
             transient_growth=exam.spectrum.growth,
-            lipschitz=self._lipschitz(replay.f),
+            lipschitz=None if options.root else self._lipschitz(replay.f),
             precision_floor=exam.floor,
             num_solves_of_model=1,
             num_evals=solution.num_evals,
@@ -271,10 +286,6 @@ class _Visit:
             return None
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in ("stopping", "rtol", "atol", "max_steps")}
-
-
 def _rate(history: Tensor, num_steps: Tensor) -> Tensor:
     """(steps, B) -> (B,) the factor per step, on average up to the step at which each sample stopped."""
     if len(history) < 2:
@@ -284,13 +295,13 @@ def _rate(history: Tensor, num_steps: Tensor) -> Tensor:
     return (least / history[0]) ** (1 / steps)
 
 
-def _bytes_saved(replay: Replay, solve: Callable[..., Solution[Any]], options: dict[str, Any]) -> int | None:
+def _bytes_saved(replay: Replay, solve: MakeSolve) -> int | None:
     """The bytes that a solve with gradients creates and keeps, without its value; None where it does not run."""
     replay.num_solves += 1
     inputs = tree_map_only(Tensor, lambda x: x.requires_grad_() if x.is_floating_point() else x, replay.inputs)
     try:
         with replay.restored(), torch.enable_grad(), PeakMemory() as memory:
-            value = solve(replay.f, replay.z0, inputs, **options).value
+            value = solve(replay.f, replay.z0, inputs, replay.backward, replay.options).value
             kept = memory.held
         return int(max(0, kept - sum(leaf.nbytes for leaf in tree_leaves(value))))
     except (RuntimeError, NotImplementedError):

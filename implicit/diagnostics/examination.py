@@ -1,39 +1,31 @@
 """The examination of one solve: what is wrong, by which evidence, and which setting cures it."""
 
+import abc
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from implicit.diagnostics.causes import Cause
-from implicit.diagnostics.layer_report import Finding, Proposal, complex_text, largest
+from implicit.diagnostics.layer_report import Finding, Proposal, largest
 from implicit.diagnostics.map_check import map_problems
-from implicit.diagnostics.measurements import PlainSteps, Spectrum, leading_eigenvalues, plain_steps, precision_floor
+from implicit.diagnostics.measurements import FlatMapping, Spectrum, leading_eigenvalues, precision_floor
 from implicit.diagnostics.replay import Replay, Setting
 from implicit.diagnostics.trials import Trials
-from solvers import Anderson, Auto, Broyden, Picard, Solution, Status
+from solvers import Auto, Solution, Status
 from solvers.problem import relative, rms_norm
 
 # A residual of at most this many times the rounding in the map gets no smaller.
 AT_FLOOR = 30
 # Rounding of at most this many units of the dtype is the dtype's own.
 OWN_ROUNDING = 64
-# The largest norm of a power of a contracting Jacobian from which its transient counts as the cause.
-GROWTH = 10
-# A contraction of at most this rate is a good one.
-GOOD_RATE = 0.8
-# The relative error from which a tolerance is too loose, and the distance that makes two equilibria.
-LOOSE, APART = 0.02, 0.05
-# A solve that converges is slow from so many steps on.
-MANY_STEPS = 100
-# Plain steps that lead away from an equilibrium that repels.
-PLAIN = 20
+# The relative error from which a tolerance is too loose.
+LOOSE = 0.02
 
 
-class Examination:
-    """Finds the causes for one solve of a layer. Per-sample values are on the CPU.
+class Examination(abc.ABC):
+    """Finds the causes for one solve. Per-sample values are on the CPU.
 
     Args:
         replay: The solve.
@@ -45,9 +37,13 @@ class Examination:
         findings: The findings.
         proposal: The setting to use instead.
         advice: What else can be done.
-        spectrum: Of the Jacobian at the equilibrium or the best point.
+        spectrum: Of the Jacobian at the solution or the best point.
         floor: (B,) the relative rounding in the map.
     """
+
+    # What is solved, in words, and what rounding in it does.
+    called = "The map"
+    rounding = "rounding in the map is {floor:.0e} of its result"
 
     spectrum: Spectrum
 
@@ -56,7 +52,8 @@ class Examination:
         self._generator = torch.Generator().manual_seed(seed)
         value = replay.layout.pack(solution.value)
         self._point = torch.where(value.isfinite().all(dim=1, keepdim=True), value, replay.start)
-        self._size = torch.maximum(rms_norm(self._point), rms_norm(replay.flat(self._point)))
+        self._map = self._map_at(self._point)
+        self._size = torch.maximum(rms_norm(self._point), rms_norm(self._map(self._point)))
         self._status = solution.status.flatten().cpu()
         self._lost = lost.cpu()
         self._failed = solution.failed.flatten().cpu() | self._is_not_falling()
@@ -64,9 +61,33 @@ class Examination:
         self._trials = Trials(replay, solution, self._point, self._failed)
         self.findings: list[Finding] = []
         self.proposal: Proposal | None = None
-        self.floor = precision_floor(replay.flat, self._point, self._generator).cpu().double()
-        self._find()
+        self.floor = precision_floor(self._map, self._point, self._generator).cpu().double()
+        if self._map_is_unfit():
+            self._measure(self._point)
+        elif bool(self._failed.any()):
+            self._find_not_finite()
+            self._find_floor()
+            self._explain_failures()
+            self.proposal = self._trials.proposal(self._failed)
+        else:
+            self._measure(self._point)
+            if len(self._failed):
+                self._check_accuracy()
+                self._check_success()
+        self.findings.sort(key=lambda finding: -finding.num_samples)
         self.advice = next((f.cause.advice for f in self.findings if f.cause.advice), "")
+
+    @abc.abstractmethod
+    def _map_at(self, point: Tensor) -> FlatMapping:
+        """Return the flat map that has the solution as a fixed point, as it is best measured near ``point`` (B, D)."""
+
+    @abc.abstractmethod
+    def _explain_failures(self) -> None:
+        """Find the causes for the samples that are left."""
+
+    @abc.abstractmethod
+    def _check_success(self) -> None:
+        """Find what is wrong with a solve that has not failed."""
 
     def _is_not_falling(self) -> Tensor:
         """(B,) whether the residual of an untested solve is larger at its end than at its beginning."""
@@ -75,20 +96,6 @@ class Examination:
             return torch.zeros_like(self._status, dtype=torch.bool)
         history = history.reshape(len(history), -1).cpu()
         return ~(history[-1] <= history[0]) & ~(history[-1] < 1e-3)
-
-    def _find(self) -> None:
-        if self._map_is_unfit():
-            self._measure(self._point)
-        elif bool(self._failed.any()):
-            self._explain_failures()
-        else:
-            self._measure(self._point)
-            if not len(self._failed):
-                return
-            self._check_accuracy()
-            self._check_other_starts()
-            self._check_speed()
-        self.findings.sort(key=lambda finding: -finding.num_samples)
 
     def _add(self, cause: Cause, rows: Tensor, evidence: str, modules: tuple[str, ...] = ()) -> None:
         rows = rows & self._left if self._failed.any() else rows
@@ -99,11 +106,9 @@ class Examination:
     def _measure(self, point: Tensor) -> None:
         self.spectrum = leading_eigenvalues(self._replay.flat, point, self._generator)
 
-    # The map itself.
-
     def _map_is_unfit(self) -> bool:
         replay = self._replay
-        problems = map_problems(replay.f, replay.layout.unpack(self._point), replay.inputs, replay.layer.batch_dims)
+        problems = map_problems(replay.f, replay.layout.unpack(self._point), replay.inputs, replay.options.batch_dims)
         mixing = {name for problem in problems if problem.mixes for name in problem.modules}
         # Batch normalization in training mode also changes its buffers, which changes nothing that it returns.
         problems = [problem for problem in problems if problem.mixes or not mixing & problem.modules.keys()]
@@ -121,33 +126,9 @@ class Examination:
             self.proposal = self._trials.proposal(everything)
         return bool(problems)
 
-    # A solve that failed.
-
-    def _explain_failures(self) -> None:
-        replay, point = self._replay, self._point
-        self._add(
-            Cause.NOT_FINITE,
-            ~replay.flat(replay.start).isfinite().all(dim=1).cpu(),
-            "The map at the start is not finite.",
-        )
-        self._find_floor()
-        steps = replay.tested.max_steps
-        if bool(self._left.any()):
-            replay.num_solves += 1
-            plain = plain_steps(replay.flat, replay.start, min(max(steps, 33), 100))
-            self._trials.search(self._left)
-            found, point = self._trials.equilibria()
-            self._measure(point)
-            self._find_left_domain(plain, found)
-            self._find_by_spectrum(plain, found)
-            self._add(
-                Cause.UNKNOWN, self._left, f"The smallest residual is {self._trials.least_residual(self._left):.1e}."
-            )
-        else:
-            if any(finding.cause is Cause.NOT_FINITE for finding in self.findings):
-                self._trials.search_starts()
-            self._measure(point)
-        self.proposal = self._trials.proposal(self._failed)
+    def _find_not_finite(self) -> None:
+        finite = self._replay.flat(self._replay.start).isfinite().all(dim=1).cpu()
+        self._add(Cause.NOT_FINITE, ~finite, f"{self.called} at the start is not finite.")
 
     def _find_floor(self) -> None:
         replay, residual = self._replay, self._solution.residual
@@ -164,7 +145,7 @@ class Examination:
             return
         worst = largest(residual[rows])
         evidence = (
-            f"The residual stays at {worst:.1e}; rounding in the map is {floor:.0e} of its result, "
+            f"The residual stays at {worst:.1e}; {self.rounding.format(floor=floor)}, "
             f"that of {replay.layout.dtype} {eps:.0e}, and the tolerance asks for "
             f"{float(replay.asked(self._size)[rows].min()):.0e}."
         )
@@ -173,87 +154,6 @@ class Examination:
         rows = rows if trial is None else rows & trial.converged
         own = floor <= OWN_ROUNDING * eps
         self._add(Cause.TOLERANCE_TOO_TIGHT if own else Cause.PRECISION_FLOOR, rows, evidence)
-
-    def _find_left_domain(self, plain: PlainSteps, found: Tensor) -> None:
-        if self._replay.is_plain:
-            return
-        steps = self._replay.tested.max_steps
-        picard = next((trial for trial in self._trials.made if trial.setting.solver == Picard()), None)
-        reached = torch.zeros_like(found)
-        if picard is not None:
-            reached = picard.converged & (picard.solution.num_steps.flatten().cpu() <= steps)
-        astray = self._lost | (self._status == Status.NONFINITE) | (self._status == Status.DIVERGED)
-        stays = plain.finite.cpu() & (plain.ratio.cpu() <= 1.1)
-        rows = reached | (astray & stays & found)
-        how = "to NaN or infinity" if bool((rows & self._lost).any()) else "away"
-        self._add(
-            Cause.DOMAIN_LEFT,
-            rows,
-            f"Steps of {type(self._replay.layer.solver).__name__} lead {how}; plain steps from the same start stay "
-            "finite and do not grow.",
-        )
-
-    def _find_by_spectrum(self, plain: PlainSteps, found: Tensor) -> None:
-        """Tell the causes apart by the Jacobian at the equilibrium and by what plain steps do."""
-        replay, values = self._replay, self.spectrum.eigenvalues
-        radius = self.spectrum.radius
-        steps = replay.tested.max_steps
-        needed = torch.log(replay.asked(self._size).clamp(1e-16, 0.5)) / torch.log(radius.clamp(1e-16, 1 - 1e-12))
-        oscillates = (values[:, 0].real < 0) | (values[:, 0].imag.abs() > 0.2 * values[:, 0].abs())
-        stable, growth = found & (radius < 1), self.spectrum.growth
-        # Growth that a linear map of this radius would have between the two windows of plain iteration.
-        linear = radius.clamp(1.0, 1e3) ** 16
-        level = plain.ratio.cpu() <= 1.02 + 0.3 * (linear - 1).clamp_max(1.0)
-        cycles = plain.finite.cpu() & plain.returns.cpu() & level & (plain.ratio.cpu() > 0.7)
-        damping_helps = ((values.abs() < 1) | (values.real < 1) | values.isnan()).all(dim=1)
-        cycles = cycles & ~stable & (radius - 1 > 1e-3)
-
-        def describe(rows: Tensor) -> str:
-            rows = rows & self._left
-            if not bool(rows.any()):
-                return ""
-            known = torch.where(rows, radius.nan_to_num(-1.0), -2.0)
-            sample = int((known >= known.max() * (1 - 1e-4)).int().argmax())  # the first of equal ones
-            where = "at the equilibrium" if bool(found[sample]) else "at the best point"
-            return (
-                f"The largest eigenvalue of the Jacobian {where} is {complex_text(complex(values[sample, 0]))}, of "
-                f"absolute value {float(radius[sample]):.3g} (sample {sample})."
-            )
-
-        def add(cause: Cause, rows: Tensor, extra: str = "") -> None:
-            self._add(cause, rows, f"{describe(rows)} {extra}".strip())
-
-        transient = stable & (growth >= GROWTH) & (growth > 3 * radius)
-        norm = largest(torch.where(transient, growth, math.nan))
-        add(Cause.TRANSIENT, transient, f"Its powers grow to a norm of {norm:.2g} before they decay.")
-        slow = stable & (needed > steps)
-        count = largest(torch.where(slow & self._left, needed, math.nan))
-        extra = f"Plain steps need about {count:.0f} steps, and max_steps is {steps}."
-        add(Cause.TOO_FEW_STEPS, slow & (radius <= GOOD_RATE), extra)
-        add(Cause.OSCILLATION, slow & oscillates, extra)
-        add(Cause.SLOW_CONTRACTION, slow, extra)
-        far = stable & self._left
-        if bool(far.any()):
-            self._trials.search_starts()
-            distance = largest(relative(rms_norm(self._trials.equilibria()[1] - replay.start), self._size).cpu()[far])
-            add(Cause.START_TOO_FAR, far, f"The start is {distance:.1e} times the size of the state away from it.")
-        change = largest(plain.change.cpu()[cycles]) if bool(cycles.any()) else math.nan
-        add(Cause.LIMIT_CYCLE, cycles, f"Plain steps go on changing the state by {change:.1e} of its size.")
-        add(Cause.OSCILLATION, found & damping_helps)
-        add(Cause.EXPANSION, found)
-        self._add(
-            Cause.NO_EQUILIBRIUM,
-            self._left,
-            f"{len(self._trials.made)} other solvers and starts were tried; the smallest residual is "
-            f"{self._trials.least_residual(self._left):.1e}.",
-        )
-        causes = {finding.cause for finding in self.findings}
-        if causes & {Cause.OSCILLATION, Cause.LIMIT_CYCLE}:
-            self._trials.make_damped(values[found])
-        if causes & {Cause.SLOW_CONTRACTION, Cause.OSCILLATION, Cause.TOO_FEW_STEPS} and count <= 1000:
-            self._trials.make(Setting(max_steps=math.ceil(1.2 * count) + 5))
-
-    # A solve that converged.
 
     def _check_accuracy(self) -> None:
         replay = self._replay
@@ -273,54 +173,6 @@ class Examination:
         self._add(Cause.TOLERANCE_TOO_LOOSE, rows, evidence)
         if bool(rows.any()):
             self.proposal = self._trials.proposal(rows)
-
-    def _check_other_starts(self) -> None:
-        """Solve again from two starts that differ, and compare the values.
-
-        The second is some plain steps away, which leave an equilibrium that repels.
-        """
-        replay, point, generator = self._replay, self._point, self._generator
-        apart = torch.zeros_like(self._failed)
-        worst = 0.0
-        for steps in (0, PLAIN):
-            noise = torch.rand(point.shape, generator=generator, dtype=point.dtype).to(point.device) - 0.5
-            size = torch.where(replay.start == 0, 2 * rms_norm(point).unsqueeze(1), replay.start.abs())
-            flat = replay.start + noise * size
-            for _ in range(steps):
-                image = replay.flat(flat)
-                flat = torch.where(rms_norm(image).isfinite().unsqueeze(1), image, flat)
-            start = tree_map_only(Tensor, torch.clone, replay.layout.unpack(flat))
-            trial = self._trials.make(Setting(start=("another start", start)), keep=False)
-            if trial is None or self._status.ne(Status.CONVERGED).any():
-                return
-            value = replay.layout.pack(trial.solution.value)
-            distance = rms_norm(value - point)
-            errors = [s.error_estimate for s in (self._solution, trial.solution) if s.error_estimate is not None]
-            error = sum((e.flatten().nan_to_num(0.0) for e in errors), torch.zeros_like(distance))
-            scale = torch.maximum(rms_norm(value), rms_norm(point))
-            rows = (distance > APART * scale + 10 * error).cpu() & trial.converged
-            worst = max(worst, largest(relative(distance, scale).cpu()[rows]) if bool(rows.any()) else 0.0)
-            apart |= rows
-        evidence = f"From another start near its own, the solve converges to a value {worst:.0%} of its size away."
-        self._add(Cause.SEVERAL_EQUILIBRIA, apart, evidence)
-
-    def _check_speed(self) -> None:
-        steps = self._solution.num_steps.flatten().cpu()
-        slow = (steps >= MANY_STEPS) & (self._status == Status.CONVERGED)
-        if not bool(slow.any()):
-            return
-        for solver in (Anderson(), Broyden(), Auto()):
-            self._trials.make(Setting(solver=solver))
-        evals = self._solution.num_evals
-        self._trials.made = [trial for trial in self._trials.made if 2 * trial.solution.num_evals <= evals]
-        if self._trials.cure(slow):
-            value = self.spectrum.eigenvalues[:, 0]
-            pair = (value.real < 0) | (value.imag.abs() > 0.2 * value.abs())
-            text = f"The solve takes up to {int(steps.max())} steps; the largest eigenvalue is {{}}."
-            sample = int(torch.where(slow, self.spectrum.radius.nan_to_num(-1.0), -2.0).argmax())
-            cause = Cause.OSCILLATION if bool(pair[sample]) else Cause.SLOW_CONTRACTION
-            self._add(cause, slow, text.format(complex_text(complex(value[sample]))))
-            self.proposal = self._trials.proposal(slow)
 
 
 def _rounded_up(value: float) -> float:

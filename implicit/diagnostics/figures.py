@@ -48,18 +48,20 @@ def _residuals(axes: Any, report: LayerReport) -> None:
 
 
 def _eigenvalues(axes: Any, report: LayerReport) -> None:
-    angle = torch.linspace(0, 2 * math.pi, 200)
-    axes.plot(angle.cos(), angle.sin(), color="tab:gray", linewidth=1, label="unit circle")
+    if not report.root:
+        angle = torch.linspace(0, 2 * math.pi, 200)
+        axes.plot(angle.cos(), angle.sin(), color="tab:gray", linewidth=1, label="unit circle")
     values = report.eigenvalues[~report.eigenvalues.isnan()]
     # The eigenvalues of a real matrix come in conjugate pairs, of which the last may have been cut off.
     values = torch.cat([values, values.conj()])
-    stable = values.abs() < 1
+    stable = (values.abs() < 1) | report.root
     for inside, color in ((stable, "tab:blue"), (~stable, "tab:red")):
         axes.plot(values[inside].real, values[inside].imag, "o", color=color, markersize=4, alpha=0.5)
-    axes.plot([1], [0], "x", color="black", markersize=7, label="1, where I - J is singular")
+    singular = (0, "0, where J is singular") if report.root else (1, "1, where I - J is singular")
+    axes.plot([singular[0]], [0], "x", color="black", markersize=7, label=singular[1])
     axes.set_aspect("equal", adjustable="datalim")
     axes.legend(loc="lower left", fontsize=7)
-    axes.set_title("eigenvalues of the Jacobian", fontsize=10)
+    axes.set_title(f"eigenvalues of the Jacobian{' of F' if report.root else ''}", fontsize=10)
     axes.set_xlabel("real part")
     axes.set_ylabel("imaginary part")
 

@@ -1,11 +1,10 @@
-"""A comparison of the backward modes of a model's implicit layers with the exact gradient."""
+"""A comparison of the backward modes of a model's implicit solves with the exact gradient."""
 
-import contextlib
 import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from implicit.autograd.modules_used import modules_used_by
-from implicit.backward import Backward, Implicit, Unrolled, get_backward
+from implicit.backward import Backward, Implicit, SolveOptions, Unrolled, get_backward
 from implicit.diagnostics.observed_map import restored
-from implicit.diagnostics.solve_hook import around_solves, implicit_layers
-from implicit.implicit_layer import ImplicitLayer
+from implicit.diagnostics.solve_hook import Around, MakeSolve, SolveNames, around_solves
 from solvers import Solution, Steps
 from solvers.linear import GMRES
 from solvers.testing import PeakMemory
@@ -51,7 +49,7 @@ class ModeAudit:
     Attributes:
         mode: The mode.
         groups: By the name of the module that owns the parameters; ``"(inputs)"`` are the model's inputs.
-        calls: Calls of the maps of all layers, forward and backward.
+        calls: Calls of the maps of all solves, forward and backward.
         products: Vector-Jacobian products with these maps.
         seconds: Time of the pass.
         peak_bytes: The largest memory of the tensors that it creates.
@@ -88,7 +86,8 @@ class GradientAudit:
 
     Attributes:
         modes: By name.
-        layers: The implicit layers of the model, and the names of the groups of parameters that belong to each.
+        layers: The implicit layers of the model and its calls of ``fixed_point`` and ``root``, and the names of the
+            groups of parameters that belong to each.
         exact: What the exact gradient is, in words.
     """
 
@@ -149,25 +148,26 @@ def audit_gradients(
 ) -> GradientAudit:
     """Compare the gradients of all backward modes with the exact one, and say which is the cheapest good one.
 
-    For every mode, all implicit layers of the model are switched to it, and ``loss(model(*inputs))`` is differentiated.
-    The gradient of each module's parameters, and that of the inputs, is compared with the exact one. For a layer that
-    solves to a tolerance, the exact gradient is that of the implicit function theorem, with the forward solve and the
-    adjoint solved a thousand times as accurately; for a layer that takes a fixed number of steps, it is that of
-    these steps. The costs are those of one forward and backward pass at the layers' own tolerances. They take three
-    passes per mode: one for the gradients, one for time, and one for memory.
+    For every mode, all implicit layers of the model, and the calls of :func:`implicit.fixed_point` and
+    :func:`implicit.root` in its forward pass, are switched to it, and ``loss(model(*inputs))`` is differentiated. The
+    gradient of each module's parameters, and that of the inputs, is compared with the exact one. For a solve to a
+    tolerance, the exact gradient is that of the implicit function theorem, with the forward solve and the adjoint
+    solved a thousand times as accurately; for a fixed number of steps, it is that of these steps. The costs are those
+    of one forward and backward pass at the solves' own tolerances. They take three passes per mode: one for the
+    gradients, one for time, and one for memory.
 
     The model, its buffers and gradients, and PyTorch's random number generators are left as they were; each pass
     draws the same random numbers.
 
     Args:
-        model: A model with implicit layers.
+        model: A model with implicit layers or calls of ``fixed_point`` and ``root``.
         *inputs: The inputs of the model.
         loss: Makes a scalar of what the model returns.
-        modes: Names of backward modes, or backward modes by a name of your choice. Those that do not go with a layer's
+        modes: Names of backward modes, or backward modes by a name of your choice. Those that do not go with a
             solver are reported with the reason.
 
     Raises:
-        TypeError, ValueError: The model has no implicit layer, an option is invalid, or the loss is not a scalar with a
+        TypeError, ValueError: The model makes no solve, an option is invalid, or the loss is not a scalar with a
             gradient.
 
     Example:
@@ -180,76 +180,78 @@ def audit_gradients(
     """
     if not callable(loss):
         raise TypeError(f"loss must be a callable that makes a scalar of the model's output, got {loss!r}.")
-    layers = implicit_layers(model)
+    names = SolveNames(model)
     chosen = dict(modes) if isinstance(modes, Mapping) else {name: name for name in modes}
     backwards = {name: get_backward(mode) for name, mode in chosen.items()}
-    run = _Run(model, inputs, loss, layers)
-    with _switched(layers, {name: _exact_mode(layer) for name, layer in layers.items()}), _tight(layers):
+    run, exactly = _Run(model, inputs, loss, names), _Exactly()
+    with around_solves(names, exactly):
         exact = run.gradients()
+    names.require_solves()
     audits = {}
     for name, mode in backwards.items():
         try:
-            for layer in layers.values():
-                mode.check(layer.solver)
-            with _switched(layers, dict.fromkeys(layers, mode)), warnings.catch_warnings():
+            with around_solves(names, _by(mode)), warnings.catch_warnings():
                 # A mode that does not solve the adjoint shows it by its gradient.
                 warnings.simplefilter("ignore")
                 audits[name] = ModeAudit(name, _compared(run.gradients(), exact), **run.costs())
         except (RuntimeError, ValueError) as error:
             audits[name] = ModeAudit(name, {}, error=str(error))
-    fixed = [isinstance(layer.stopping, Steps) for layer in layers.values()]
-    solved = "the gradient of the fixed point"
-    what = solved if not any(fixed) else "the gradient of the steps that are taken"
-    if any(fixed) and not all(fixed):
+    solved = "the gradient of the solution"
+    what = solved if not any(exactly.fixed) else "the gradient of the steps that are taken"
+    if any(exactly.fixed) and not all(exactly.fixed):
         what = f"{solved}, and of the steps in layers with a fixed number of them"
     groups = tuple(exact)
-    return GradientAudit(audits, {name: _groups_of(name, groups, model) for name in layers}, what)
+    return GradientAudit(audits, {name: _groups_of(names.seen[name], groups, model) for name in names.in_order()}, what)
 
 
-def _exact_mode(layer: ImplicitLayer) -> Backward:
-    """The mode whose gradient is exact; the steps of a solver that has no gradient are taken for a solve."""
-    if isinstance(layer.stopping, Steps) and layer.solver.differentiable:
-        return Unrolled()
-    return Implicit(linear_solver=GMRES(restart=50, max_steps=500))
+class _Exactly:
+    """Makes solves whose gradient is exact, and remembers which of them took a fixed number of steps.
 
-
-@contextlib.contextmanager
-def _switched(layers: dict[str, ImplicitLayer], modes: dict[str, Backward]) -> Iterator[None]:
-    before = {name: layer.backward for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.backward = modes[name]
-    try:
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.backward = before[name]
-
-
-@contextlib.contextmanager
-def _tight(layers: dict[str, ImplicitLayer]) -> Iterator[None]:
-    """Within the context, layers solve a thousand times as accurately, as far as float32 or float64 allows.
-
-    A solve that does not get so far counts as it is.
+    That is the gradient of the steps of these; the others, and those by a solver whose steps have no gradient, solve a
+    thousand times as accurately, as far as float32 or float64 allows. A solve that does not get so far counts as it is.
     """
-    before = {name: (layer.stopping, layer.on_failure) for name, layer in layers.items()}
+
+    def __init__(self) -> None:
+        self.fixed: list[bool] = []
+
+    def __call__(
+        self,
+        solve: MakeSolve,
+        name: str,
+        f: Callable[..., Any],
+        z0: Any,
+        args: tuple[Any, ...],
+        mode: Backward,
+        options: SolveOptions,
+    ) -> Solution[Any]:
+        rule = options.stopping
+        self.fixed.append(isinstance(rule, Steps))
+        mode = Implicit(linear_solver=GMRES(restart=50, max_steps=500))
+        if not isinstance(rule, Steps):
+            eps = max(torch.finfo(leaf.dtype).eps for leaf in tree_leaves(z0))
+            rtol = max(1e-3 * (rule.relative or 1e-4), 10 * eps)
+            rule = dataclasses.replace(rule, rtol=rtol, max_steps=4 * rule.max_steps)
+        elif options.solver.differentiable:
+            mode = Unrolled()
+        return solve(f, z0, args, mode, dataclasses.replace(options, stopping=rule, on_failure="ignore"))
+
+
+def _by(mode: Backward) -> Around:
+    """Makes solves with a backward mode in place of their own."""
 
     def around(
-        solve: Callable[..., Any], name: str, layer: ImplicitLayer, f: Any, z0: Any, inputs: Any, **o: Any
-    ) -> Any:
-        if not isinstance(layer.stopping, Steps):
-            eps = max(torch.finfo(leaf.dtype).eps for leaf in tree_leaves(z0))
-            rtol = max(1e-3 * (layer.stopping.relative or 1e-4), 10 * eps)
-            o = {"stopping": dataclasses.replace(layer.stopping, rtol=rtol, max_steps=4 * layer.stopping.max_steps)}
-        return solve(f, z0, inputs, **o)
+        solve: MakeSolve,
+        name: str,
+        f: Callable[..., Any],
+        z0: Any,
+        args: tuple[Any, ...],
+        own: Backward,
+        options: SolveOptions,
+    ) -> Solution[Any]:
+        mode.check(options.solver)
+        return solve(f, z0, args, mode, options)
 
-    for layer in layers.values():
-        layer.on_failure = "ignore"
-    try:
-        with around_solves(layers, around):
-            yield
-    finally:
-        for name, layer in layers.items():
-            layer.stopping, layer.on_failure = before[name]
+    return around
 
 
 class _Run:
@@ -260,9 +262,9 @@ class _Run:
         model: nn.Module,
         inputs: tuple[Any, ...],
         loss: Callable[[Any], Tensor],
-        layers: dict[str, ImplicitLayer],
+        names: SolveNames,
     ) -> None:
-        self._model, self._loss, self._layers = model, loss, layers
+        self._model, self._loss, self._names = model, loss, names
 
         def leaf(x: Tensor) -> Tensor:
             return x.detach().clone().requires_grad_(x.is_floating_point())
@@ -300,7 +302,7 @@ class _Run:
         self.gradients()
         seconds = self._now() - begin
         counted = _Counted()
-        with around_solves(self._layers, counted), PeakMemory() as memory:
+        with around_solves(self._names, counted), PeakMemory() as memory:
             self.gradients()
         return {
             "calls": counted.calls,
@@ -323,15 +325,15 @@ class _Counted:
 
     def __call__(
         self,
-        solve: Callable[..., Solution[Any]],
+        solve: MakeSolve,
         name: str,
-        layer: ImplicitLayer,
         f: Callable[..., Any],
         z0: Any,
-        inputs: tuple[Any, ...],
-        **options: Any,
+        args: tuple[Any, ...],
+        mode: Backward,
+        options: SolveOptions,
     ) -> Solution[Any]:
-        return solve(_CountedMap(f, self), z0, inputs, **options)
+        return solve(_CountedMap(f, self), z0, args, mode, options)
 
 
 class _CountedMap(nn.Module):

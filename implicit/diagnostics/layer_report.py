@@ -14,7 +14,7 @@ from solvers import Status
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with the solves of a layer.
+    """One thing that is wrong with the solves of a layer or call.
 
     Attributes:
         cause: What it is.
@@ -38,7 +38,7 @@ class Proposal:
         num_converged: The number of samples that converged.
         num_samples: The number of samples.
         worst_steps: The largest number of steps that a sample took.
-        num_evals: The number of calls of the map.
+        num_evals: The number of calls of the map, or of F.
     """
 
     setting: str
@@ -50,26 +50,31 @@ class Proposal:
     def __str__(self) -> str:
         return (
             f"{self.setting}: {self.num_converged} of {self.num_samples} samples converge, in at most "
-            f"{self.worst_steps} steps and {self.num_evals} calls of the map"
+            f"{self.worst_steps} steps and {self.num_evals} calls"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What was measured of one layer. Samples are those of all its solves, or of the one examined where that is said.
+    """What was measured of one layer, or of one call of ``fixed_point`` or ``root``.
+
+    Samples are those of all its solves, or of the one examined where that is said.
 
     Attributes:
         name: Its name in the model, and its type and that of the module around it.
         settings: Its solver and stopping.
+        root: Whether the root of a function is sought instead of a fixed point.
         statuses: How many samples ended with which status.
         num_steps: (N,) the steps of each sample.
         history: (steps, B) the relative residuals in the solve examined.
         rate: (B,) the factor by which a step of the layer's solver shrinks the residual there, on average.
-        eigenvalues: (B, k) leading eigenvalues of the map's Jacobian at the equilibrium, or at the best point.
+        eigenvalues: (B, k) leading eigenvalues of the map's Jacobian at the equilibrium, or at the best point; for a
+            root, of that of F.
         eigenvalue_error: (B,) relative backward error of the first of them.
-        transient_growth: (B,) the largest norm of a power of the Jacobian.
+        transient_growth: (B,) the largest norm of a power of the Jacobian; says nothing of a root.
         lipschitz: Certified bound of the map's Lipschitz constant, or None if there is none.
-        precision_floor: (B,) relative size of rounding in the map.
+        precision_floor: (B,) relative size of rounding in the map; for a root, of the error of the root that rounding
+            in F makes.
         num_solves_of_model: The number of solves in one call of the model.
         num_evals: Calls of the map in these solves.
         seconds: Time of these solves.
@@ -82,6 +87,7 @@ class LayerReport:
 
     name: str
     settings: str
+    root: bool
     statuses: dict[str, int]
     num_steps: Tensor
     history: Tensor

@@ -57,7 +57,7 @@ def leading_eigenvalues(f: FlatMapping, z: Tensor, generator: torch.Generator) -
         z: (B, D) the point.
         generator: Source of the random start, on the CPU.
     """
-    product = _transposed_product(f, z)
+    product, _ = _product(f, z)
     start = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
     steps = min(KRYLOV_STEPS, z.shape[1])
     hessenberg, below = arnoldi(product, start, steps)
@@ -76,7 +76,19 @@ def leading_eigenvalues(f: FlatMapping, z: Tensor, generator: torch.Generator) -
     return Spectrum(values, residual.masked_fill(~finite.cpu(), math.nan), growth)
 
 
-def _transposed_product(f: FlatMapping, z: Tensor) -> Callable[[Tensor], Tensor]:
+def dense_jacobian(f: FlatMapping, z: Tensor) -> Tensor:
+    """Return the Jacobian of each sample, (B, D, D), by D products with it or its transpose."""
+    product, transposed = _product(f, z)
+    columns = []
+    for entry in range(z.shape[1]):
+        direction = torch.zeros_like(z)
+        direction[:, entry] = 1.0
+        columns.append(product(direction))
+    return torch.stack(columns, dim=1 if transposed else 2)
+
+
+def _product(f: FlatMapping, z: Tensor) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """Return the product with the transposed Jacobian, and True; that with the Jacobian where f records no graph."""
     with torch.enable_grad():
         argument = z.detach().requires_grad_()
         image, differentiable = argument, False
@@ -92,13 +104,13 @@ def _transposed_product(f: FlatMapping, z: Tensor) -> Callable[[Tensor], Tensor]
             length = relative(eps**0.5 * size, rms_norm(v)).unsqueeze(1)
             return (f(z + length * v) - base) / torch.where(length == 0, 1.0, length)
 
-        return difference
+        return difference, False
 
     def product(v: Tensor) -> Tensor:
         found: Tensor = torch.autograd.grad(image, argument, v, retain_graph=True)[0]
         return found
 
-    return product
+    return product, True
 
 
 def _largest_power(hessenberg: Tensor) -> Tensor:

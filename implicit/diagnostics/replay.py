@@ -1,4 +1,4 @@
-"""A solve of a layer that can be made again with other settings."""
+"""A solve that can be made again with other settings."""
 
 import contextlib
 import dataclasses
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from implicit.autograd.modules_used import modules_used_by
+from implicit.backward import Backward, SolveOptions
 from implicit.diagnostics.observed_map import restored
-from implicit.implicit_layer import ImplicitLayer
-from solvers import NOT_GIVEN, Picard, Solution, Solver, Stopping, StopRule, solve
+from solvers import NOT_GIVEN, Picard, Solution, Solver, Stopping
 from solvers.problem import FlatMap, Layout
 
-# The most solves of a layer that one diagnosis makes, with those of the model itself.
+# The most solves of one name that one diagnosis makes, with those of the model itself.
 MOST_SOLVES = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What differs from the layer's own settings; None where nothing does.
+    """What differs from the settings of the solve; None where nothing does.
 
     Attributes:
         solver: The solver.
@@ -51,43 +51,46 @@ class Setting:
 
 @dataclasses.dataclass
 class Replay:
-    """A solve of a layer with everything that it depends on.
+    """A solve with everything that it depends on.
 
     Attributes:
-        layer: The layer.
-        f: The map.
+        f: The map, or the function whose root is sought.
         z0: The start.
-        inputs: The inputs of the map.
-        stopping: When the layer's own solve stopped.
+        inputs: The other arguments of ``f``.
+        backward: The backward mode.
+        options: The options.
+        start_option: What the option is called that sets the start: ``"init"`` of a layer, ``"z0"`` of a call.
         num_solves: The number of solves so far, with those that the model itself made.
     """
 
-    layer: ImplicitLayer
     f: Callable[..., Any]
     z0: Any
     inputs: tuple[Any, ...]
-    stopping: StopRule
+    backward: Backward
+    options: SolveOptions
+    start_option: str
     num_solves: int = 0
 
     def __post_init__(self) -> None:
         self.z0, self.inputs = tree_map_only(Tensor, torch.Tensor.detach, (self.z0, self.inputs))
-        self.layout = Layout(self.z0, self.layer.batch_dims)
+        self.layout = Layout(self.z0, self.options.batch_dims)
         self.start = self.layout.pack(self.z0)  # (B, D)
         self._flat = FlatMap(self.f, self.inputs, self.layout)
 
     def flat(self, z: Tensor) -> Tensor:
-        """The map on (B, D)."""
+        """The map, or the function whose root is sought, on (B, D)."""
         return self._flat(z)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the layer takes plain steps."""
-        return self.layer.solver == Picard()
+        """Whether the solve takes plain steps."""
+        return self.options.solver == Picard()
 
     @property
     def tested(self) -> Stopping:
-        """The layer's stopping; the default one where it takes a fixed number of steps."""
-        return self.stopping if isinstance(self.stopping, Stopping) else Stopping(max_steps=max(self.stopping.n, 50))
+        """When the solve stops; by the default tolerances where it takes a fixed number of steps."""
+        rule = self.options.stopping
+        return rule if isinstance(rule, Stopping) else Stopping(max_steps=max(rule.max_steps, 50))
 
     def asked(self, size: Tensor) -> Tensor:
         """(B,) the relative residual that the tolerances ask for, given the size of the state."""
@@ -98,7 +101,7 @@ class Replay:
     @property
     def rtol(self) -> float | None:
         """The relative tolerance, if one number is given and it alone decides."""
-        rule = self.stopping
+        rule = self.options.stopping
         if not isinstance(rule, Stopping) or not (rule.atol is NOT_GIVEN or rule.atol in (None, 0)):
             return None
         return float(rule.rtol) if isinstance(rule.rtol, numbers.Real) else None
@@ -113,25 +116,22 @@ class Replay:
         rule = self.tested
         changes = {name: getattr(setting, name) for name in ("rtol", "max_steps")}
         rule = dataclasses.replace(rule, **{name: value for name, value in changes.items() if value is not None})
+        options = dataclasses.replace(self.options, stopping=rule, history=False, compact=False)
+        if setting.solver is not None:
+            options = dataclasses.replace(options, solver=setting.solver)
+        if setting.batch_dims is not None:
+            options = dataclasses.replace(options, batch_dims=setting.batch_dims, chunk_size=None)
         with _evaluating([module for _, module in setting.evaluating]):
-            return solve(
-                self.f,
-                setting.start[1] if setting.start else self.z0,
-                setting.solver or self.layer.solver,
-                args=self.inputs,
-                stopping=rule,
-                batch_dims=self.layer.batch_dims if setting.batch_dims is None else setting.batch_dims,
-                on_failure="ignore",
-            )
+            return options.solve(self.f, setting.start[1] if setting.start else self.z0, self.inputs)
 
     def restored(self) -> contextlib.AbstractContextManager[None]:
         """Restore the modules' tensors and random number generators on leaving the context."""
         return restored(modules_used_by(self.f), self.layout.device)
 
     def allows(self, solver: Solver | None) -> bool:
-        """Whether the layer's backward mode goes with a solver."""
+        """Whether the backward mode goes with a solver."""
         try:
-            self.layer.backward.check(solver or self.layer.solver)
+            self.backward.check(solver or self.options.solver)
         except ValueError:
             return False
         return True

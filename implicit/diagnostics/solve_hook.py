@@ -1,66 +1,148 @@
-"""Calls of a function around every solve of the implicit layers in a model."""
+"""Calls of a function around every solve that a model makes: of its implicit layers, and of fixed_point and root."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import sys
+from collections.abc import Callable, Hashable, Iterator
+from types import FrameType
 from typing import Any
 
 from torch import nn
 
+from implicit.backward import Backward, SolveOptions
+from implicit.functional import solve_in_force, solve_unobserved
 from implicit.implicit_layer import ImplicitLayer
 from solvers import Solution
 
-# Takes the layer's own solve, its name, the layer, the map, the start, the inputs and the options of the call.
-Around = Callable[..., Solution[Any]]
+# What makes a solve: takes the map, the start, its other arguments, the backward mode and the options.
+MakeSolve = Callable[[Callable[..., Any], Any, tuple[Any, ...], Backward, SolveOptions], Solution[Any]]
+# Takes the one that is in force and the name of the solve, and then the same.
+Around = Callable[[MakeSolve, str, Callable[..., Any], Any, tuple[Any, ...], Backward, SolveOptions], Solution[Any]]
 
 
-def implicit_layers(model: nn.Module) -> dict[str, ImplicitLayer]:
-    """Return the implicit layers of a model by their names; a ValueError if there are none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"The model must be a torch.nn.Module, got {model!r}. For a map f, pass implicit.FixedPointLayer(f)."
-        )
-    found = {name: module for name, module in model.named_modules() if isinstance(module, ImplicitLayer)}
-    if not found:
+class SolveNames:
+    """The names of a model's solves: that of the implicit layer, or the module and function of a call in its forward.
+
+    Calls of :func:`implicit.fixed_point` and :func:`implicit.root` are told apart by the module in whose methods they
+    are made and by the function that they solve: ``"head: root of kepler"``, or ``"root of kepler"`` for the model
+    itself. A second function of the same name in the same module is ``"head: root of kepler (2)"``.
+
+    Attributes:
+        layers: The implicit layers by their names.
+        seen: The names of the solves so far, and the modules that these belong to.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"The model must be a torch.nn.Module, got {model!r}. For a map f, pass implicit.FixedPointLayer(f)."
+            )
+        self._model = model
+        self._modules = {module: name for name, module in model.named_modules()}
+        self._calls: dict[Hashable, str] = {}
+        self.layers = {name: layer for layer, name in self._modules.items() if isinstance(layer, ImplicitLayer)}
+        self.seen: dict[str, str] = {}
+
+    def name(self, owner: object, options: SolveOptions) -> str | None:
+        """Return the name of the solve that is being made; None if it is not one of the model's."""
+        if isinstance(owner, ImplicitLayer):
+            module = name = self._modules.get(owner)
+        else:
+            module = self._running()
+            name = None if module is None else self._name_of_call(module, owner, options.root)
+        if name is not None and module is not None:
+            self.seen.setdefault(name, module)
+        return name
+
+    def in_order(self) -> tuple[str, ...]:
+        """Return the names seen: first the layers in the model's order, then the calls in theirs."""
+        return tuple(dict.fromkeys((*(name for name in self.layers if name in self.seen), *self.seen)))
+
+    def place_of(self, name: str) -> str:
+        """Return what a solve is called in tables: its name, and the types of the modules that it belongs to."""
+        module = self._model.get_submodule(self.seen[name])
+        kind = type(module).__name__
+        if name not in self.layers:
+            return f"{name} (in {kind})"
+        parent = self._model.get_submodule(name.rpartition(".")[0])
+        if parent is not module and not type(parent).__module__.startswith("torch."):
+            kind += f" of {type(parent).__name__}"
+        return f"{name or 'the model'} ({kind})"
+
+    def require_solves(self) -> None:
+        """Raise a ValueError if no solve has been seen."""
+        if self.seen:
+            return
+        if self.layers:
+            raise ValueError(f"None of the implicit layers {list(self.layers)} made a solve in this call of the model.")
         raise ValueError(
-            f"{type(model).__name__} has no implicit layer: no FixedPointLayer, InvertibleResidual or iMLP. For a "
-            "map f that is solved by implicit.fixed_point or solvers.solve, pass implicit.FixedPointLayer(f, ...)."
+            f"{type(self._model).__name__} has no implicit layer (FixedPointLayer, InvertibleResidual or iMLP), and "
+            "its forward pass called neither implicit.fixed_point nor implicit.root in the thread that looks at it. "
+            "For a map f that is solved elsewhere, as by solvers.solve, pass implicit.FixedPointLayer(f, ...)."
         )
-    return found
 
+    def _running(self) -> str | None:
+        """The name of the innermost module of the model whose method is running in this thread."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and owner in self._modules:
+                found: str = self._modules[owner]
+                return found
+            frame = frame.f_back
+        return None
 
-def place_of(name: str, model: nn.Module) -> str:
-    """Return what a layer is called in tables: its name, and the types of the layer and of the module around it."""
-    layer = model.get_submodule(name)
-    parent = model.get_submodule(name.rpartition(".")[0])
-    kind = type(layer).__name__
-    if parent is not layer and not type(parent).__module__.startswith("torch."):
-        kind += f" of {type(parent).__name__}"
-    return f"{name or 'the model'} ({kind})"
+    def _name_of_call(self, module: str, f: object, root: bool) -> str:
+        function, text = self._described(f)
+        key = (module, root, function)
+        if key not in self._calls:
+            name = f"{module}{': ' if module else ''}{'root' if root else 'fixed point'} of {text}"
+            number = 1 + sum(known.partition(" (")[0] == name for known in self._calls.values())
+            self._calls[key] = name if number == 1 else f"{name} ({number})"
+        return self._calls[key]
+
+    def _described(self, f: object) -> tuple[Hashable, str]:
+        """What tells a function from others, also where each call makes it anew, and what it is called."""
+        while isinstance(f, functools.partial):
+            f = f.func
+        if isinstance(f, nn.Module):
+            kind, name = type(f), self._modules.get(f)
+            return kind.__qualname__ if name is None else name, name or kind.__name__
+        text: str = getattr(f, "__name__", type(f).__name__)
+        return getattr(f, "__code__", text), text
 
 
 @contextlib.contextmanager
-def around_solves(layers: dict[str, ImplicitLayer], around: Around) -> Iterator[None]:
-    """Within the context, let ``around(solve, name, layer, f, z0, inputs, **options)`` make every solve of the layers.
+def around_solves(names: SolveNames, around: Around) -> Iterator[None]:
+    """Within the context, let ``around(solve, name, f, z0, args, mode, options)`` make every solve of the model.
 
-    ``solve(f, z0, inputs, **options)`` is the layer's own.
+    ``solve(f, z0, args, mode, options)`` makes it as it would be made without. Solves of other threads, and within
+    graphs of ``torch.compile``, are left alone.
     """
+    outer = solve_in_force.get()
 
-    def wrapped(name: str, layer: ImplicitLayer) -> Callable[..., Solution[Any]]:
-        solve = layer._solve
+    def make(
+        f: Callable[..., Any],
+        z0: Any,
+        args: tuple[Any, ...],
+        mode: Backward,
+        options: SolveOptions,
+        owner: object,
+    ) -> Solution[Any]:
+        def solve(
+            f: Callable[..., Any], z0: Any, args: tuple[Any, ...], mode: Backward, options: SolveOptions
+        ) -> Solution[Any]:
+            if outer is None:
+                return solve_unobserved(f, z0, args, mode, options)
+            return outer(f, z0, args, mode, options, owner)
 
-        def call(f: Callable[..., Any], z0: Any, inputs: tuple[Any, ...], **options: Any) -> Solution[Any]:
-            return around(solve, name, layer, f, z0, inputs, **options)
+        name = names.name(owner, options)
+        if name is None:
+            return solve(f, z0, args, mode, options)
+        return around(solve, name, f, z0, args, mode, options)
 
-        return call
-
-    before = {name: vars(layer).get("_solve") for name, layer in layers.items()}
-    for name, layer in layers.items():
-        vars(layer)["_solve"] = wrapped(name, layer)
+    token = solve_in_force.set(make)
     try:
         yield
     finally:
-        for name, layer in layers.items():
-            if before[name] is None:
-                del vars(layer)["_solve"]
-            else:
-                vars(layer)["_solve"] = before[name]
+        solve_in_force.reset(token)

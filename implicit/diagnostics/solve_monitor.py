@@ -13,9 +13,10 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
+from implicit.autograd.torch_internals import transform_active
+from implicit.backward import Backward, SolveOptions
 from implicit.diagnostics.on_its_way import OnItsWay
-from implicit.diagnostics.solve_hook import around_solves, implicit_layers
-from implicit.implicit_layer import ImplicitLayer
+from implicit.diagnostics.solve_hook import MakeSolve, SolveNames, around_solves
 from solvers import ConvergenceWarning, Solution, Status
 
 # The steps that make a layer's baseline, and the latest ones that are compared with it.
@@ -68,9 +69,10 @@ class SolveMonitor:
         degraded: For each layer whose solves have become worse, what changed.
     """
 
-    def __init__(self, tracker: Any, file: TextIO | None, every: int, start: int) -> None:
+    def __init__(self, names: SolveNames, tracker: Any, file: TextIO | None, every: int, start: int) -> None:
         self.latest: dict[str, SolveStatistics] = {}
         self.degraded: dict[str, str] = {}
+        self._names = names
         self._tracker, self._file, self._every, self._step = tracker, file, every, start
         self._writer = None if file is None else csv.writer(file)
         self._running: dict[str, list[OnItsWay]] = {}
@@ -83,7 +85,12 @@ class SolveMonitor:
 
         Args:
             number: The number of the step that ends, for the records; by default they are counted from ``start``.
+
+        Raises:
+            ValueError: The model has no implicit layer, and has not made a solve so far.
         """
+        if not self._names.layers:
+            self._names.require_solves()
         if number is not None:
             self._step = number
         self._read()
@@ -103,16 +110,16 @@ class SolveMonitor:
 
     def _record(
         self,
-        solve: Callable[..., Solution[Any]],
+        solve: MakeSolve,
         name: str,
-        layer: ImplicitLayer,
         f: Callable[..., Any],
         z0: Any,
-        inputs: tuple[Any, ...],
-        **options: Any,
+        args: tuple[Any, ...],
+        mode: Backward,
+        options: SolveOptions,
     ) -> Solution[Any]:
-        solution = solve(f, z0, inputs, **options)
-        if not torch.compiler.is_compiling():
+        solution = solve(f, z0, args, mode, options)
+        if not transform_active():
             self._running.setdefault(name, []).append(OnItsWay(_row(solution)))
         return solution
 
@@ -169,18 +176,22 @@ class SolveMonitor:
 def monitor_solves(
     model: nn.Module, *, tracker: Any = None, csv_file: str | Path | None = None, every: int = 1, start: int = 0
 ) -> Iterator[SolveMonitor]:
-    """Within the context, record statistics of every solve of a model's implicit layers, without waiting for them.
+    """Within the context, record statistics of every solve that a model makes, without waiting for them.
+
+    These are the solves of its implicit layers, and the calls of :func:`implicit.fixed_point` and
+    :func:`implicit.root` in its methods, by names such as ``"head: root of kepler"``.
 
     The statistics of a solve are a few numbers that stay on the device and are copied to the host in the background;
     :meth:`SolveMonitor.step` reads those of the training step before. So training never waits for them. Residuals of
-    layers that take a fixed number of steps are not computed. Solves inside a graph of ``torch.compile`` are not seen.
+    solves of a fixed number of steps are not computed. Solves inside a graph of ``torch.compile``, under a transform of
+    ``torch.func`` and in other threads are not seen.
 
     A layer whose solves become worse is reported by one :class:`solvers.ConvergenceWarning` that says what changed:
     over twenty steps, beside the best twenty so far, a tenth more samples fail, half as many steps more are taken, or
     the worst residual is ten times as large.
 
     Args:
-        model: A model with implicit layers.
+        model: A model with implicit layers or calls of ``fixed_point`` and ``root``.
         tracker: A ``torch.utils.tensorboard.SummaryWriter``, an ``accelerate.Accelerator`` or one of its trackers;
             anything with ``add_scalar(tag, value, step)`` or ``log(values, step=...)``.
         csv_file: A file to write, with a line for each layer and training step.
@@ -192,7 +203,7 @@ def monitor_solves(
         The :class:`SolveMonitor`.
 
     Raises:
-        TypeError, ValueError: The model has no implicit layer, or an option is invalid.
+        TypeError, ValueError: The model is none, or an option is invalid.
 
     Example:
         >>> import torch
@@ -214,15 +225,15 @@ def monitor_solves(
         raise ValueError(f"every must be a positive integer, got {every!r}.")
     if not isinstance(start, int) or isinstance(start, bool) or start < 0:
         raise ValueError(f"start must be an integer >= 0, got {start!r}.")
-    layers = implicit_layers(model)
+    names = SolveNames(model)
     with contextlib.ExitStack() as stack:
         file = None
         if csv_file is not None:
             lines = [HEADER, *_lines_before(start, Path(csv_file))]
             file = stack.enter_context(open(csv_file, "w", newline="", encoding="utf-8"))
             csv.writer(file).writerows(lines)
-        monitor = SolveMonitor(tracker, file, every, start)
-        stack.enter_context(around_solves(layers, monitor._record))
+        monitor = SolveMonitor(names, tracker, file, every, start)
+        stack.enter_context(around_solves(names, monitor._record))
         try:
             yield monitor
         finally:

@@ -1,4 +1,4 @@
-"""The settings that are tried instead of a layer's own."""
+"""The settings that are tried instead of those of a solve."""
 
 import dataclasses
 import functools
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_structure
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only, tree_structure
 
 from implicit.diagnostics.layer_report import Proposal, largest
 from implicit.diagnostics.replay import Replay, Setting
-from solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solution, Solver
+from solvers import Anderson, Auto, Broyden, Newton, NewtonKrylov, Picard, Solution, Solver
 
-# Solvers that are tried where the layer's own fails.
+# Solvers that are tried where that of a map fails, and that of a root.
 SOLVERS: tuple[Solver, ...] = (
     Picard(),
     Picard(damping=0.5),
@@ -23,6 +23,13 @@ SOLVERS: tuple[Solver, ...] = (
     Broyden(),
     Auto(),
     NewtonKrylov(),
+)
+SOLVERS_OF_ROOTS: tuple[Solver, ...] = (
+    Newton(),
+    NewtonKrylov(),
+    Broyden(line_search=True),
+    Auto(),
+    Anderson(memory=10),
 )
 
 
@@ -40,7 +47,7 @@ class Trials:
 
     Args:
         replay: The solve.
-        solution: How it went with the layer's own settings.
+        solution: How it went with its own settings.
         point: (B, D) its value.
         failed: (B,) bool, the samples that failed.
 
@@ -97,11 +104,12 @@ class Trials:
         replay = self._replay
         steps = max(replay.tested.max_steps, 50)
         more = None if steps == replay.tested.max_steps else steps
-        for solver in SOLVERS:
-            if solver != replay.layer.solver or more is not None:
-                self.make(Setting(solver=None if solver == replay.layer.solver else solver, max_steps=more))
+        for solver in SOLVERS_OF_ROOTS if replay.options.root else SOLVERS:
+            if solver != replay.options.solver or more is not None:
+                self.make(Setting(solver=None if solver == replay.options.solver else solver, max_steps=more))
         if not self.cure(rows):
-            self.make(Setting(solver=Anderson(memory=10), max_steps=10 * steps))
+            patient = None if replay.options.root else Anderson(memory=10)
+            self.make(Setting(solver=patient, max_steps=10 * steps))
         if not self.cure(rows):
             self.search_starts()
 
@@ -111,15 +119,22 @@ class Trials:
 
     def _starts(self) -> Iterator[tuple[str, Any]]:
         replay = self._replay
-        if bool((replay.start != 0).any()):
-            yield "init=zeros", tree_map(torch.zeros_like, replay.z0)
+        option, start = replay.start_option, replay.start
+        if bool((start != 0).any()):
+            zeros = "zeros" if option == "init" else "torch.zeros_like(z0)"
+            yield f"{option}={zeros}", tree_map(torch.zeros_like, replay.z0)
         first = replay.inputs[0] if replay.inputs else None
         leaves, others = tree_leaves(first), tree_leaves(replay.z0)
         if tree_structure(first) == tree_structure(replay.z0) and all(
             isinstance(a, Tensor) and a.shape == b.shape and a.dtype == b.dtype
             for a, b in zip(leaves, others, strict=True)
         ):
-            yield "init=<the first input>", first
+            yield f"{option}=<the first input>", first
+        if replay.options.root:
+            for factor in (1.0, -3.0):
+                moved = start + factor * torch.where(start == 0, 1.0, start.abs())
+                text = f"z0 {'+' if factor > 0 else '-'} {abs(factor):g} * z0.abs().where(z0 != 0, 1)"
+                yield f"z0={text}", tree_map_only(Tensor, torch.clone, replay.layout.unpack(moved))
 
     def equilibria(self) -> tuple[Tensor, Tensor]:
         """(B,) which samples have one, and (B, D) where, or the best point."""
