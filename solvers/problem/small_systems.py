@@ -28,10 +28,12 @@ def solve_positive_definite(matrix: Tensor, rhs: Tensor) -> Tensor:
         return _eliminated(matrix, rhs)
     factor: Tensor = torch.linalg.cholesky_ex(matrix)[0]  # does not check its result, which would wait for the device
     if not matrix.is_cuda:
-        return torch.cholesky_solve(rhs, factor)
+        solution: Tensor = torch.cholesky_solve(rhs, factor)
+        return solution
     # What torch.cholesky_solve calls for batches waits for the device, and so no CUDA graph can hold it.
     halfway = torch.linalg.solve_triangular(factor, rhs, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, halfway, upper=True)
+    solution = torch.linalg.solve_triangular(factor.mT, halfway, upper=True)
+    return solution
 
 
 def _eliminated(matrix: Tensor, rhs: Tensor) -> Tensor:
