@@ -57,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser(
         "doctor",
-        help="say why the implicit layers of a model do not converge, and what to do",
-        description="Run a model on a batch, diagnose every implicit layer, and print the report. The exit status is 0 "
-        "if every layer is healthy, 1 if one is not, and 2 if an argument is wrong.",
+        help="say why the solves of a model do not converge, and what to do",
+        description="Run a model on a batch, diagnose every implicit layer and every call of fixed_point and root, and "
+        "print the report. The exit status is 0 if all are healthy, 1 if one is not, and 2 if an argument is wrong.",
     )
     add = doctor.add_argument
     add(
