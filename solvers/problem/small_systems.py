@@ -27,12 +27,12 @@ def solve_positive_definite(matrix: Tensor, rhs: Tensor) -> Tensor:
     if torch.compiler.is_compiling() and n <= MOST_UNROLLED:
         return _eliminated(matrix, rhs)
     factor: Tensor = torch.linalg.cholesky_ex(matrix)[0]  # does not check its result, which would wait for the device
-    if not matrix.is_cuda:
-        solution: Tensor = torch.cholesky_solve(rhs, factor)
-        return solution
-    # What torch.cholesky_solve calls for batches waits for the device, and so no CUDA graph can hold it.
-    halfway = torch.linalg.solve_triangular(factor, rhs, upper=False)
-    solution = torch.linalg.solve_triangular(factor.mT, halfway, upper=True)
+    if matrix.is_cuda:
+        # What torch.cholesky_solve calls for batches waits for the device, and so no CUDA graph can hold it.
+        halfway = torch.linalg.solve_triangular(factor, rhs, upper=False)
+        solution: Tensor = torch.linalg.solve_triangular(factor.mT, halfway, upper=True)
+    else:
+        solution = torch.cholesky_solve(rhs, factor)
     return solution
 
 
