@@ -3,7 +3,7 @@
 python -m benchmarks.gpu [--part PART] [--only SECTION ...] [--published PATH] [--output FOLDER] [--budget-seconds S]
 
 Three calls of at most nine minutes each measure everything on a GPU with 80 GB: ``--part correctness`` (and peaks),
-``--part training`` (beside the published code, and 50 updates of a run), ``--part rest``.
+``--part training`` (beside the published code, 50 updates of a run, and inference), ``--part rest``.
 
 Progress goes to stderr; the tables come last, on stdout, with goals beside what was measured. Cells run by importance
 until the budget is spent, and say so where they were cut, or what failed. A step is the one that training takes
@@ -33,7 +33,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import timm
 import torch
 
-from benchmarks.on_gpu import correctness, goals, models, peaks, pipeline, solver_bank, training_run
+from benchmarks.on_gpu import correctness, goals, models, peaks, pipeline, solver_bank, training_run, whole_solves
 from benchmarks.on_gpu.cells import Cell, Row, markdown, run_cells
 from benchmarks.on_gpu.setup import Setup
 from benchmarks.on_gpu.steps import quiet
@@ -45,11 +45,12 @@ SOURCES: tuple[Callable[[Setup], list[Cell]], ...] = (
     training_run.cells,
     pipeline.cells,
     solver_bank.cells,
+    whole_solves.cells,
 )
 PARTS = {
     "correctness": ("correctness", "peaks"),
-    "training": ("training", "published", "run"),
-    "rest": ("precisions", "modes", "inference", "memory", "pipeline", "solvers"),
+    "training": ("training", "published", "run", "inference"),
+    "rest": ("precisions", "modes", "memory", "pipeline", "roots", "compiled", "solvers"),
 }
 SECTIONS = tuple(section for sections in PARTS.values() for section in sections)
 SAVING_SECONDS = 5.0  # of the budget, for what is left to do after the last cell

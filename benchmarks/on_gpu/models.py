@@ -19,7 +19,7 @@ from benchmarks.on_gpu.timing import median_seconds, peak_bytes, start_peak
 TRAINING, INFERENCE, MEMORY = "Training", "Inference", "Peak memory of a training step under Implicit"
 MODES = ("checkpointed", "implicit", "phantom", "jfb", "neumann", "shine", "auto")
 GIB = 2**30
-COMPILING = 25.0  # seconds, for the one block that is compiled
+COMPILING = 15.0  # seconds, for the one block that is compiled
 DEEP = 16  # steps from which half a batch is taken, to fit in 80 GB
 
 

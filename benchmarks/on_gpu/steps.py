@@ -29,7 +29,7 @@ def set_precision(name: str) -> None:
 
 
 def build(model: str, setup: Setup, size: str, **options: Any) -> nn.Module:
-    """Mixer, iMixer or the published iMixer on the device, with the paper's stochastic depth."""
+    """Mixer, iMixer or the published iMixer on the device, channels last, with the paper's stochastic depth."""
     if model == "published":
         if setup.published is None:
             raise UnavailableError("needs --published PATH")
@@ -37,7 +37,8 @@ def build(model: str, setup: Setup, size: str, **options: Any) -> nn.Module:
     else:
         make = {"Mixer": MlpMixer, "iMixer": IMixer}[model]
     with setup.device:
-        return make(drop_path_rate=0.1, **setup.mixer_args(size), **options)
+        network = make(drop_path_rate=0.1, **setup.mixer_args(size), **options)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 class Step:
@@ -52,7 +53,8 @@ class Step:
             raise UnavailableError("needs CUDA")
         set_precision(precision)
         self.model = model.train(training)
-        self.images = torch.randn(batch, 3, setup.img_size, setup.img_size, device=setup.device)
+        images = torch.randn(batch, 3, setup.img_size, setup.img_size, device=setup.device)
+        self.images = images.contiguous(memory_format=torch.channels_last)
         self.targets = torch.randint(NUM_CLASSES, (batch,), device=setup.device)
         dtype = AUTOCAST[precision]
         self.autocast: dict[str, Any] = {"device_type": setup.device.type, "dtype": dtype, "enabled": dtype is not None}

@@ -76,6 +76,7 @@ def compare(way: str, setup: Setup) -> Mapping[str, float]:
             amp=True,
             amp_dtype="bfloat16",
             tf32=True,
+            channels_last=True,
             cuda_graph=way == GRAPH,
             log_with=("none",),
             report_interval=100,
