@@ -353,6 +353,15 @@ def test_deblurring_restores_images(
     assert (tmp_path / "images.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_trained_deblurring_is_healthy() -> None:
+    zoo = load("deblurring")
+    training, truth = zoo.load_images()
+    model = zoo.Deblurring(width=64)
+    zoo.train(model, training[:640], epochs=2)
+    diagnosis = diagnose(model, zoo.measure(truth[:32]))
+    assert diagnosis.healthy, str(diagnosis)
+
+
 @pytest.mark.long
 def test_deblurring_beats_the_linear_filters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
