@@ -7,8 +7,10 @@ import io
 from implicit.diagnostics.diagnosis import Diagnosis
 
 _STYLE = (
+    ":root{color-scheme:light dark}"  # the browser's own colors; figures stay on white
     "body{font-family:sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}"
-    "pre{background:#f4f4f4;padding:1em;overflow-x:auto}h2~pre{white-space:pre-wrap}img{max-width:100%}"
+    "pre{background:color-mix(in srgb,currentColor 6%,transparent);padding:1em;overflow-x:auto}"
+    "h2~pre{white-space:pre-wrap}img{max-width:100%}"
 )
 
 
