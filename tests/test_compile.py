@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from tanh_map import TanhMap
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from implicit import FixedPointLayer, Implicit, fixed_point, spectral_norm
+from implicit import FixedPointLayer, Implicit, fixed_point
 from solvers.linear import NeumannSeries
 
 # PyTorch's own, while it compiles.
@@ -17,19 +18,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 STEPS = {"rtol": None, "atol": None, "max_steps": 6}
 SERIES = Implicit(linear_solver=NeumannSeries(terms=12))
-
-
-class TanhMap(nn.Module):
-    def __init__(self, norm=False):
-        super().__init__()
-        self.linear = nn.Linear(3, 3)
-        with torch.no_grad():
-            self.linear.weight.mul_(0.6 / torch.linalg.matrix_norm(self.linear.weight, 2))
-        if norm:
-            spectral_norm(self.linear, coeff=0.5)
-
-    def forward(self, z, x):
-        return torch.tanh(self.linear(z) + x)
 
 
 @pytest.fixture(autouse=True)

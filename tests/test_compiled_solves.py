@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tanh_map import TanhMap
 from torch import nn
 from torch._dynamo.utils import counters
 
-from implicit import FixedPointLayer, fixed_point, root, spectral_norm
+from implicit import FixedPointLayer, fixed_point, root
 from solvers import Anderson, Broyden, Newton, NotCompiledWarning, Picard, Status, Steps, Stopping, _compiled, solve
 
 # PyTorch's own, while it compiles.
@@ -210,19 +211,6 @@ def test_dtypes_and_autocast(dtype):
             eager, compiled = both(f, torch.zeros_like(x), "picard", args=(x,), rtol=1e-2)
         assert_equal(eager, compiled)
     assert not _compiled._refused
-
-
-class TanhMap(nn.Module):
-    def __init__(self, norm=False):
-        super().__init__()
-        self.linear = nn.Linear(3, 3)
-        with torch.no_grad():
-            self.linear.weight.mul_(0.6 / torch.linalg.matrix_norm(self.linear.weight, 2))
-        if norm:
-            spectral_norm(self.linear, coeff=0.5)
-
-    def forward(self, z, x):
-        return torch.tanh(self.linear(z) + x)
 
 
 @pytest.mark.long

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from tanh_map import TanhMap
 from torch import nn
 
-from implicit import FixedPointLayer, spectral_norm
+from implicit import FixedPointLayer
 from solvers import _compiled
 
 # PyTorch's own, while it compiles.
@@ -19,19 +20,6 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(autouse=True)
 def _without_a_compiler(monkeypatch):
     monkeypatch.setattr(_compiled, "BACKEND", "eager")
-
-
-class TanhMap(nn.Module):
-    def __init__(self, norm=False):
-        super().__init__()
-        self.linear = nn.Linear(3, 3)
-        with torch.no_grad():
-            self.linear.weight.mul_(0.6 / torch.linalg.matrix_norm(self.linear.weight, 2))
-        if norm:
-            spectral_norm(self.linear, coeff=0.5)
-
-    def forward(self, z, x):
-        return torch.tanh(self.linear(z) + x)
 
 
 @pytest.mark.long

@@ -38,7 +38,7 @@ def build(model: str, setup: Setup, size: str, **options: Any) -> nn.Module:
         make = {"Mixer": MlpMixer, "iMixer": IMixer}[model]
     with setup.device:
         network = make(drop_path_rate=0.1, **setup.mixer_args(size), **options)
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return network.to(memory_format=torch.channels_last)
 
 
 class Step:
