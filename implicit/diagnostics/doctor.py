@@ -13,14 +13,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from implicit.autograd.constant_weights import constant_weights
 from implicit.autograd.torch_internals import transform_active
-from implicit.backward import Backward, SolveOptions
 from implicit.diagnostics.diagnosis import Diagnosis
 from implicit.diagnostics.layer_report import LayerReport, count_statuses
 from implicit.diagnostics.map_examination import MapExamination
 from implicit.diagnostics.observed_map import restored
 from implicit.diagnostics.replay import Replay
 from implicit.diagnostics.root_examination import RootExamination
-from implicit.diagnostics.solve_hook import Around, MakeSolve, SolveNames, around_solves
+from implicit.diagnostics.solve_hook import Around, SolveCall, SolveNames, around_solves
 from implicit.implicit_layer import ImplicitLayer
 from implicit.invertible_residual import InvertibleResidual
 from implicit.spectral.lipschitz import Constant, lipschitz_bound
@@ -133,26 +132,17 @@ class _Survey:
     def __init__(self) -> None:
         self.of: dict[str, list[_Solved]] = {}
 
-    def __call__(
-        self,
-        solve: MakeSolve,
-        name: str,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        mode: Backward,
-        options: SolveOptions,
-    ) -> Solution[Any]:
+    def __call__(self, call: SolveCall) -> Solution[Any]:
         # Residuals are those of the examination; roots that full Newton steps reach are found faster without them.
-        options = _quiet(options, history=not options.root)
+        call = _quiet(call, history=not call.options.root)
         if transform_active():  # a solve within a map that is being differentiated
-            return solve(f, z0, args, mode, options)
-        begin = _now(z0)
-        solution = solve(f, z0, args, mode, options)
-        seconds = _now(z0) - begin
+            return call.solve()
+        begin = _now(call.z0)
+        solution = call.solve()
+        seconds = _now(call.z0) - begin
         status, steps = solution.status.flatten().cpu(), solution.num_steps.flatten().cpu()
         badness = (int(solution.failed.sum()), int(steps.sum()))
-        self.of.setdefault(name, []).append(_Solved(status, steps, solution.num_evals, seconds, badness))
+        self.of.setdefault(call.name, []).append(_Solved(status, steps, solution.num_evals, seconds, badness))
         return solution
 
     def worst(self) -> dict[str, int]:
@@ -181,8 +171,9 @@ def _now(z0: Any) -> float:
     return time.perf_counter()
 
 
-def _quiet(options: SolveOptions, *, history: bool) -> SolveOptions:
-    return dataclasses.replace(options, on_failure="ignore", history=history, compile=False)
+def _quiet(call: SolveCall, *, history: bool) -> SolveCall:
+    options = dataclasses.replace(call.options, on_failure="ignore", history=history, compile=False)
+    return dataclasses.replace(call, options=options)
 
 
 class _Visit:
@@ -201,29 +192,21 @@ class _Visit:
         """Choose the number of the solve of each name that is examined in the next call of the model."""
         self._chosen, self._made = chosen, {}
 
-    def __call__(
-        self,
-        solve: MakeSolve,
-        name: str,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        mode: Backward,
-        options: SolveOptions,
-    ) -> Solution[Any]:
-        options = _quiet(options, history=True)
+    def __call__(self, call: SolveCall) -> Solution[Any]:
+        call = _quiet(call, history=True)
+        name, options = call.name, call.options
         number = self._made.get(name, 0)
         counts = not (self._busy or transform_active())
         self._made[name] = number + counts
         # Solves within a map that is being examined are made as usual.
         if not counts or number != self._chosen.get(name):
-            return solve(f, z0, args, mode, options)
-        layout = Layout(z0, options.batch_dims)
+            return call.solve()
+        layout = Layout(call.z0, options.batch_dims)
         lost = torch.zeros(layout.batch_size, dtype=torch.bool, device=layout.device)
         whole = not options.compact and options.chunk_size is None
 
         def observed(z: Any, *args: Any) -> Any:
-            fz = f(z, *args)
+            fz = call.f(z, *args)
             # A product with the Jacobian calls the map under a transform, which allows no change of other tensors.
             if whole and not transform_active():
                 values = layout.pack(fz)
@@ -232,29 +215,28 @@ class _Visit:
             return fz
 
         with constant_weights():
-            solution = solve(observed, z0, args, mode, options)
+            solution = dataclasses.replace(call, f=observed).solve()
             self._busy = True
             try:
                 of_layer = name in self._names.layers
-                replay = Replay(f, z0, args, mode, options, "init" if of_layer else "z0", num_solves=2)
+                start_option = "init" if of_layer else "z0"
+                replay = Replay(call.f, call.z0, call.args, call.mode, options, start_option, num_solves=2)
                 with replay.restored():
-                    self.examined[name] = self._report(name, replay, solution, lost, solve)
+                    self.examined[name] = self._report(call, replay, solution, lost)
             finally:
                 self._busy = False
         return solution
 
-    def _report(
-        self, name: str, replay: Replay, solution: Solution[Any], lost: Tensor, solve: MakeSolve
-    ) -> LayerReport:
+    def _report(self, call: SolveCall, replay: Replay, solution: Solution[Any], lost: Tensor) -> LayerReport:
         options = replay.options
-        saved = _bytes_saved(replay, solve)
+        saved = _bytes_saved(replay, call)
         examination = RootExamination if options.root else MapExamination
         exam = examination(replay, solution, lost, self._seed)
         history = torch.empty(0, replay.layout.batch_size)
         if solution.history is not None:
             history = solution.history.reshape(len(solution.history), -1).cpu().double()
         return LayerReport(
-            name=self._names.place_of(name),
+            name=self._names.place_of(call.name),
             settings=f"solver={options.solver!r}, stopping={options.stopping!r}",
             root=options.root,
             statuses={},
@@ -295,13 +277,16 @@ def _rate(history: Tensor, num_steps: Tensor) -> Tensor:
     return (least / history[0]) ** (1 / steps)
 
 
-def _bytes_saved(replay: Replay, solve: MakeSolve) -> int | None:
+def _bytes_saved(replay: Replay, call: SolveCall) -> int | None:
     """The bytes that a solve with gradients creates and keeps, without its value; None where it does not run."""
     replay.num_solves += 1
     inputs = tree_map_only(Tensor, lambda x: x.requires_grad_() if x.is_floating_point() else x, replay.inputs)
     try:
         with replay.restored(), torch.enable_grad(), PeakMemory() as memory:
-            value = solve(replay.f, replay.z0, inputs, replay.backward, replay.options).value
+            again = dataclasses.replace(
+                call, f=replay.f, z0=replay.z0, args=inputs, mode=replay.backward, options=replay.options
+            )
+            value = again.solve().value
             kept = memory.held
         return int(max(0, kept - sum(leaf.nbytes for leaf in tree_leaves(value))))
     except (RuntimeError, NotImplementedError):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from implicit.autograd.modules_used import modules_used_by
-from implicit.backward import Backward, Implicit, SolveOptions, Unrolled, get_backward
+from implicit.backward import Backward, Implicit, Unrolled, get_backward
 from implicit.diagnostics.observed_map import restored
-from implicit.diagnostics.solve_hook import Around, MakeSolve, SolveNames, around_solves
+from implicit.diagnostics.solve_hook import Around, SolveCall, SolveNames, around_solves
 from solvers import Solution, Steps
 from solvers.linear import GMRES
 from solvers.testing import PeakMemory
@@ -214,42 +214,26 @@ class _Exactly:
     def __init__(self) -> None:
         self.fixed: list[bool] = []
 
-    def __call__(
-        self,
-        solve: MakeSolve,
-        name: str,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        mode: Backward,
-        options: SolveOptions,
-    ) -> Solution[Any]:
-        rule = options.stopping
+    def __call__(self, call: SolveCall) -> Solution[Any]:
+        rule = call.options.stopping
         self.fixed.append(isinstance(rule, Steps))
-        mode = Implicit(linear_solver=GMRES(restart=50, max_steps=500))
+        mode: Backward = Implicit(linear_solver=GMRES(restart=50, max_steps=500))
         if not isinstance(rule, Steps):
-            eps = max(torch.finfo(leaf.dtype).eps for leaf in tree_leaves(z0))
+            eps = max(torch.finfo(leaf.dtype).eps for leaf in tree_leaves(call.z0))
             rtol = max(1e-3 * (rule.relative or 1e-4), 10 * eps)
             rule = dataclasses.replace(rule, rtol=rtol, max_steps=4 * rule.max_steps)
-        elif options.solver.differentiable:
+        elif call.options.solver.differentiable:
             mode = Unrolled()
-        return solve(f, z0, args, mode, dataclasses.replace(options, stopping=rule, on_failure="ignore"))
+        options = dataclasses.replace(call.options, stopping=rule, on_failure="ignore")
+        return dataclasses.replace(call, mode=mode, options=options).solve()
 
 
 def _by(mode: Backward) -> Around:
     """Makes solves with a backward mode in place of their own."""
 
-    def around(
-        solve: MakeSolve,
-        name: str,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        own: Backward,
-        options: SolveOptions,
-    ) -> Solution[Any]:
-        mode.check(options.solver)
-        return solve(f, z0, args, mode, options)
+    def around(call: SolveCall) -> Solution[Any]:
+        mode.check(call.options.solver)
+        return dataclasses.replace(call, mode=mode).solve()
 
     return around
 
@@ -323,17 +307,8 @@ class _Counted:
     def __init__(self) -> None:
         self.calls = self.products = 0
 
-    def __call__(
-        self,
-        solve: MakeSolve,
-        name: str,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        mode: Backward,
-        options: SolveOptions,
-    ) -> Solution[Any]:
-        return solve(_CountedMap(f, self), z0, args, mode, options)
+    def __call__(self, call: SolveCall) -> Solution[Any]:
+        return dataclasses.replace(call, f=_CountedMap(call.f, self)).solve()
 
 
 class _CountedMap(nn.Module):

@@ -1,6 +1,7 @@
 """Calls of a function around every solve that a model makes: of its implicit layers, and of fixed_point and root."""
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Hashable, Iterator
@@ -10,14 +11,43 @@ from typing import Any
 from torch import nn
 
 from implicit.backward import Backward, SolveOptions
-from implicit.functional import solve_in_force, solve_unobserved
+from implicit.functional import Solve, solve_in_force, solve_unobserved
 from implicit.implicit_layer import ImplicitLayer
 from solvers import Solution
 
-# What makes a solve: takes the map, the start, its other arguments, the backward mode and the options.
-MakeSolve = Callable[[Callable[..., Any], Any, tuple[Any, ...], Backward, SolveOptions], Solution[Any]]
-# Takes the one that is in force and the name of the solve, and then the same.
-Around = Callable[[MakeSolve, str, Callable[..., Any], Any, tuple[Any, ...], Backward, SolveOptions], Solution[Any]]
+
+@dataclasses.dataclass(frozen=True)
+class SolveCall:
+    """A solve that a model is about to make.
+
+    Attributes:
+        name: What it is called.
+        f: The map, or the function whose root is wanted.
+        z0: The start.
+        args: Further arguments of ``f``.
+        mode: The backward mode.
+        options: How it is solved.
+        owner: The layer whose solve it is, or the function of a call.
+        outer: What else is in force around it, or None.
+    """
+
+    name: str
+    f: Callable[..., Any]
+    z0: Any
+    args: tuple[Any, ...]
+    mode: Backward
+    options: SolveOptions
+    owner: object
+    outer: Solve | None
+
+    def solve(self) -> Solution[Any]:
+        """Make it as it would be made without being looked at."""
+        if self.outer is None:
+            return solve_unobserved(self.f, self.z0, self.args, self.mode, self.options)
+        return self.outer(self.f, self.z0, self.args, self.mode, self.options, self.owner)
+
+
+Around = Callable[[SolveCall], Solution[Any]]
 
 
 class SolveNames:
@@ -114,10 +144,10 @@ class SolveNames:
 
 @contextlib.contextmanager
 def around_solves(names: SolveNames, around: Around) -> Iterator[None]:
-    """Within the context, let ``around(solve, name, f, z0, args, mode, options)`` make every solve of the model.
+    """Within the context, let ``around(call)`` make every solve of the model.
 
-    ``solve(f, z0, args, mode, options)`` makes it as it would be made without. Solves of other threads, and within
-    graphs of ``torch.compile``, are left alone.
+    ``call.solve()`` makes it as it would be made without. Solves of other threads, and within graphs of
+    ``torch.compile``, are left alone.
     """
     outer = solve_in_force.get()
 
@@ -129,17 +159,9 @@ def around_solves(names: SolveNames, around: Around) -> Iterator[None]:
         options: SolveOptions,
         owner: object,
     ) -> Solution[Any]:
-        def solve(
-            f: Callable[..., Any], z0: Any, args: tuple[Any, ...], mode: Backward, options: SolveOptions
-        ) -> Solution[Any]:
-            if outer is None:
-                return solve_unobserved(f, z0, args, mode, options)
-            return outer(f, z0, args, mode, options, owner)
-
         name = names.name(owner, options)
-        if name is None:
-            return solve(f, z0, args, mode, options)
-        return around(solve, name, f, z0, args, mode, options)
+        call = SolveCall(name or "", f, z0, args, mode, options, owner, outer)
+        return call.solve() if name is None else around(call)
 
     token = solve_in_force.set(make)
     try:

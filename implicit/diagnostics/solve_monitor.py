@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from implicit.autograd.torch_internals import transform_active
-from implicit.backward import Backward, SolveOptions
 from implicit.diagnostics.on_its_way import OnItsWay
-from implicit.diagnostics.solve_hook import MakeSolve, SolveNames, around_solves
+from implicit.diagnostics.solve_hook import SolveCall, SolveNames, around_solves
 from solvers import ConvergenceWarning, Solution, Status
 
 # The steps that make a layer's baseline, and the latest ones that are compared with it.
@@ -108,19 +107,10 @@ class SolveMonitor:
             self._waiting, self._running = (self._step, self._running), {}
             self._read()
 
-    def _record(
-        self,
-        solve: MakeSolve,
-        name: str,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        mode: Backward,
-        options: SolveOptions,
-    ) -> Solution[Any]:
-        solution = solve(f, z0, args, mode, options)
+    def _record(self, call: SolveCall) -> Solution[Any]:
+        solution = call.solve()
         if not transform_active():
-            self._running.setdefault(name, []).append(OnItsWay(_row(solution)))
+            self._running.setdefault(call.name, []).append(OnItsWay(_row(solution)))
         return solution
 
     def _read(self) -> None:
