@@ -74,17 +74,13 @@ def first(limits: Limits, state: State, max_growth: float) -> Samples:
     measure = limits.measure
     errors, scales = measure.parts(state.displacement), measure.parts(state.fz)
     samples = Samples.at_start(state, measure, scales, errors, max_growth)
-    if state.image_is_nearer is False:
-        samples.contracts = torch.zeros_like(samples.contracts)
     news = samples.news(measure, errors, scales, limits.eps, None)
     within = _rules.within_at_start(samples, news, state, measure, errors, scales)
     news.of_samples = news.of_samples._replace(within=within)
     allowed = news.of_samples.allowed
     met, idle = within & allowed, torch.full_like(samples.status, ACTIVE)
     step = torch.ones_like(limits.max_steps)
-    new = _taken_in(samples, news, step, met | news.improved, met, idle, met < allowed, samples.contracts)
-    new.value = new.value_of(state)
-    return new
+    return _taken_in(samples, news, step, met | news.improved, met, idle, met < allowed, samples.contracts)
 
 
 def take_in(

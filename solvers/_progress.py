@@ -95,9 +95,7 @@ class ToleranceTest:
             errors, scales = self._measure.parts(state.displacement), self._measure.parts(state.fz)
             if first:
                 self._samples = Samples.at_start(state, self._measure, scales, errors, self._stopping.max_growth)
-                if state.image_is_nearer is False:
-                    self._samples.contracts = torch.zeros_like(self._samples.contracts)
-                    self._all_contract = self._some_contract = False
+                self._all_contract = self._some_contract = state.image_is_nearer is not False
             waited = step - self._all_improved_at >= self._patience
             near = self._near or waited or step == self._stopping.max_steps or self._stopping.check_every > 1
             # Whether the map contracts is asked at steps that do not depend on the batch.

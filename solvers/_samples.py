@@ -76,10 +76,12 @@ class Samples:
         error, scale, size = (measure.whole(parts) for parts in (errors, scales, starts))  # (B,)
         zero, true = torch.zeros_like(error, dtype=torch.int64), torch.ones_like(error, dtype=torch.bool)
         infinite = torch.full_like(error, math.inf)
+        may_contract = state.image_is_nearer is not False
+        contracts = true if may_contract else torch.zeros_like(true)
         return cls(
-            value=state.fz,
-            contracts=true,
-            is_image=true,
+            value=state.fz if may_contract else state.z,
+            contracts=contracts,
+            is_image=contracts,
             status=torch.full_like(error, ACTIVE, dtype=torch.int8),
             active=true,
             num_steps=zero,

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from test_gpu import no_waiting
+from test_gpu import Map, no_waiting
 from test_zoo import load
 from torch import nn
 
@@ -17,7 +17,6 @@ from implicit import (
     fixed_point,
     monitor_solves,
     root,
-    spectral_norm,
 )
 from solvers import Anderson, Broyden, NotCompiledWarning, Picard, solve
 
@@ -33,15 +32,6 @@ pytestmark = [
 ]
 
 cuda = {"device": "cuda", "dtype": torch.float64}
-
-
-class Map(nn.Module):
-    def __init__(self, size=32):
-        super().__init__()
-        self.linear = spectral_norm(nn.Linear(size, size), coeff=0.8)
-
-    def forward(self, z, x):
-        return torch.tanh(self.linear(z)) + x
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=str)

@@ -227,7 +227,10 @@ class Reflected(Solver):
 def test_a_state_can_say_that_the_image_is_not_nearer(double):
     """Then the value is the iterate, whose residual meets the tolerance, in every sample and also where f contracts."""
     rate = torch.tensor([[-1.5], [0.5], [-2.0]])
-    f = lambda z: rate * z + 1  # noqa: E731
+
+    def f(z):
+        return rate * z + 1
+
     for rtol in (1e-2, 1e-6):
         solution = solve(f, torch.zeros(3, 4), Reflected(), rtol=rtol, atol=0, on_failure="raise")
         change = f(solution.value) - solution.value
