@@ -67,9 +67,12 @@ def accuracies(experiment: Experiment, results: Sequence[ArmResults]) -> NamedFi
             ax.plot(result.arm.published, row, "x", color=COLORS[1], markersize=7)
     if any(len(result.top1) > 1 for result in shown):
         # An interval of two seeds may be wider than all accuracies there are.
-        points = [value for result in shown for value in result.top1.values()]
-        spread = max(max(points) - min(points), 0.5)
-        ax.set_xlim(max(min(points) - spread, 0), min(max(points) + spread, 100))
+        points: dict[str, list[float]] = {}
+        for result in shown:
+            points.setdefault(result.arm.data.name, []).extend(result.top1.values())
+        lowest, highest = min(map(min, points.values())), max(map(max, points.values()))
+        spread = max(0.5, *(max(of_data) - min(of_data) for of_data in points.values()))
+        ax.set_xlim(max(lowest - spread, 0), min(highest + spread, 100))
     ax.set_yticks(range(len(shown)), [f"{result.arm.name} (n={len(result.top1)})" for result in shown], fontsize=7)
     ax.set_ylim(len(shown) - 0.4, -0.6)  # the first on top
     ax.set_xlabel("test top-1 (%)")

@@ -78,7 +78,7 @@ def maps(experiment: Experiment, results: Sequence[ArmResults]) -> NamedFigure |
             left = index * per_arm
             pixels = np.array(measured["images"][image])
             axes[top, left].imshow(pixels, cmap=None if pixels.shape[-1] == 3 else "gray")
-            axes[top, left].set_title(name if image == 0 else "", fontsize=8)
+            axes[0, left + per_arm // 2].set_title(name, fontsize=8)  # over the middle of its maps
             for channel in range(per_arm):
                 pictures = np.array(measured["maps"][image][channel])  # (steps, size, size)
                 low, high = pictures.min(), pictures.max()
@@ -101,18 +101,26 @@ def steps_at_test_time(experiment: Experiment, results: Sequence[ArmResults]) ->
     shown = [result for result in results if result.measured["inference-steps"]]
     if not shown:
         return None
-    figure = new_figure(6.0, 3.2)
-    ax = figure.subplots()
+    figure = new_figure(7.5, 3.0)
+    absolute, change = figure.subplots(1, 2)
+    steps = list(next(iter(shown[0].measured["inference-steps"].values()))["top1"])
     for result, color in zip(shown, cycle(COLORS)):
         measured = list(result.measured["inference-steps"].values())
-        steps = list(measured[0]["top1"])
-        values = [[m["top1"][step] for m in measured] for step in steps]
-        band(ax, range(len(steps)), values, color, f"trained with {result.arm.name}")
+        trained = str(result.arm.settings["n_iter"])
+        label = f"trained with {result.arm.name}"
+        band(absolute, range(len(steps)), [[m["top1"][step] for m in measured] for step in steps], color, label)
+        differences = [[m["top1"][step] - m["top1"][trained] for m in measured] for step in steps]
+        band(change, range(len(steps)), differences, color, label)
+    for ax in (absolute, change):
         ax.set_xticks(range(len(steps)), [step.replace("fixed point", "fixed\npoint") for step in steps])
-    ax.set_xlabel("steps at test time")
-    ax.set_ylabel("test top-1 (%)")
-    ax.legend(fontsize=7)
-    caption = "Accuracy against the number of steps at test time: mean over seeds, and its 95% interval as a band."
+        ax.set_xlabel("steps at test time")
+    absolute.set_ylabel("test top-1 (%)")
+    change.set_ylabel("change of top-1 (points)")
+    absolute.legend(fontsize=7)
+    caption = (
+        "Accuracy against the number of steps at test time, and its change from the number of steps in training, seed "
+        "by seed: means over seeds, and their 95% intervals as bands."
+    )
     return NamedFigure(name=f"{experiment.name}-steps", caption=caption, figure=figure)
 
 
