@@ -16,7 +16,7 @@ from solvers._samples import News, Samples
 from solvers._secant import Secant, some_entries, stride_of
 from solvers._solution import ACTIVE
 from solvers._stopping import Stopping
-from solvers.methods.solver import State
+from solvers.methods.solver import State, replaced
 
 
 @dataclasses.dataclass
@@ -151,7 +151,7 @@ def _taken_in(
         step: () int64.
         taken: (B,) bool, the samples with a new best iterate.
         met: (B,) bool, those that have converged.
-        idle: (B,) int8, as :func:`_rules.idle` gives it.
+        idle: (B,) int64, as :func:`_rules.idle` gives it.
         active: (B,) bool, those that go on.
         contracts: (B,) bool, whether every step that was asked has contracted.
     """
@@ -159,7 +159,7 @@ def _taken_in(
     new = dataclasses.replace(
         samples,
         contracts=contracts,
-        is_image=torch.where(taken, contracts, samples.is_image),
+        is_image=replaced(samples.is_image, taken, contracts),
         error=torch.where(taken, news.error, samples.error),
         scale=torch.where(taken, news.scale, samples.scale),
         least=torch.where(taken, news.rounded, samples.least),

@@ -230,7 +230,8 @@ def take_back(solver: Solver, f: FlatMapping, state: Any, lost: Tensor, best: Te
 
     calls = torch.ones((), dtype=torch.int64, device=start.device)
     still, length = lost & image.isfinite().all(dim=1), torch.ones_like(calls, dtype=start.dtype)
-    _, calls, _, z, fz = loop(goes_on, shortened, (still, calls, length, start, image))
+    # Copies, since no two inputs of a loop may be the same memory; what its functions capture is an input too.
+    _, calls, _, z, fz = loop(goes_on, shortened, (still, calls, length, start.clone(), image.clone()))
     return solver.restarted(state, lost, z, fz), calls
 
 

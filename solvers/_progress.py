@@ -200,7 +200,7 @@ class ToleranceTest:
     def _idle(self, news: News, secant: Secant) -> tuple[Tensor, Tensor]:
         """Which samples have waited for half of the least patience or longer (B,), and what they may expect.
 
-        The latter is (B,) int8: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE.
+        The latter is (B,) int64: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE.
         """
         waited = self._waited().masked_fill(news.improved, 0)
         sure = self._is_sure(news, secant)
@@ -350,7 +350,7 @@ class ToleranceTest:
             estimate = whole.error_ratio * change
         return Outcome(
             value=whole.value,
-            status=self._merged(whole.status, status),
+            status=self._merged(whole.status, status).to(torch.int8),
             residual=whole.residual,
             change=change,
             error_estimate=estimate.masked_fill(change == 0, 0.0),

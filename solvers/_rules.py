@@ -87,7 +87,7 @@ def is_sure(
 
 
 def idle(samples: Samples, news: News, sure: Tensor, waited: Tensor, *, patience: int | Tensor, eps: float) -> Tensor:
-    """(B,) int8: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE.
+    """(B,) int64: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE.
 
     Args:
         samples: What is known of each sample.
@@ -124,14 +124,14 @@ def lost(samples: Samples, news: News, waited: Tensor, *, remembers: bool) -> Te
 
 
 def status_at_end(news: News, met: Tensor | None, idle: Tensor | None) -> Tensor:
-    """(B,) int8: the status of a sample if it ends in this step.
+    """(B,) int64: the status of a sample if it ends in this step.
 
     Args:
         news: The residuals of the step.
         met: (B,) bool, the samples that have converged; None if none has.
         idle: What :func:`idle` says; None if no sample can have waited long enough.
     """
-    status = torch.full_like(news.error, ACTIVE, dtype=torch.int8) if idle is None else idle
+    status = torch.full_like(news.error, ACTIVE, dtype=torch.int64) if idle is None else idle
     # The later line wins.
     status = status.masked_fill(~news.of_samples.allowed, Status.DIVERGED)
     status = status.masked_fill(~(news.error < math.inf), Status.NONFINITE)
@@ -139,7 +139,7 @@ def status_at_end(news: News, met: Tensor | None, idle: Tensor | None) -> Tensor
 
 
 def status_out_of_steps(samples: Samples, max_growth: float) -> Tensor:
-    """(B,) int8: the status of each sample, MAX_STEPS or DIVERGED where it is still active."""
+    """(B,) int64: the status of each sample, MAX_STEPS or DIVERGED where it is still active."""
     far = torch.maximum(min(1.0, FAR / max_growth) * samples.limit, WILD * samples.error)
     status = samples.status.masked_fill(samples.active, Status.MAX_STEPS)
     return status.masked_fill(samples.active & (samples.latest > far), Status.DIVERGED)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solvers._measure import Measure
 from solvers._solution import ACTIVE
-from solvers.methods.solver import State
+from solvers.methods.solver import State, replaced
 from solvers.problem import relative
 from solvers.problem.norms import FLOOR, underflow
 
@@ -28,7 +28,7 @@ class Samples:
         value: (B, D) of the iterate z with the smallest residual: f(z) where the steps show it to be nearer, else z.
         contracts: (B,) bool, whether every step that was asked has brought images closer together than iterates.
         is_image: (B,) bool, whether the value is f(z).
-        status: (B,) int8, ACTIVE until the sample stops.
+        status: (B,) int64, ACTIVE until the sample stops.
         active: (B,) bool.
         num_steps: (B,) int64, the step at which it stopped.
         error: (B,) ``norm(f(z) - z)`` at that iterate.
@@ -82,7 +82,7 @@ class Samples:
             value=state.fz if may_contract else state.z,
             contracts=contracts,
             is_image=contracts,
-            status=torch.full_like(error, ACTIVE, dtype=torch.int8),
+            status=torch.full_like(zero, ACTIVE),
             active=true,
             num_steps=zero,
             error=infinite,
@@ -115,8 +115,7 @@ class Samples:
         mixed = {}
         for field in dataclasses.fields(self):
             old, other = getattr(self, field.name), getattr(new, field.name)
-            where = rows.view(-1, *[1] * (old.dim() - 1))
-            mixed[field.name] = old if other is old else torch.where(where, other, old)
+            mixed[field.name] = old if other is old else replaced(old, rows, other)
         return Samples(**mixed)
 
     def news(
@@ -244,7 +243,7 @@ class Verdict:
 
     Attributes:
         met: (B,) bool, the samples that have converged; None if none has.
-        idle: (B,) int8, STAGNATED or PRECISION_FLOOR where no smaller residual is expected, else ACTIVE; None if no
+        idle: (B,) int64, STAGNATED or PRECISION_FLOOR where no smaller residual is expected, else ACTIVE; None if no
             sample can have waited long enough.
         active: (B,) bool, the samples that go on.
         contracts: (B,) bool, whether every step that was asked has contracted; None if that is as before.

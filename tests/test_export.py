@@ -22,6 +22,7 @@ MODELS = {
     "broyden": {"n_iter": 4, "solver": "broyden"},
     "implicit": {"n_iter": 4, "backward": Implicit(linear_solver=NeumannSeries(terms=6))},
 }
+ON_ONNX = ("eight steps", "anderson", "broyden")
 
 
 @pytest.fixture(autouse=True)
@@ -83,11 +84,7 @@ def test_a_solve_to_a_tolerance_is_exported():
         torch.testing.assert_close(exported.module()(x), model(x))
 
 
-# Anderson's small systems are solved by a Cholesky factorization, for which ONNX has no operator.
-@pytest.mark.parametrize(
-    "name",
-    ["paper", pytest.param("eight steps", marks=pytest.mark.long), pytest.param("broyden", marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize("name", ["paper", *(pytest.param(name, marks=pytest.mark.long) for name in ON_ONNX)])
 def test_onnx(name):
     pytest.importorskip("onnxscript", reason="the exporter needs onnxscript: pip install -e '.[dev]'")
     onnxruntime = pytest.importorskip("onnxruntime", reason="runs what is exported: pip install -e '.[dev]'")

@@ -1,5 +1,6 @@
 """Solves to a tolerance as parts of larger graphs: exported, and inside of torch.compile."""
 
+import math
 import subprocess
 import sys
 
@@ -41,15 +42,15 @@ assert "solvers" not in sys.modules
 """
 
 
+class Logarithm(nn.Module):
+    def forward(self, z, x):
+        return torch.log(z + 0.5) + x
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
 def test_exported_solves_run_elsewhere(solver, tmp_path):
     """With a dynamic batch, in a process that does not know the library; also where samples are taken back."""
-
-    class Logarithm(nn.Module):
-        def forward(self, z, x):
-            return torch.log(z + 0.5) + x
-
     for name, f, inputs in (
         ("tanh", TanhMap(norm=True), [torch.randn(size, 3) for size in (1, 4, 7)]),
         ("logarithm", Logarithm(), [torch.rand(size, 3) + 1 for size in (2, 5)]),
@@ -64,3 +65,41 @@ def test_exported_solves_run_elsewhere(solver, tmp_path):
         for x, z in zip(inputs, torch.load(tmp_path / "outputs.pt"), strict=True):
             with torch.no_grad():
                 torch.testing.assert_close(z, layer(x), rtol=1e-5, atol=1e-5)
+
+
+class Reporting(nn.Module):
+    """A layer whose statuses and steps are further outputs."""
+
+    def __init__(self, f, solver):
+        super().__init__()
+        self.layer = FixedPointLayer(f, solver=solver, rtol=1e-5, max_steps=30, on_failure="ignore")
+
+    def forward(self, x):
+        _, solution = self.layer(x, return_solution=True)
+        return solution.value, solution.status, solution.num_steps
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("f", "solver"),
+    [(Logarithm(), "picard"), (Logarithm(), "anderson"), (TanhMap(norm=True), "broyden")],
+    ids=["picard", "anderson", "broyden"],
+)
+def test_onnx_runs_solves_to_a_tolerance(f, solver):
+    pytest.importorskip("onnxscript", reason="the exporter needs onnxscript: pip install -e '.[dev]'")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="runs what is exported: pip install -e '.[dev]'")
+    model = Reporting(f, solver).eval()
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.onnx.export(model, (torch.randn(4, 3),), dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (source,) = session.get_inputs()
+    seen = set()
+    for x in (torch.rand(1, 3) + 1, torch.linspace(-2, 1.5, 21).view(7, 3), torch.tensor([[math.nan] * 3, [1.0] * 3])):
+        value, status, num_steps = (torch.from_numpy(out) for out in session.run(None, {source.name: x.numpy()}))
+        with torch.no_grad():
+            _, expected = model.layer(x, return_solution=True)
+        assert status.tolist() == expected.status.tolist()
+        assert (num_steps - expected.num_steps).abs().max() <= 2
+        torch.testing.assert_close(value, expected.value, rtol=1e-4, atol=1e-4, equal_nan=True)
+        seen.update(expected.statuses())
+    assert {"CONVERGED", "NONFINITE"} <= seen

@@ -130,8 +130,11 @@ class Solver(Hyperparameters, abc.ABC):
 
 
 def replaced(tensor: Tensor, rows: Tensor, other: Tensor) -> Tensor:
-    """A new tensor (B, ...) with the samples ``rows`` (B,) of ``other`` and the rest of ``tensor``."""
-    return torch.where(rows.view(-1, *[1] * (tensor.dim() - 1)), other, tensor)
+    """A new tensor (B, ...) with the samples ``rows`` (B,), or () for all alike, of ``other`` and the rest of ``tensor``."""
+    rows = rows.view(-1, *[1] * (tensor.dim() - 1))
+    if tensor.dtype == torch.bool:  # between which ONNX Runtime cannot choose
+        return (rows & other) | (~rows & tensor)
+    return torch.where(rows, other, tensor)
 
 
 def take_samples(state: Any, keep: Tensor) -> Any:
