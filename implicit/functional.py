@@ -160,6 +160,11 @@ def solve_with_gradient(
 
     The owner is the layer whose solve this is; that of a call of a function is ``f`` itself.
     """
+    if options.compile and isinstance(options.stopping, Stopping) and torch.compiler.is_dynamo_compiling():
+        from solvers.problem import untraced
+
+        apart: Solution[S] = untraced.call(solve_with_gradient, f, z0, args, mode, options, owner)
+        return apart
     solve = None if torch.compiler.is_compiling() else solve_in_force.get()
     if solve is None:
         return solve_unobserved(f, z0, args, mode, options)

@@ -113,19 +113,21 @@ def solve(
     """
     check_on_failure(on_failure)
     rule = stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, check_every=check_every)
-    iteration = Iteration(
-        f,
-        z0,
-        solver,
-        args=args,
-        stopping=rule,
-        batch_dims=batch_dims,
-        history=history,
-        compact=compact,
-        in_dims=in_dims,
-        compile=compile,
-    )
-    return iteration.run(on_failure)
+    options: dict[str, Any] = {
+        "args": args,
+        "stopping": rule,
+        "batch_dims": batch_dims,
+        "history": history,
+        "compact": compact,
+        "in_dims": in_dims,
+        "compile": compile,
+    }
+    if compile and isinstance(rule, Stopping) and torch.compiler.is_dynamo_compiling():
+        from solvers.problem import untraced
+
+        apart: Solution[S] = untraced.call(solve, f, z0, solver, **options, on_failure=on_failure)
+        return apart
+    return Iteration(f, z0, solver, **options).run(on_failure)
 
 
 class Iteration(Generic[S]):
@@ -209,7 +211,7 @@ class Iteration(Generic[S]):
         self.done = True
         with without_autocast(self._layout.device.type):
             z = self._layout.pack(z0)
-            # What torch.compile traces runs step by step: its graph breaks at the tests.
+            # What torch.compile traces of an iteration runs step by step: its graph breaks at the tests.
             compile = compile and not (history or torch.compiler.is_dynamo_compiling())
             fz = self._map(z) if compile else None
             if fz is None or not self._runs_compiled(rule, z0, args, f, fz):
@@ -293,9 +295,9 @@ class Iteration(Generic[S]):
             return progress.update(self.num_steps, self.state)
         update = progress.update
         if compiling:
-            from solvers import _untraced
+            from solvers.problem import untraced
 
-            update = functools.partial(_untraced.update, progress)
+            update = functools.partial(untraced.call, progress.update)
         done = bool(update(self.num_steps, self.state))
         if progress.lost is not None:
             self.state, _ = take_back(self._solver, self._map, self.state, progress.lost, progress.value, on_host)
@@ -305,9 +307,9 @@ class Iteration(Generic[S]):
     def solution(self) -> Solution[S]:
         """The solution as it stands; a sample that is still active counts as MAX_STEPS."""
         if torch.compiler.is_compiling() and isinstance(self._progress, ToleranceTest) and not self._in_graph:
-            from solvers import _untraced
+            from solvers.problem import untraced
 
-            outcome = _untraced.outcome(self._progress)
+            outcome = untraced.call(self._progress.outcome)
         else:
             outcome = self._progress.outcome()
 

@@ -9,8 +9,8 @@ import torch
 from tanh_map import TanhMap
 from torch import nn
 
-from implicit import FixedPointLayer
-from solvers import _compiled
+from implicit import FixedPointLayer, fixed_point
+from solvers import _compiled, solve
 
 # PyTorch's own, while it compiles.
 pytestmark = pytest.mark.filterwarnings(
@@ -23,15 +23,61 @@ def _without_a_compiler(monkeypatch):
     monkeypatch.setattr(_compiled, "BACKEND", "eager")
 
 
+@pytest.fixture
+def loops(monkeypatch):
+    """The solves that run as compiled loops, in a list."""
+    found, run = [], _compiled.run
+
+    def noted(*arguments):
+        course = run(*arguments)
+        found.append(course)
+        return course
+
+    monkeypatch.setattr(_compiled, "run", noted)
+    return found
+
+
 @pytest.mark.long
-def test_inside_of_a_larger_compiled_function():
-    layer = FixedPointLayer(TanhMap(), solver="picard", rtol=1e-6, compile=True)
-    outer = torch.compile(lambda x: layer(x).sin(), backend="eager")
+@pytest.mark.parametrize("of_a_layer", [True, False])
+def test_inside_of_a_larger_compiled_function(of_a_layer, loops):
+    """The solve is a compiled loop between two graphs of the larger function."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    f = TanhMap()
+    layer = FixedPointLayer(f, solver="picard", rtol=1e-6, compile=True)
+
+    def function(x):
+        y = x.sin()
+        if of_a_layer:
+            return layer(y).cos()
+        return fixed_point(lambda z: f(z, y), torch.zeros_like(y), solver="picard", rtol=1e-6, compile=True).cos()
+
+    outer = torch.compile(function, backend=backend)
     x = torch.randn(4, 3, requires_grad=True)
-    found = outer(x), *torch.autograd.grad(outer(x).sum(), [x, *layer.parameters()])
-    expected = layer(x).sin(), *torch.autograd.grad(layer(x).sin().sum(), [x, *layer.parameters()])
+    first = outer(x)
+    number = len(graphs)
+    found = first, *torch.autograd.grad(outer(x).sum(), [x, *f.parameters()])
+    assert 2 <= len(graphs) == number <= 3
+    assert len(loops) == 2
+    assert None not in loops
+    expected = function(x), *torch.autograd.grad(function(x).sum(), [x, *f.parameters()])
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+def test_a_bare_solve_inside_of_a_larger_compiled_function(loops):
+    def function(x):
+        return solve(lambda z: torch.cos(z) * x, x, "anderson", rtol=1e-5, compile=True).value.exp()
+
+    x = torch.rand(4, 3)
+    torch.testing.assert_close(torch.compile(function, backend="eager")(x), function(x))
+    assert len(loops) == 2
+    assert None not in loops
 
 
 RUN_ELSEWHERE = """

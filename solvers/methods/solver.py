@@ -130,7 +130,7 @@ class Solver(Hyperparameters, abc.ABC):
 
 
 def replaced(tensor: Tensor, rows: Tensor, other: Tensor) -> Tensor:
-    """A new tensor (B, ...) with the samples ``rows`` (B,), or () for all alike, of ``other`` and the rest of ``tensor``."""
+    """A new tensor (B, ...): ``other`` in the samples ``rows`` (B,), or () for all, and ``tensor`` in the rest."""
     rows = rows.view(-1, *[1] * (tensor.dim() - 1))
     if tensor.dtype == torch.bool:  # between which ONNX Runtime cannot choose
         return (rows & other) | (~rows & tensor)
