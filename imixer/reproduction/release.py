@@ -17,12 +17,12 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import imixer  # noqa: F401  registers the models
 from imixer.data import ImageData, make_loader
-from imixer.reproduction.data_sets import find_data_sets
+from imixer.reproduction.data_sets import find_data_sets, is_cifar10
 from imixer.reproduction.trial import replace_file
 from imixer.shipped_weights import FOLDER
 from imixer.training import TrainingConfig, evaluate, load_data
@@ -80,22 +80,27 @@ def release(run_folder: Path, output: Path, *, data_dir: Path | None = None) -> 
     name = run["model"]
     weights = output / f"{name}.safetensors"
     output.mkdir(parents=True, exist_ok=True)
-    save_file(rounded, weights, metadata={"format": "pt"})
-    num_bytes = weights.stat().st_size
+    content = save(rounded, metadata={"format": "pt"})
+    num_bytes = len(content)
     if num_bytes >= MAX_BYTES:
-        weights.unlink()
         raise ValueError(
             f"{name} has {num_bytes:,} bytes in half precision; what is shipped has less than {MAX_BYTES:,}"
         )
+    replace_file(weights, content)
+    usual = TrainingConfig()
     about = {
         "model": name,
-        "data": data.name,
+        "data": "cifar10" if config.data_dir and is_cifar10(Path(config.data_dir)) else data.name,
         "classes": list(data.classes),
         "mean": list(run["mean"]),
         "std": list(run["std"]),
         "top1": after,
         "test_images": len(data.test),
-        "settings": {key: value for key, value in run["config"].items() if key not in ("output", "data_dir")},
+        "settings": {
+            key: value
+            for key, value in run["config"].items()
+            if key not in ("output", "data_dir", "model") and value != getattr(usual, key, None)
+        },
         "epoch": run.get("epoch"),
     }
     replace_file(weights.with_suffix(".json"), json.dumps(about, indent=1).encode() + b"\n")
@@ -169,7 +174,7 @@ def check(name: str, root: Path) -> tuple[float, float]:
 
 def model_card(about: dict[str, Any], found: Release) -> str:
     """The card, in Markdown."""
-    settings = "\n".join(f"{key}: {value}" for key, value in about["settings"].items() if value is not None)
+    settings = "\n".join(f"{key}: {value}" for key, value in about["settings"].items())
     return f"""# {about["model"]}, trained on {about["data"]}
 
 An iMixer (arXiv:2304.13061) for images of {len(about["classes"])} classes: {", ".join(about["classes"])}.
@@ -183,7 +188,7 @@ An iMixer (arXiv:2304.13061) for images of {len(about["classes"])} classes: {", 
 - Limits: trained on {about["data"]} alone; it has not been tested on any other images.
 - License: Apache-2.0, as the code.
 
-Settings of the training:
+Settings of the training that are not the usual ones:
 
 ```yaml
 {settings}
