@@ -295,9 +295,9 @@ class Iteration(Generic[S]):
             return progress.update(self.num_steps, self.state)
         update = progress.update
         if compiling:
-            from solvers.problem import untraced
+            from solvers import _untraced
 
-            update = functools.partial(untraced.call, progress.update)
+            update = functools.partial(_untraced.update, progress)
         done = bool(update(self.num_steps, self.state))
         if progress.lost is not None:
             self.state, _ = take_back(self._solver, self._map, self.state, progress.lost, progress.value, on_host)
@@ -307,9 +307,9 @@ class Iteration(Generic[S]):
     def solution(self) -> Solution[S]:
         """The solution as it stands; a sample that is still active counts as MAX_STEPS."""
         if torch.compiler.is_compiling() and isinstance(self._progress, ToleranceTest) and not self._in_graph:
-            from solvers.problem import untraced
+            from solvers import _untraced
 
-            outcome = untraced.call(self._progress.outcome)
+            outcome = _untraced.outcome(self._progress)
         else:
             outcome = self._progress.outcome()
 

@@ -59,7 +59,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"_rules"},
         {"_branch_free", "_progress"},
         {"_full_steps", "_graph"},
-        {"_compiled", "adapters"},
+        {"_compiled", "_untraced", "adapters"},
         {"_registry"},
         {"_solve"},
         {"_solve_root"},

@@ -49,7 +49,7 @@ def assert_same(function, other, inputs, parameters=()):
         sources = [t for t in (*inputs, *parameters) if t.requires_grad]
         results.append([*value, *torch.autograd.grad(sum(leaf.sin().sum() for leaf in value), sources)])
     for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backward", ["unrolled", SERIES], ids=["unrolled", "implicit"])
@@ -87,6 +87,8 @@ def test_weights_that_move_in_training_are_constant_during_a_compiled_solve(back
 
 
 linear = nn.Linear(3, 3)
+# Fixed and small: where Anderson's window is nearly singular, as one of 5 steps in 3 unknowns may be, the derivative of
+# its steps magnifies rounding beyond any tolerance.
 w = (torch.randn(3, 3, generator=torch.Generator().manual_seed(0)) / 8).requires_grad_()
 
 
