@@ -334,7 +334,8 @@ def test_every_setting_of_augmentation_reaches_timm(tmp_path: Path) -> None:
     for name, value in others.items():
         data = load_data(TrainingConfig(data_dir=str(tmp_path), img_size=SIZE, **{name: value}))
         assert isinstance(data.train, TransformedImages)
-        made = TransformedImages(data.train.source, TimmTransforms(**{name: value}), img_size=SIZE, training=True)
+        transforms = TimmTransforms(mean=data.mean, std=data.std, **{name: value})
+        made = TransformedImages(data.train.source, transforms, img_size=SIZE, training=True)
         assert torch.equal(
             torch.stack([data.train[k][0] for k in range(4)]), torch.stack([made[k][0] for k in range(4)])
         )
