@@ -25,7 +25,7 @@ def problem(seed, batch=2, size=3):
     a = a / torch.linalg.matrix_norm(a, 2)
 
     def f(z, x):
-        return 0.5 * torch.tanh(z @ a.T) + 0.5 * x
+        return 0.5 * torch.tanh(z @ a.T.to(z)) + 0.5 * x
 
     z = torch.zeros_like(x)
     for _ in range(200):
@@ -71,3 +71,24 @@ def test_gradients_from_a_solved_start_are_those_of_the_steps_taken(solver):
     found = gradient(f, x, z, solver, rtol=1e-12, max_steps=200)
     assert torch.allclose(found, torch.full_like(x, 0.5))
     assert not torch.allclose(found, expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_steps_after_convergence_leave_the_derivatives_as_they_are(solver, dtype):
+    """Differences of rounding errors tell nothing; of many samples, there are some in which they are dependent."""
+    tolerance = 1e-8 if dtype == torch.float64 else 1e-5
+    for size in (1, 3, 8):
+        f, x, z, expected = problem(0, batch=500, size=size)
+        x, z0 = x.to(dtype), torch.zeros_like(z, dtype=dtype)
+        for steps in (30, 60):
+            found = gradient(f, x, z0, solver, rtol=None, atol=None, max_steps=steps)
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+        def value(x):
+            return solve(lambda z: f(z, x), z0, solver, rtol=None, atol=None, max_steps=40).value  # noqa: B023
+
+        tangent = torch.func.jvp(value, (x,), (torch.ones_like(x),))[1]
+        # Differentiated, z = f(z, x) says so.
+        of_image = torch.func.jvp(f, (z.to(dtype), x), (tangent, torch.ones_like(x)))[1]
+        torch.testing.assert_close(tangent, of_image, rtol=0, atol=10 * tolerance)

@@ -14,6 +14,7 @@ from solvers.problem.window import (
     Slot,
     add_combination,
     cleared,
+    differentiated,
     dot,
     is_slot,
     recorded,
@@ -27,6 +28,8 @@ from solvers.problem.window import (
 
 # Bound on the rounding error in a column of unit length among n columns, in units of n * eps.
 RIDGE = 8
+# Bound on the rounding errors in f(z) - z, in units of eps times f(z).
+NOISE = 4
 
 
 @dataclasses.dataclass
@@ -121,25 +124,39 @@ class Anderson(Solver):
 
     def propose(self, state: AndersonState) -> Tensor:
         """The next iterate (B, D)."""
-        z = state.fz if self.damping == 1.0 else state.z.lerp(state.fz, self.damping)
-        if state.df is None or state.dg is None or state.gram is None:
-            return z
-        n = state.gram.shape[1]
+        if state.gram is None:
+            return state.fz if self.damping == 1.0 else state.z.lerp(state.fz, self.damping)
+        z = self._extrapolated(state, state.gram)
+        if self.least_squares == "gram" and differentiated(z):
+            # Coefficients of columns of rounding errors do no harm, but their derivatives are wild. Those of the
+            # coefficients of long enough columns are not, and the same where no column is that short.
+            longer = state.gram + torch.diag_embed(_noise(state).square().expand(-1, state.gram.shape[1]))
+            tame = self._extrapolated(state, longer)
+            z = z.detach() + (tame - tame.detach())
+        return z
+
+    def _extrapolated(self, state: AndersonState, gram: Tensor) -> Tensor:
+        """The next iterate (B, D), given the Gram matrix (B, n, n)."""
+        assert state.df is not None
+        assert state.dg is not None
+        n = gram.shape[1]
         df, dg = slots(state.df, n), slots(state.dg, n)
         if self.least_squares == "gram":
-            gamma = _least_squares_gram(state.gram, row_of_products(dg, state.g))  # (B, 1, n)
+            gamma = _least_squares_gram(gram, row_of_products(dg, state.g))  # (B, 1, n)
         else:
             # The newest comes first, so that of two dependent columns the older is left out. The order is its own
             # inverse.
             order = (state.steps - 1 - torch.arange(n, device=dg.device)) % n
-            gamma = _least_squares_qr(dg.index_select(1, order), state.g).index_select(1, order).unsqueeze(1)
+            columns = dg.index_select(1, order)
+            gamma = _least_squares_qr(columns, state.g, _noise(state)).index_select(1, order).unsqueeze(1)
         if state.norms is not None:
             # Coefficients that are all 1 take every remembered step back.
             oldest = (state.steps + 1) % (self.memory + 1)
             in_vain = state.norms.argmin(dim=1, keepdim=True) == oldest  # (B, 1, 1)
             gamma = gamma.masked_fill(in_vain, 1.0)
+        z = state.fz
         if self.damping != 1.0:
-            z = add_combination(z, dg, gamma, 1.0 - self.damping)
+            z = add_combination(state.z.lerp(z, self.damping), dg, gamma, 1.0 - self.damping)
         return add_combination(z, df, gamma, -1.0)
 
     def absorb(self, state: AndersonState, z: Tensor, fz: Tensor) -> AndersonState:
@@ -183,6 +200,12 @@ class Anderson(Solver):
         df, dg = (with_slots(state.g, m, None if block is None else block[:, :held]) for block in (state.df, state.dg))
         steps = torch.full((), state.steps, dtype=torch.int64, device=state.g.device)
         return dataclasses.replace(state, steps=steps, df=df, dg=dg, gram=gram)
+
+
+def _noise(state: AndersonState) -> Tensor:
+    """(B, 1) the size of rounding errors in g: of entries of f(z) that are not fixed, because those have none."""
+    scale: Tensor = torch.linalg.vector_norm(state.fz.detach().masked_fill(state.g == 0, 0.0), dim=1, keepdim=True)
+    return NOISE * torch.finfo(scale.dtype).eps * scale
 
 
 def _put_norm(norms: Tensor, slot: Slot, g: Tensor) -> Tensor:
@@ -232,16 +255,16 @@ def _least_squares_gram(gram: Tensor, products: Tensor) -> Tensor:
     return solve_positive_definite(gram, products.mT).mT
 
 
-def _least_squares_qr(columns: Tensor, rhs: Tensor) -> Tensor:
-    """The same from the columns (B, n, D), by modified Gram-Schmidt in their order."""
+def _least_squares_qr(columns: Tensor, rhs: Tensor, noise: Tensor) -> Tensor:
+    """The same from the columns (B, n, D), by modified Gram-Schmidt in their order, above the size ``noise`` (B, 1)."""
     n = columns.shape[1]
     info = torch.finfo(rhs.dtype)
     # A length whose square underflows counts as zero.
     scale = inverse_or_zero(torch.linalg.vector_norm(columns, dim=2), (info.tiny / info.eps) ** 0.5)  # (B, n)
     columns = columns * scale.unsqueeze(2)
-    threshold = RIDGE * n * info.eps
+    thresholds = (noise * scale.detach()).clamp_min(RIDGE * n * info.eps)  # (B, n)
     rows = []
-    for _ in range(n):
+    for threshold in thresholds.split(1, dim=1):
         inverse = inverse_or_zero(torch.linalg.vector_norm(columns[:, 0], dim=1, keepdim=True), threshold)  # (B, 1)
         q = columns[:, 0] * inverse  # (B, D)
         row, value = dot(columns[:, 1:], q), (rhs * q).sum(dim=1, keepdim=True)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # A place in a block: a number; or a tensor () with one, for a block that has all its slots and no gradients, as in a
 # compiled solve, whose steps are all the same code.
@@ -159,3 +160,8 @@ def add_combination(
     if reuse and not transformed and not recorded(vector, block, coefficients):
         return row.baddbmm_(coefficients, block, beta=scale, alpha=factor).squeeze(1)
     return torch.baddbmm(row, coefficients, block, beta=scale, alpha=factor).squeeze(1)
+
+
+def differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative of the tensor is computed, in reverse or in forward mode."""
+    return recorded(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
