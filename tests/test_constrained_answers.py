@@ -30,6 +30,7 @@ def accelerated(objective, project, beta, step, *args):
     return beta
 
 
+@pytest.mark.long
 def test_multiclass_support_vector_machine():
     """The primal weights, to the penalty and to the data, by differences of other fits."""
     generator = torch.Generator().manual_seed(3)

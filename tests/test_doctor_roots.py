@@ -136,6 +136,7 @@ def test_call_of_fixed_point_is_diagnosed_as_a_layer_is():
     assert call.causes == (Cause.OSCILLATION,)
 
 
+@pytest.mark.long
 def test_calls_within_maps_are_examined_each():
     class Outer(nn.Module):
         def __init__(self):
