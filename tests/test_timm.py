@@ -81,7 +81,7 @@ def test_default_cfg(name):
     # Images are prepared as for timm's Mixers, except that small ones are not cropped.
     theirs = resolve_model_data_config(timm.create_model("mixer_s16_224.untrained", device="meta"))
     of_weights = () if cfg["tag"] == "untrained" else ("mean", "std")
-    for setting in {"interpolation", "mean", "std", "crop_mode"} - {*of_weights}:
+    for setting in {"interpolation", "mean", "std", "crop_mode"}.difference(of_weights):
         assert found[setting] == theirs[setting]
     assert found["crop_pct"] == (theirs["crop_pct"] if cfg["input_size"][1] == 224 else 1.0)
 

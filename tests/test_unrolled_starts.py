@@ -74,21 +74,21 @@ def test_gradients_from_a_solved_start_are_those_of_the_steps_taken(solver):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1, 3, 8])
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
-def test_steps_after_convergence_leave_the_derivatives_as_they_are(solver, dtype):
+def test_steps_after_convergence_leave_the_derivatives_as_they_are(solver, size, dtype):
     """Differences of rounding errors tell nothing; of many samples, there are some in which they are dependent."""
     tolerance = 1e-8 if dtype == torch.float64 else 1e-5
-    for size in (1, 3, 8):
-        f, x, z, expected = problem(0, batch=500, size=size)
-        x, z0 = x.to(dtype), torch.zeros_like(z, dtype=dtype)
-        for steps in (30, 60):
-            found = gradient(f, x, z0, solver, rtol=None, atol=None, max_steps=steps)
-            torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+    f, x, z, expected = problem(0, batch=500, size=size)
+    x, z0 = x.to(dtype), torch.zeros_like(z, dtype=dtype)
+    for steps in (30, 60):
+        found = gradient(f, x, z0, solver, rtol=None, atol=None, max_steps=steps)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
 
-        def value(x):
-            return solve(lambda z: f(z, x), z0, solver, rtol=None, atol=None, max_steps=40).value  # noqa: B023
+    def value(x):
+        return solve(lambda z: f(z, x), z0, solver, rtol=None, atol=None, max_steps=40).value
 
-        tangent = torch.func.jvp(value, (x,), (torch.ones_like(x),))[1]
-        # Differentiated, z = f(z, x) says so.
-        of_image = torch.func.jvp(f, (z.to(dtype), x), (tangent, torch.ones_like(x)))[1]
-        torch.testing.assert_close(tangent, of_image, rtol=0, atol=10 * tolerance)
+    tangent = torch.func.jvp(value, (x,), (torch.ones_like(x),))[1]
+    # Differentiated, z = f(z, x) says so.
+    of_image = torch.func.jvp(f, (z.to(dtype), x), (tangent, torch.ones_like(x)))[1]
+    torch.testing.assert_close(tangent, of_image, rtol=0, atol=10 * tolerance)

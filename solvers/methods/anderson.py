@@ -76,7 +76,8 @@ class Anderson(Solver):
     The textbook drops the oldest columns until a condition number is small enough. Here nothing is dropped: "gram" adds
     a ridge of a few rounding errors to each column's own square, so that columns that are linearly dependent to working
     precision share a coefficient, whatever their lengths; "qr" leaves the older of them out. Both work sample by
-    sample, so no sample is singular and nothing raises.
+    sample, so no sample is singular and nothing raises. Derivatives through the steps are those with columns at the
+    level of rounding left out, so that steps after convergence do not spoil them.
 
     The safeguard is a watchdog: if none of a sample's last ``memory`` residuals is smaller than the one before them,
     its next step is the plain step from that earlier iterate. So if the map contracts in the Euclidean norm, the
@@ -124,40 +125,37 @@ class Anderson(Solver):
 
     def propose(self, state: AndersonState) -> Tensor:
         """The next iterate (B, D)."""
-        if state.gram is None:
-            return state.fz if self.damping == 1.0 else state.z.lerp(state.fz, self.damping)
-        z = self._extrapolated(state, state.gram)
-        if self.least_squares == "gram" and differentiated(z):
-            # Coefficients of columns of rounding errors do no harm, but their derivatives are wild. Those of the
-            # coefficients of long enough columns are not, and the same where no column is that short.
-            longer = state.gram + torch.diag_embed(_noise(state).square().expand(-1, state.gram.shape[1]))
-            tame = self._extrapolated(state, longer)
-            z = z.detach() + (tame - tame.detach())
-        return z
-
-    def _extrapolated(self, state: AndersonState, gram: Tensor) -> Tensor:
-        """The next iterate (B, D), given the Gram matrix (B, n, n)."""
-        assert state.df is not None
-        assert state.dg is not None
-        n = gram.shape[1]
+        plain = state.fz if self.damping == 1.0 else state.z.lerp(state.fz, self.damping)
+        if state.df is None or state.dg is None or state.gram is None:
+            return plain
+        n = state.gram.shape[1]
         df, dg = slots(state.df, n), slots(state.dg, n)
-        if self.least_squares == "gram":
-            gamma = _least_squares_gram(gram, row_of_products(dg, state.g))  # (B, 1, n)
-        else:
+        if self.least_squares == "qr":
             # The newest comes first, so that of two dependent columns the older is left out. The order is its own
             # inverse.
             order = (state.steps - 1 - torch.arange(n, device=dg.device)) % n
-            columns = dg.index_select(1, order)
-            gamma = _least_squares_qr(columns, state.g, _noise(state)).index_select(1, order).unsqueeze(1)
+            gamma = _least_squares_qr(dg.index_select(1, order), state.g, _noise(state))
+            return self._extrapolated(state, plain, df, dg, gamma.index_select(1, order).unsqueeze(1))
+        products = row_of_products(dg, state.g)
+        z = self._extrapolated(state, plain, df, dg, _least_squares_gram(state.gram, products))
+        if not differentiated(z):
+            return z
+        # Coefficients of columns of rounding errors do no harm, but their derivatives are wild. Those of the
+        # coefficients of long enough columns are not, and the same where no column is that short.
+        longer = state.gram + torch.diag_embed(_noise(state).square().expand(-1, n))
+        tame = self._extrapolated(state, plain, df, dg, _least_squares_gram(longer, products))
+        return z.detach() + (tame - tame.detach())
+
+    def _extrapolated(self, state: AndersonState, plain: Tensor, df: Tensor, dg: Tensor, gamma: Tensor) -> Tensor:
+        """The next iterate (B, D), given that of a plain step (B, D) and the coefficients (B, 1, n)."""
         if state.norms is not None:
             # Coefficients that are all 1 take every remembered step back.
             oldest = (state.steps + 1) % (self.memory + 1)
             in_vain = state.norms.argmin(dim=1, keepdim=True) == oldest  # (B, 1, 1)
             gamma = gamma.masked_fill(in_vain, 1.0)
-        z = state.fz
         if self.damping != 1.0:
-            z = add_combination(state.z.lerp(z, self.damping), dg, gamma, 1.0 - self.damping)
-        return add_combination(z, df, gamma, -1.0)
+            plain = add_combination(plain, dg, gamma, 1.0 - self.damping)
+        return add_combination(plain, df, gamma, -1.0)
 
     def absorb(self, state: AndersonState, z: Tensor, fz: Tensor) -> AndersonState:
         """The state at any z (B, D), with its image ``fz``, that stores the differences from ``state``."""

@@ -117,6 +117,11 @@ def recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative of the tensor is computed, in reverse or in forward mode."""
+    return recorded(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def slots(block: Tensor, n: int) -> Tensor:
     """The first n slots of a block (B, m, D)."""
     return block if block.shape[1] == n else block[:, :n]
@@ -160,8 +165,3 @@ def add_combination(
     if reuse and not transformed and not recorded(vector, block, coefficients):
         return row.baddbmm_(coefficients, block, beta=scale, alpha=factor).squeeze(1)
     return torch.baddbmm(row, coefficients, block, beta=scale, alpha=factor).squeeze(1)
-
-
-def differentiated(tensor: Tensor) -> bool:
-    """Whether a derivative of the tensor is computed, in reverse or in forward mode."""
-    return recorded(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
