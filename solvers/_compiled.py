@@ -8,15 +8,18 @@ one warning says why.
 import functools
 import inspect
 import itertools
+import threading
 import types
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from solvers import _graph
+from solvers import _full_steps_graph, _graph
 from solvers._failure import warn_caller
+from solvers._full_steps import Reached
+from solvers._full_steps_graph import FullPlan
 from solvers._graph import Course, Plan
 from solvers._stopping import Stopping, StopRule
 from solvers.methods.solver import Solver
@@ -43,7 +46,41 @@ _numbers = itertools.count()
 
 # How guards on this package's own code begin: on its modules, and on the names of that with the loops. (Later
 # torch.compile adds the modules of maps to these names.)
-_OWN_CODE = ("G['__import_solvers_dot_", *(f"G['{name}']" for name in vars(_graph)))
+_OWN_CODE = ("G['__import_solvers_dot_", *(f"G['{name}']" for name in {**vars(_graph), **vars(_full_steps_graph)}))
+
+T = TypeVar("T")
+
+
+class _NumbersAreConstant:
+    """A context in which every Python number of a map becomes part of its graph, in all threads.
+
+    Otherwise ``torch.compile`` makes a float that differs in a second solve an input of the graph, and of its loops,
+    which Inductor does not take (PyTorch 2.11 to 2.14).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._before = False
+
+    def __enter__(self) -> None:
+        from torch._dynamo import config  # which takes a second to import
+
+        with self._lock:
+            if not self._num_inside:
+                self._before, config.specialize_float = config.specialize_float, True
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        from torch._dynamo import config
+
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                config.specialize_float = self._before
+
+
+_NUMBERS_ARE_CONSTANT = _NumbersAreConstant()
 
 
 class NotCompiledWarning(UserWarning):
@@ -64,18 +101,41 @@ def run(plan: Plan, fz0: Tensor) -> Course | None:
     limits = plan.limits
     options = (plan.solver, limits.check_every, limits.measure.kind, plan.batch_dims, plan.autocast)
     key = (fz0.device.type, fz0.dtype, fz0.shape[1], options, _kind_of(plan.f))
+    return _unless_refused(key, lambda: _run(plan, fz0, key))
+
+
+def reach(plan: FullPlan, like: Tensor) -> tuple[Reached, Tensor, int] | None:
+    """What full Newton steps reach, with the norm of F and the number of steps; None if they are not compiled.
+
+    Args:
+        plan: What is solved, and how.
+        like: (B, D) something like the state.
+    """
+    options = ("full steps", plan.measure.kind, plan.batch_dims, plan.autocast)
+    key = (like.device.type, like.dtype, like.shape[1], options, _kind_of(plan.F))
+
+    def call() -> tuple[Reached, Tensor, int]:
+        reached, change, step = _compiled(_full_steps_graph.reach, key)(plan)
+        return reached, change, int(step)
+
+    return _unless_refused(key, call)
+
+
+def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], T]) -> T | None:
+    """What a call of compiled code returns; None, with a warning the first time, if it cannot be compiled."""
     if key in _refused:
         return None
     try:
-        with torch.no_grad():  # without which a loop must not write
-            return _run(plan, fz0, key)
+        with torch.no_grad(), _NUMBERS_ARE_CONSTANT:  # a loop must not write where gradients are recorded
+            return call()
     except Exception as error:
         _refused.add(key)
         cause = str(error).strip().splitlines()
         warn_caller(
             "The solve runs step by step although compile=True, because it could not be compiled: "
             f"{type(error).__name__}: {cause[0] if cause else 'no message'}\nA map that is compiled must not decide in "
-            "Python by the values of tensors; torch.compile(f, fullgraph=True) shows where it does.",
+            "Python by the values of tensors; torch.compile(f, fullgraph=True) shows where it does. Python numbers that "
+            "it reads are part of the graph: make those that take many values tensors.",
             NotCompiledWarning,
             same=str(key),
         )
@@ -83,7 +143,8 @@ def run(plan: Plan, fz0: Tensor) -> Course | None:
 
 
 def _run(plan: Plan, fz0: Tensor, key: tuple[Hashable, ...]) -> Course:
-    course = _compiled(_graph.begin, key)(plan, fz0)
+    begin, advance = _compiled(_graph.begin, key), _compiled(_graph.advance, key)
+    course: Course = begin(plan, fz0)
     while True:
         lost, active, step = _look(course)
         if lost:
@@ -92,7 +153,7 @@ def _run(plan: Plan, fz0: Tensor, key: tuple[Hashable, ...]) -> Course:
             return course
         elif plan.solver.room(course.state) is not None:
             course.state = plan.solver.fixed_shape(course.state, room=step)
-        course = _compiled(_graph.advance, key)(plan, course)
+        course = advance(plan, course)
 
 
 def is_refused(solver: Solver, stopping: StopRule, fz: Tensor, *, confirmed: bool) -> bool:
@@ -109,7 +170,8 @@ def is_refused(solver: Solver, stopping: StopRule, fz: Tensor, *, confirmed: boo
     elif not solver.compiles:
         why = (
             f"{solver!r} has no form whose tensors keep their shapes. Picard, Anderson, and Broyden without a limited "
-            "memory or a line search have one."
+            "memory or a line search have one, and Newton has one for roots, if all leaves have one tolerance and "
+            "check_every is 1."
         )
     elif confirmed:
         why = "roots of so few unknowns are confirmed by Newton's step, whose matrix is not part of the graph."
@@ -132,7 +194,7 @@ def _look(course: Course) -> tuple[bool, bool, int]:
 
 
 @functools.lru_cache(maxsize=MOST_KEPT)
-def _compiled(function: Callable[..., Course], key: tuple[Hashable, ...]) -> Callable[..., Course]:
+def _compiled(function: Callable[..., T], key: tuple[Hashable, ...]) -> Callable[..., T]:
     """The function, compiled for one kind of solve, whose code it shares with no other.
 
     ``torch.compile`` keeps what it compiled with the code, tries it in turn, and gives up where that gets long.

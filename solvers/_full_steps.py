@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from solvers.methods.descent import SUFFICIENT
 from solvers.methods.jacobian_product import Way
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import State
-from solvers.problem import InDims, Layout, relative
+from solvers.problem import InDims, Layout, all_of, relative
 from solvers.problem.norms import underflow
 
 # The part of the samples that must have ended before the others are copied together.
@@ -55,6 +56,62 @@ class Reached:
         self.value.index_copy_(0, rows, value)
         self.residual.index_copy_(0, rows, residual)
         self.error_estimate.index_copy_(0, rows, error_estimate)
+
+
+class Pace(NamedTuple):
+    """What the next full step of each sample is compared with.
+
+    Attributes:
+        size: (n,) Euclidean norm of F.
+        rounded: (n,) norm of the step, with what rounding may hide.
+        smallest: (n,) the smallest norm of the value so far.
+    """
+
+    size: Tensor
+    rounded: Tensor
+    smallest: Tensor
+
+    def after(self, size: Tensor, rounded: Tensor, scale: Tensor) -> tuple["Pace", Tensor]:
+        """That of the next step, and (n,) bool, whether this one is accepted; ``scale`` is the value's norm after it."""
+        shrinks, grows_not = size <= (1 - SUFFICIENT) * self.size, scale <= 10 * self.smallest
+        allowed = all_of(shrinks, rounded < self.rounded, grows_not)
+        return Pace(size, rounded, torch.minimum(self.smallest, scale)), allowed
+
+
+def next_step(residual: Tensor, matrix: Tensor) -> Tensor:
+    """(n, D) what Newton's step subtracts from the iterate, for F (n, D) and its Jacobian (n, D, D)."""
+    if residual.shape[1] == 1:
+        return residual / matrix.squeeze(2)
+    step: Tensor = torch.linalg.solve_ex(matrix, residual.unsqueeze(2))[0].squeeze(2)
+    return step
+
+
+def at_start(
+    measure: Measure, error: Tensor, scale: Tensor, size: Tensor, start_size: Tensor, absolute: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(n,) bool each: which samples have converged with the first step, and which of the others may take it."""
+    allowed = all_of(error < math.inf, 10 * start_size >= scale, (error > 0) | (size == 0))
+    # One iterate tells nothing of the error, so that the residual has to.
+    met = all_of(TINY * measure.bound(scale, absolute) >= error, scale > underflow(error), allowed)
+    return met, allowed
+
+
+def found(
+    measure: Measure,
+    secant: Secant,
+    pace: Pace,
+    error: Tensor,
+    scale: Tensor,
+    start_size: Tensor,
+    absolute: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Of samples (n,) whose step is within its bound: whether their error is as well, and the estimate of it."""
+    slack = measure.slack(error, scale, absolute)
+    met = secant.shows_a_digit(pace.rounded, scale, start_size, slack)
+    # A step of zero may come from an infinite slope.
+    met = all_of(met, (error > 0) | (pace.size == 0))
+    estimate = secant.df / secant.dg * measure.in_units(error)
+    return met, estimate.masked_fill(error == 0, 0.0)
 
 
 class FullSteps:
@@ -107,14 +164,12 @@ class FullSteps:
 
     def _start(self) -> None:
         measure, error = self._measure, self._take_step()
-        scale, self._size = measure.parts(self._fz), torch.linalg.vector_norm(self._residual, dim=1)
+        scale, size = measure.parts(self._fz), torch.linalg.vector_norm(self._residual, dim=1)
         self._start_size = measure.sizes_at_start(self._z, scale)
         self._absolute = measure.absolute(self._start_size)
-        self._rounded = torch.add(error, scale, alpha=self._f.eps / 2)
-        self._smallest = torch.minimum(self._start_size, scale)
-        allowed = (error < math.inf) & (10 * self._start_size >= scale) & ((error > 0) | (self._size == 0))
-        # One iterate tells nothing of the error, so that the residual has to.
-        met = (TINY * measure.bound(scale, self._absolute) >= error) & (scale > underflow(error)) & allowed
+        rounded = torch.add(error, scale, alpha=self._f.eps / 2)
+        self._pace = Pace(size, rounded, torch.minimum(self._start_size, scale))
+        met, allowed = at_start(measure, error, scale, size, self._start_size, self._absolute)
         num_met, num_allowed = count_true(torch.stack((met, allowed)))
         if num_met:
             rows = met.nonzero().squeeze(1)
@@ -131,11 +186,8 @@ class FullSteps:
             self._z = self._z.index_copy(0, gone, before.index_select(0, gone))
         error = self._take_step()
         scale, size = measure.parts(self._fz), torch.linalg.vector_norm(self._residual, dim=1)
-        rounded = torch.add(error, scale, alpha=self._f.eps / 2)
-        allowed = (size <= (1 - SUFFICIENT) * self._size) & (rounded < self._rounded)
-        allowed = allowed & (scale <= 10 * self._smallest)
+        self._pace, allowed = self._pace.after(size, torch.add(error, scale, alpha=self._f.eps / 2), scale)
         within = (measure.bound(scale, self._absolute) >= error) & allowed
-        self._size, self._rounded, self._smallest = size, rounded, torch.minimum(self._smallest, scale)
         if ended is not None:
             within, allowed = within & ~ended, allowed | ended
         num_within, num_allowed = int(torch.count_nonzero(within)), int(torch.count_nonzero(allowed))
@@ -146,7 +198,6 @@ class FullSteps:
 
     def _take_in(self, step: int, rows: Tensor, before: Tensor, error: Tensor, scale: Tensor) -> None:
         """Store those of the ``rows`` (m,), whose residual is small enough, whose error is as well."""
-        measure = self._measure
 
         def some(of_all: Tensor) -> Tensor:
             return of_all.index_select(0, rows)
@@ -154,15 +205,11 @@ class FullSteps:
         z, fz, error, scale = some(self._z), some(self._fz), some(error), some(scale)
         after = State(z, fz)
         entries = some_entries(after)
-        secant = Secant.between(
-            some_entries(State(some(before), z)), entries, complete=entries is after, contracts=True
-        )
-        slack = measure.slack(error, scale, some(self._absolute))
-        met = secant.shows_a_digit(some(self._rounded), scale, some(self._start_size), slack)
-        if int(torch.count_nonzero(error)) < len(rows):  # a step of zero, which may come from an infinite slope
-            met = met & ((error > 0) | (some(self._size) == 0))
-        residual, estimate = relative(error, scale), secant.df / secant.dg * measure.in_units(error)
-        estimate = estimate.masked_fill(error == 0, 0.0)
+        last = some_entries(State(some(before), z))
+        secant = Secant.between(last, entries, complete=entries is after, contracts=True)
+        pace = Pace(*map(some, self._pace))
+        met, estimate = found(self._measure, secant, pace, error, scale, some(self._start_size), some(self._absolute))
+        residual = relative(error, scale)
         if not bool(met.all()):
             rows, fz, residual, estimate = rows[met], fz[met], residual[met], estimate[met]
         places = rows if self._rows is None else self._rows.index_select(0, rows)
@@ -179,11 +226,7 @@ class FullSteps:
             self._whole = self._whole.index_copy(0, rows, self._z)
             residual, matrix, self._way = with_jacobian(f.residual, self._whole, self._way)
             self._residual, self._matrix = residual.index_select(0, rows), matrix.index_select(0, rows)
-        residual, matrix = self._residual, self._matrix
-        if self._z.shape[1] == 1:
-            step = residual / matrix.squeeze(2)
-        else:
-            step = torch.linalg.solve_ex(matrix, residual.unsqueeze(2))[0].squeeze(2)
+        step = next_step(self._residual, self._matrix)
         self._fz = self._z - step
         return self._measure.parts(step)
 
@@ -201,6 +244,7 @@ class FullSteps:
         elif self._rows is None:
             self._whole = self._z  # F goes on seeing those that have ended where they are
         self._rows = keep if self._rows is None else self._rows.index_select(0, keep)
-        for name in ("_z", "_fz", "_size", "_rounded", "_smallest", "_start_size", "_absolute"):
+        self._pace = Pace(*(part.index_select(0, keep) for part in self._pace))
+        for name in ("_z", "_fz", "_start_size", "_absolute"):
             setattr(self, name, getattr(self, name).index_select(0, keep))
         self._ended = None

@@ -80,8 +80,8 @@ class Measure:
 
     @property
     def kind(self) -> Hashable:
-        """What two measures share, apart from their numbers, that compute alike."""
-        return self._ord, self._sizes is None, self._of_start is None, self._unit_of is None
+        """What two measures share, apart from their tolerances, that compute alike."""
+        return self._ord, self._unit, self._sizes is None, self._of_start is None, self._unit_of is None
 
     def for_unit(self, unit: Tensor | None) -> "Measure":
         """The same for a root whose absolute tolerance of 1 belongs to states of the size ``unit`` (B,)."""
@@ -112,10 +112,14 @@ class Measure:
         """Plain norms of the whole -> those of the user's choice."""
         return norms / self._unit
 
-    def absolute(self, start: Tensor) -> Tensor:
-        """The absolute tolerance of each part, given the plain norms of the parts at the start."""
+    def absolute(self, start: Tensor, unit_of: Callable[[], Tensor | None] | None = None) -> Tensor:
+        """The absolute tolerance of each part, given the plain norms of the parts at the start.
+
+        ``unit_of`` stands for that of the constructor, where there is one.
+        """
         if self._of_start is None:
-            unit = None if self._unit_of is None else self._unit_of()
+            unit_of = unit_of or self._unit_of
+            unit = None if unit_of is None else unit_of()
             return torch.zeros_like(start) + (self._atol if unit is None else self._in_state(unit))
         return self._of_start * start
 

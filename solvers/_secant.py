@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers.methods.solver import State
+from solvers.problem import all_of
 from solvers.problem.norms import underflow
 
 # Entries of a sample that are looked at; ratios of norms need no more, and large states need not be read again.
@@ -67,7 +68,7 @@ class Secant:
         # Where squares lose digits to underflow, norms tell nothing.
         tenfold = torch.add(10 * underflow(rounded), rounded, alpha=10)
         near = tenfold * self.df < torch.maximum(scale, start_size) * self.dg
-        return near if slack is None else near & (self.dz <= slack * self.dg)
+        return near if slack is None else all_of(near, self.dz <= slack * self.dg)
 
 
 def some_entries(state: State, stride: int | None = None) -> State:

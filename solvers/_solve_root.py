@@ -9,17 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solvers import _compiled as compiled
 from solvers._failure import report_failure
 from solvers._full_steps import FullSteps, Reached
+from solvers._full_steps_graph import FullPlan
 from solvers._measure import Measure
 from solvers._registry import get_solver
+from solvers._secant import stride_of
 from solvers._solution import Solution, Status
 from solvers._solve import Iteration, advice_on
 from solvers._stopping import Stopping, StopRule
 from solvers.methods.newton import Newton
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import Solver
-from solvers.problem import InDims, Layout, OnFailure, S, as_int, check_on_failure, without_autocast
+from solvers.problem import (
+    InDims,
+    Layout,
+    OnFailure,
+    S,
+    Traceable,
+    as_int,
+    check_compile,
+    check_on_failure,
+    without_autocast,
+)
 
 
 def solve_root(
@@ -34,6 +47,7 @@ def solve_root(
     compact: bool = False,
     in_dims: InDims = 0,
     chunk_size: int | None = None,
+    compile: bool = False,
     on_failure: OnFailure = "warn",
     what: str = "The root solve",
 ) -> Solution[S]:
@@ -50,6 +64,8 @@ def solve_root(
         compact: Take finished samples out of the call of ``F``.
         in_dims: With ``compact`` or ``chunk_size``, which dimension of each of ``args`` indexes the samples.
         chunk_size: Solve so many samples at a time, whose intermediate results then fit into the cache or the memory.
+        compile: Run the loop of the solve as one graph of ``torch.compile``, as :func:`solvers.solve` does; of
+            ``Newton``, the full steps, after which samples that need shorter ones go on step by step.
         on_failure: "warn", "raise" or "ignore".
         what: What is solved, as the beginning of a message.
 
@@ -70,9 +86,14 @@ def solve_root(
     number = None if chunk_size is None else as_int(chunk_size)
     if chunk_size is not None and (number is None or number < 1):
         raise ValueError(f"chunk_size must be an integer >= 1 or None, got {chunk_size!r}.")
+    check_compile(compile, compact=compact)
     batch = _Batch(F, z0, args, batch_dims, in_dims, compact=compact, chunk_size=number)
-    iteration = functools.partial(Iteration, solver=get_solver(solver), stopping=stopping, history=history, root=True)
-    batch.take_full_steps(iteration.keywords["solver"], stopping, history)
+    solver = get_solver(solver)
+    iteration = functools.partial(Iteration, solver=solver, stopping=stopping, history=history, root=True)
+    if batch.takes_full_steps(solver, stopping, history):
+        batch.take_full_steps(stopping, compile=compile)
+    else:
+        iteration.keywords["compile"] = compile and not batch.is_empty
     if batch.is_whole:
         whole: Iteration[S] = iteration(F, z0, args=args, batch_dims=batch_dims, compact=compact, in_dims=in_dims)
         return whole.run(on_failure, what=what)
@@ -117,38 +138,77 @@ class _Batch:
         self._histories: list[Tensor] = []
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there are no samples."""
+        return not len(self._z0)
+
+    @property
     def is_whole(self) -> bool:
         """Whether nothing is solved yet, and the batch is to be solved at once."""
         return len(self._rest) == len(self._z0) <= self._chunk_size
 
-    def take_full_steps(self, solver: Solver, stopping: StopRule, history: bool) -> None:
-        """Solve the samples for which full Newton steps suffice, if :class:`FullSteps` can take those of this solve."""
+    def takes_full_steps(self, solver: Solver, stopping: StopRule, history: bool) -> bool:
+        """Whether :class:`FullSteps` can take the steps of this solve that it is made for."""
         if not isinstance(solver, Newton) or not isinstance(stopping, Stopping) or stopping.check_every > 1:
-            return
-        size, number, measure = self._z0.shape[1], len(self._z0), Measure(stopping, self._layout)
-        unfit = history or torch.compiler.is_compiling() or not measure.is_of_whole
-        if unfit or not 0 < size <= solver.max_unknowns or not number:
-            return
-        changes = []
-        with torch.no_grad(), without_autocast(self._layout.device.type):
-            reached = Reached.nothing(self._z0)
+            return False
+        size, number = self._z0.shape[1], len(self._z0)
+        if history or torch.compiler.is_compiling() or not Measure(stopping, self._layout).is_of_whole:
+            return False
+        return 0 < size <= solver.max_unknowns and number > 0
+
+    @torch.no_grad()
+    def take_full_steps(self, stopping: StopRule, *, compile: bool) -> None:
+        """Solve the samples for which full Newton steps suffice."""
+        assert isinstance(stopping, Stopping)
+        reached, number, changes = Reached.nothing(self._z0), len(self._z0), []
+        measure = Measure(stopping, self._layout)
+        with without_autocast(self._layout.device.type):
             for start in range(0, number, self._chunk_size):
-                part, rows = reached, self._rest
-                f = copy.copy(self._map)
+                f, part = copy.copy(self._map), reached
                 if number > self._chunk_size:
-                    rows = rows[start : start + self._chunk_size]
-                    part = reached.part(start, start + self._chunk_size)
+                    rows = range(start, min(start + self._chunk_size, number))
+                    part = reached.part(rows.start, rows.stop)
                     f.take_samples(rows, self._in_dims)
                 of_all = copy.copy(f)
                 if not start:
                     f.residual(part.value)  # once without a transform, in which what F brings along is not found
-                FullSteps(f, part, self._layout, stopping, self._in_dims, compact=self._separable).run()
-                changes.append(measure.norm(of_all.residual(part.value)))
+                change = self._compiled_full_steps(f, part, stopping) if compile else None
+                if change is None:
+                    compile = False
+                    FullSteps(f, part, self._layout, stopping, self._in_dims, compact=self._separable).run()
+                    change = measure.norm(of_all.residual(part.value))
+                changes.append(change)
                 self._num_evals += f.num_evals + of_all.num_evals
         self._found = {field.name: getattr(reached, field.name) for field in dataclasses.fields(reached)}
         self._found["change"] = changes[0] if len(changes) == 1 else torch.cat(changes)
         self._found["status"] = torch.full_like(reached.num_steps, Status.CONVERGED, dtype=torch.int8)
         self._rest = (reached.num_steps == 0).nonzero().squeeze(1)
+
+    def _compiled_full_steps(self, f: RootMap, part: Reached, stopping: Stopping) -> Tensor | None:
+        """The full steps of the samples of ``f`` in one graph; returns the norm of F after them.
+
+        None if that cannot be.
+        """
+        F, z0 = self._F, part.value  # noqa: N806
+        plan = FullPlan(
+            F=F.traced() if isinstance(F, Traceable) else F,
+            z0=f.layout.unpack(z0),
+            args=f.args,
+            batch_dims=len(f.layout.batch_shape),
+            autocast=f.autocast,
+            eps=f.eps,
+            measure=Measure(stopping, self._layout, lambda: None).with_tensors(z0),
+            max_steps=torch.full((), stopping.max_steps, dtype=torch.int64, device=z0.device),
+            stride=stride_of(z0.shape[1]),
+        )
+        done = compiled.reach(plan, z0)
+        if done is None:
+            return None
+        reached, change, step = done
+        for field in dataclasses.fields(part):
+            getattr(part, field.name).copy_(getattr(reached, field.name))
+        f.num_evals += step + 1
+        return change
 
     def solve_rest(self, iteration: Callable[..., Iteration[Any]]) -> None:
         """Solve the samples that are left by the driver loop, ``iteration`` of a function, a start and options."""
@@ -185,7 +245,7 @@ class _Batch:
                 continue
             if name not in self._found:
                 self._found[name] = part.new_zeros(len(self._z0), *part.shape[1:])
-            self._found[name] = self._found[name].index_copy(0, rows, part)
+            self._found[name].index_copy_(0, rows, part)
 
     def advice(self) -> str:
         """What may be wrong with F."""

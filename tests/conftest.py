@@ -41,6 +41,25 @@ def double() -> Iterator[None]:
 
 
 @pytest.fixture
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs of ``compile=True`` are traced as for Inductor, and run as they are, which saves its time."""
+    from torch._dynamo.utils import counters
+
+    from solvers import _compiled
+
+    def clear() -> None:
+        _compiled._compiled.cache_clear()
+        _compiled._refused.clear()
+        torch.compiler.reset()
+        counters.clear()
+
+    monkeypatch.setattr(_compiled, "BACKEND", "eager")
+    clear()
+    yield
+    clear()
+
+
+@pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
     """Let a test choose its own precision: Accelerate keeps the first one for the whole process."""
     from accelerate.state import AcceleratorState

@@ -59,6 +59,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"_rules"},
         {"_branch_free", "_progress"},
         {"_full_steps", "_graph"},
+        {"_full_steps_graph"},
         {"_compiled", "_untraced", "adapters"},
         {"_registry"},
         {"_solve"},
@@ -85,7 +86,7 @@ LEVEL_OF = {
 PUBLIC_MODULES = {"solvers", "solvers.adapters", "solvers.linear", "solvers.testing"}
 # The files that may use private names of PyTorch, and names with an underscore that PyTorch's documentation describes.
 TORCH_INTERNALS = {"implicit/autograd/torch_internals.py", "solvers/problem/window.py"}
-DOCUMENTED = {"torch._foreach_", "torch.utils._pytree", "torch.utils._python_dispatch"}
+DOCUMENTED = {"torch._dynamo.config", "torch._foreach_", "torch.utils._pytree", "torch.utils._python_dispatch"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))

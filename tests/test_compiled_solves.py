@@ -15,9 +15,14 @@ from implicit import FixedPointLayer, fixed_point, root
 from solvers import Anderson, Broyden, Newton, NotCompiledWarning, Picard, Status, Steps, Stopping, _compiled, solve
 
 # PyTorch's own, while it compiles.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
-)
+pytestmark = [
+    pytest.mark.usefixtures("without_a_compiler"),
+    pytest.mark.filterwarnings(
+        "ignore::FutureWarning",
+        "ignore::DeprecationWarning",
+        "ignore:The .grad attribute of a Tensor that is not a leaf",
+    ),
+]
 
 SOLVERS = {
     "picard": Picard(),
@@ -27,20 +32,6 @@ SOLVERS = {
     "broyden": Broyden(),
     "bad broyden": Broyden(method="bad"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _without_a_compiler(monkeypatch):
-    """Graphs are traced as for Inductor, and run as they are, which saves its time."""
-    monkeypatch.setattr(_compiled, "BACKEND", "eager")
-    _compiled._compiled.cache_clear()
-    _compiled._refused.clear()
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    _compiled._compiled.cache_clear()
-    _compiled._refused.clear()
-    torch.compiler.reset()
 
 
 def graphs():
@@ -308,8 +299,6 @@ def test_roots_that_newton_confirms_run_step_by_step_and_say_so():
     with pytest.warns(NotCompiledWarning, match="so few unknowns are confirmed by Newton's step"):
         z = root(lambda z, x: z**3 - x, torch.ones(2, 1), x, solver="anderson", compile=True)
     torch.testing.assert_close(z, root(lambda z, x: z**3 - x, torch.ones(2, 1), x, solver="anderson"))
-    with pytest.raises(ValueError, match="chunk_size splits the batch, and compile=True"):
-        root(lambda z, x: z**3 - x, torch.ones(2, 1), x, solver="anderson", compile=True, chunk_size=1)
 
 
 def decides(z, x):

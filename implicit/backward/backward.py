@@ -35,7 +35,7 @@ class SolveOptions:
 
     def __post_init__(self) -> None:
         check_on_failure(self.on_failure)
-        check_compile(self.compile, compact=self.compact, chunked=self.chunk_size is not None)
+        check_compile(self.compile, compact=self.compact)
 
     @property
     def tested(self) -> bool:
@@ -55,7 +55,8 @@ class SolveOptions:
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Solution[Any]:
         """``solvers.solve`` with these options."""
-        if self.root and not self.compile:
+        if self.root:
+            f, compile = self._to_compile(f)
             return solve_root(
                 f,
                 z0,
@@ -67,6 +68,7 @@ class SolveOptions:
                 compact=self.compact,
                 in_dims=self.in_dims,
                 chunk_size=self.chunk_size,
+                compile=compile,
                 on_failure=self.on_failure,
                 what=self.named(self.what),
             )
@@ -79,10 +81,7 @@ class SolveOptions:
 
     def iteration(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...] = ()) -> Iteration[Any]:
         """The same solve, to be driven by hand."""
-        # What transforms wrap is not compiled.
-        compile = self.compile and not transform_active()
-        if compile and not isinstance(f, Traceable):
-            f = MapInForce(f)
+        f, compile = self._to_compile(f)
         return Iteration(
             f,
             z0,
@@ -96,6 +95,12 @@ class SolveOptions:
             compile=compile,
             root=self.root,
         )
+
+    def _to_compile(self, f: Callable[..., Any]) -> tuple[Callable[..., Any], bool]:
+        """The map as a solve with ``compile`` takes it, and that option."""
+        # What transforms wrap is not compiled.
+        compile = self.compile and not transform_active()
+        return MapInForce(f) if compile and not isinstance(f, Traceable) else f, compile
 
     def named(self, what: str) -> str:
         """What a message says of something that belongs to the solve."""

@@ -44,13 +44,25 @@ def with_jacobian(f: FlatMapping, z: Tensor, way: Way = "forward mode") -> tuple
     return fz, product.matrix(), product.way
 
 
+def by_reverse_mode(f: FlatMapping, z: Tensor) -> tuple[Tensor, Tensor]:
+    """``f(z)`` (B, D) and its Jacobian (B, D, D), by one call of ``f`` and D backward passes at once.
+
+    In a graph for all batch sizes, where forward mode fails (PyTorch 2.11 to 2.14).
+    """
+    size = z.shape[1]
+    fz, pull = torch.func.vjp(f, z)[:2]
+    if size == 1:
+        return fz, pull(torch.ones_like(z))[0].to(z.dtype).unsqueeze(2)
+    units = torch.eye(size, dtype=fz.dtype, device=z.device).unsqueeze(1).expand(size, *z.shape).contiguous()
+    rows = torch.func.vmap(lambda v: pull(v)[0], out_dims=1)(units)
+    return fz, rows.to(z.dtype)
+
+
 def _with_slope(f: FlatMapping, z: Tensor) -> tuple[Tensor, Tensor]:
     """``f(z)`` and its Jacobian for one unknown: (B, 1) and (B, 1, 1)."""
-    ones = torch.ones_like(z)
     try:
-        fz, pull = torch.func.vjp(f, z)[:2]
-        return fz, pull(ones)[0].to(z.dtype).unsqueeze(2)
+        return by_reverse_mode(f, z)
     except (NotImplementedError, RuntimeError, ValueError):
         with FORWARD_MODE:
-            fz, tangent = torch.func.jvp(f, (z,), (ones,))[:2]
+            fz, tangent = torch.func.jvp(f, (z,), (torch.ones_like(z),))[:2]
         return fz, tangent.to(z.dtype).unsqueeze(2)

@@ -37,7 +37,7 @@ class RootMap(FlatMap):
 
     def image(self, z: Tensor) -> Tensor:
         assert self.scaling is not None
-        return torch.addcmul(z, self.scaling, self._evaluated(z), value=-1)
+        return torch.addcmul(z, self.scaling, self.evaluated(z), value=-1)
 
     def set_scaling_by_matrix(self, z: Tensor, residual: Tensor, matrix: Tensor) -> None:
         """Choose c from the Jacobian (B, D, D) at ``z`` (B, D), where F is ``residual`` (B, D)."""
@@ -65,7 +65,7 @@ class RootMap(FlatMap):
         """(B,) |c|: the size of a state for a residual of size 1."""
         return None if self.scaling is None else self.scaling.abs().squeeze(1)
 
-    def take_samples(self, keep: Tensor, in_dims: InDims) -> None:
+    def take_samples(self, keep: Tensor | range, in_dims: InDims) -> None:
         super().take_samples(keep, in_dims)
         if self.scaling is not None:
-            self.scaling = self.scaling[keep]
+            self.scaling = self.scaling[keep.start : keep.stop] if isinstance(keep, range) else self.scaling[keep]

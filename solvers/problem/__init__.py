@@ -21,6 +21,7 @@ from solvers.problem.slopes import direction_of, slope_inverse
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
 from solvers.problem.state_type import S
 from solvers.problem.traceable import Traceable, Traced
+from solvers.problem.truth_values import all_of
 from solvers.problem.window import add_combination, combine, dot, recorded, store
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Traceable",
     "Traced",
     "add_combination",
+    "all_of",
     "as_float",
     "as_int",
     "back_substitute",

@@ -19,6 +19,8 @@ class FlatMap:
 
     Attributes:
         called: What messages call the user's function.
+        layout: The layout of the state.
+        args: What the user's function takes after the state.
         autocast: The mode in which the user's function runs: by default that in force at construction.
         scaling: (B, 1) what the user's function is multiplied by, for one whose roots are sought; else None.
         scaling_of_all: (B,) the same, of the samples that have been taken out as well.
@@ -36,8 +38,8 @@ class FlatMap:
                 f"args must be a tuple of what f takes after z, got a {type(args).__name__}. For one, write args=(x,)."
             )
         self._f = f
-        self._args = tuple(args)
-        self._layout = layout
+        self.args = tuple(args)
+        self.layout = layout
         # The driver switches autocast off for the solver's algebra; f runs in the mode that it was given in.
         self.autocast = autocast or AutocastMode.current(layout.device.type)
         self._active: Tensor | None = None
@@ -47,7 +49,7 @@ class FlatMap:
     @property
     def eps(self) -> float:
         """The relative rounding error of what f returns: that of the coarsest dtype of the state, or of autocast."""
-        dtypes = [*self._layout.dtypes, *((self.autocast.dtype,) if self.autocast.dtype else ())]
+        dtypes = [*self.layout.dtypes, *((self.autocast.dtype,) if self.autocast.dtype else ())]
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
     @property
@@ -69,37 +71,41 @@ class FlatMap:
 
     def check_in_dims(self, in_dims: InDims) -> None:
         """Raise a ValueError unless every argument has the samples where ``in_dims`` says."""
-        for number, (arg, dim) in enumerate(zip(self._args, self._dims(in_dims), strict=True)):
+        for number, (arg, dim) in enumerate(zip(self.args, self._dims(in_dims), strict=True)):
             for leaf in tree_leaves(arg):
                 if dim is None or not isinstance(leaf, Tensor):
                     continue
-                if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != self._layout.batch_size:
+                if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != self.layout.batch_size:
                     raise ValueError(
                         f"compact=True and chunk_size take dimension {dim} of argument {number} for the "
-                        f"{self._layout.batch_size} samples, but its shape is {tuple(leaf.shape)}. Say in in_dims "
+                        f"{self.layout.batch_size} samples, but its shape is {tuple(leaf.shape)}. Say in in_dims "
                         "which dimension it is, or None."
                     )
 
-    def take_samples(self, keep: Tensor, in_dims: InDims) -> None:
+    def take_samples(self, keep: Tensor | range, in_dims: InDims) -> None:
         """From now on the batch is the samples at the positions ``keep`` (n,)."""
-        self._args = self.args_of(keep, in_dims)
-        self._layout = self._layout.resized(len(keep))
+        self.args = self.args_of(keep, in_dims)
+        self.layout = self.layout.resized(len(keep))
         self._active = self._value = None
 
-    def args_of(self, keep: Tensor, in_dims: InDims) -> tuple[Any, ...]:
-        """The arguments for only the samples at the positions ``keep`` (n,)."""
+    def args_of(self, keep: Tensor | range, in_dims: InDims) -> tuple[Any, ...]:
+        """The arguments for only the samples at the positions ``keep`` (n,); views of them for a range."""
 
         def take(arg: Any, dim: int | None) -> Any:
-            return arg if dim is None else tree_map_only(Tensor, lambda leaf: leaf.index_select(dim, keep), arg)
+            if dim is None:
+                return arg
+            if isinstance(keep, range):
+                return tree_map_only(Tensor, lambda leaf: leaf.narrow(dim, keep.start, len(keep)), arg)
+            return tree_map_only(Tensor, lambda leaf: leaf.index_select(dim, keep), arg)
 
-        return tuple(take(arg, dim) for arg, dim in zip(self._args, self._dims(in_dims), strict=True))
+        return tuple(take(arg, dim) for arg, dim in zip(self.args, self._dims(in_dims), strict=True))
 
     def _dims(self, in_dims: InDims) -> tuple[int | None, ...]:
         """One entry an argument."""
         if not isinstance(in_dims, tuple):
-            return (in_dims,) * len(self._args)
-        if len(in_dims) != len(self._args):
-            raise ValueError(f"in_dims must have one entry for each of the {len(self._args)} args, got {in_dims!r}.")
+            return (in_dims,) * len(self.args)
+        if len(in_dims) != len(self.args):
+            raise ValueError(f"in_dims must have one entry for each of the {len(self.args)} args, got {in_dims!r}.")
         return in_dims
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ class FlatMap:
         self.num_evals += 1
         versioned = not (torch.compiler.is_compiling() or z.is_inference())
         version = z._version if versioned else 0
-        output = self._evaluated(z)
+        output = self.evaluated(z)
         if versioned and z._version != version:
             raise RuntimeError(
                 f"{self.called} changed its argument z in place, so the iterate is lost. Write out of place: z = z "
@@ -118,14 +124,14 @@ class FlatMap:
 
     def image(self, z: Tensor) -> Tensor:
         """(B, D) -> (B, D) the map after its first call, neither counted nor frozen: for a compiled loop."""
-        return self._evaluated(z)
+        return self.evaluated(z)
 
-    def _evaluated(self, z: Tensor) -> Tensor:
-        """(B, D) -> (B, D) what the user's function returns."""
+    def evaluated(self, z: Tensor) -> Tensor:
+        """(B, D) -> (B, D) what the user's function returns, neither counted nor frozen."""
         with self.autocast.in_force():
-            output = self._f(self._layout.unpack(z), *self._args)
-            self._layout.check(output, self.called)
-        return self._layout.pack(output)
+            output = self._f(self.layout.unpack(z), *self.args)
+            self.layout.check(output, self.called)
+        return self.layout.pack(output)
 
     @torch.no_grad()
     def mixes_samples(self, z: Tensor) -> bool:
