@@ -67,6 +67,10 @@ def main() -> None:
         "root": lambda: root(kepler, start, eccentricity, mean, rtol=RTOL),
         "root, compact=True": lambda: root(kepler, start, eccentricity, mean, rtol=RTOL, compact=True),
         "root, chunk_size=2**17": lambda: root(kepler, start, eccentricity, mean, rtol=RTOL, chunk_size=2**17),
+        "root, compile=True": lambda: root(kepler, start, eccentricity, mean, rtol=RTOL, compile=True),
+        "root, compile=True, chunk_size=2**17": lambda: root(
+            kepler, start, eccentricity, mean, rtol=RTOL, compile=True, chunk_size=2**17
+        ),
         "root, backward": lambda: torch.autograd.grad(value, leaf, ones, retain_graph=True),
     }
     times = milliseconds(rows, options.repeats)

@@ -134,8 +134,8 @@ def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], T]) -> T | Non
         warn_caller(
             "The solve runs step by step although compile=True, because it could not be compiled: "
             f"{type(error).__name__}: {cause[0] if cause else 'no message'}\nA map that is compiled must not decide in "
-            "Python by the values of tensors; torch.compile(f, fullgraph=True) shows where it does. Python numbers that "
-            "it reads are part of the graph: make those that take many values tensors.",
+            "Python by the values of tensors; torch.compile(f, fullgraph=True) shows where it does. Python numbers are "
+            "part of the graph: make those that take many values tensors.",
             NotCompiledWarning,
             same=str(key),
         )

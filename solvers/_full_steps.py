@@ -72,7 +72,7 @@ class Pace(NamedTuple):
     smallest: Tensor
 
     def after(self, size: Tensor, rounded: Tensor, scale: Tensor) -> tuple["Pace", Tensor]:
-        """That of the next step, and (n,) bool, whether this one is accepted; ``scale`` is the value's norm after it."""
+        """That of the next step, and (n,) bool, whether this one is accepted; ``scale`` is the next value's norm."""
         shrinks, grows_not = size <= (1 - SUFFICIENT) * self.size, scale <= 10 * self.smallest
         allowed = all_of(shrinks, rounded < self.rounded, grows_not)
         return Pace(size, rounded, torch.minimum(self.smallest, scale)), allowed
