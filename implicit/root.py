@@ -116,8 +116,9 @@ def root(
             ``torch.func.vmap``: an int or None for all, or a tuple with one for each.
         chunk_size: Solve so many samples at a time, whose intermediate results then fit into the cache or the memory.
             All that ``F`` needs of each sample must then come through ``args``.
-        compile: Run the loop of the solve as one compiled graph, as :func:`solvers.solve` does. Gradients are as
-            without it: the implicit mode does not need the steps.
+        compile: Run the loop of the solve as one compiled graph, as :func:`solvers.solve` does; of ``Newton``, all full
+            steps, after which samples that need shorter ones go on step by step. With ``chunk_size``, one graph serves
+            all parts. Gradients are as without it: the implicit mode does not need the steps.
         on_failure: "warn", "raise" or "ignore", for the forward solve and for linear solves of derivatives.
         return_solution: Return ``(z, solution)``. ``solution.change`` is ``norm(F(z))``, in the units of F.
 
