@@ -165,12 +165,23 @@ class _Carry:
     def tensors(self, course: Course) -> tuple[Tensor, ...]:
         """The tensors to carry."""
         every = zip(_tensors_of(course), self._is_constant, strict=True)
-        return tuple(tensor for tensor, constant in every if not constant)
+        return tuple(self._number(tensor) for tensor, constant in every if not constant)
 
     def course(self, tensors: tuple[Tensor, ...]) -> Course:
         """The solve with these tensors."""
         supply, is_constant = iter(tensors), iter(self._is_constant)
-        return with_tensors(self._course, lambda tensor: tensor if next(is_constant) else next(supply))
+
+        def carried(tensor: Tensor) -> Tensor:
+            value = tensor if next(is_constant) else next(supply)
+            return value > 0 if tensor.dtype == torch.bool != value.dtype else value
+
+        return with_tensors(self._course, carried)
+
+    def _number(self, tensor: Tensor) -> Tensor:
+        """The tensor, or 1.0 for True: Inductor's loops on CPUs take ten times as long to write truth values (2.14)."""
+        if tensor.dtype != torch.bool:
+            return tensor
+        return torch.where(tensor, 1.0, 0.0).to(self._course.samples.error.dtype)
 
 
 def held_map(plan: Plan, samples: Samples) -> FlatMapping:

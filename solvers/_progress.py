@@ -155,7 +155,7 @@ class ToleranceTest:
         samples, first = self._samples, self._step == 1
         if secant is None and not first and self._num_is_exact and (not asked or self._all_contract):
             # The look at the host. Samples that have stopped fail the tests that matter.
-            count: Tests[int] = Tests(*count_true(news.tests))
+            count = news.count()
             num_before = samples.active.shape[0] - self.num_done
             active = samples.active if count.allowed == num_before else news.of_samples.allowed
             contracts = news.of_samples.contracts if asked else None

@@ -143,8 +143,9 @@ class Samples:
         ]
         if changes is not None:
             pairs.append(changes)
-        # What is traced must not ask for the size of the batch.
-        if not torch.compiler.is_compiling() and error.shape[0] < MANY:
+        if torch.compiler.is_compiling():  # which fuses the comparisons with what asks for them, if nothing stacks them
+            return News(error, scale, rounded, None, Tests(*(one >= other for one, other in pairs)))
+        if error.shape[0] < MANY:
             larger, smaller = zip(*pairs, strict=True)
             return News(error, scale, rounded, torch.stack(larger) >= torch.stack(smaller))
         return News(error, scale, rounded, torch.stack([one >= other for one, other in pairs]))
@@ -211,25 +212,31 @@ class News:
         error: (B,) ``norm(f(z) - z)``.
         scale: (B,) ``norm(f(z))``.
         rounded: (B,) the error with what rounding in f may hide.
-        tests: (6 or 7, B) bool, the rows of ``Tests``.
+        tests: (6 or 7, B) bool, the rows of ``Tests``; None in a graph.
     """
 
     error: Tensor
     scale: Tensor
     rounded: Tensor
-    tests: Tensor
+    tests: Tensor | None
     _of_samples: Tests[Tensor] | None = None
 
     @property
     def of_samples(self) -> Tests[Tensor]:
         """The tests by name."""
         if self._of_samples is None:
+            assert self.tests is not None
             self._of_samples = Tests(*self.tests.unbind())
         return self._of_samples
 
     @of_samples.setter
     def of_samples(self, tests: Tests[Tensor]) -> None:
         self._of_samples = tests
+
+    def count(self) -> Tests[int]:
+        """Of how many samples the tests are true, by one look at the host."""
+        assert self.tests is not None
+        return Tests(*count_true(self.tests))
 
     @property
     def improved(self) -> Tensor:
