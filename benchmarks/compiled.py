@@ -1,12 +1,12 @@
 """Whole solves with ``compile=True`` beside the same solves step by step.
 
-python -m benchmarks.compiled [--repeats 15] [--problems NAME ...] [--solvers NAME ...] [--rows 64 2048 ...]
+python -m benchmarks.compiled [--repeats 15] [--problems NAME ...] [--solvers NAME ...] [--shapes 64x256 8192x4 ...]
 
 One thread; the two forms of a solve alternate, and times are medians of processor time in milliseconds. "first" is how
 long the first compiled solve took, in seconds: with an empty cache of Inductor's on disk it is the cold time, in a
 second run of the same command the warm one. "pays after" is the number of solves whose gain makes up for it. "f" is the
-time of as many bare calls of the map. With ``--rows`` the problem is a contraction, ``0.9 tanh(z W) + x`` of 256
-unknowns, with batches of these sizes.
+time of as many bare calls of the map. With ``--shapes`` the problem is a contraction, ``r tanh(z W) + x`` with a rate
+of its own for each sample, with as many samples and unknowns.
 """
 
 import functools
@@ -37,12 +37,14 @@ SOLVERS: dict[str, Solver] = {
 RTOL, MAX_CALLS = 1e-5, 200
 
 
-def contraction(rows: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The map of ``--rows`` and its start."""
+def contraction(shape: str, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The map of ``--shapes`` and its start."""
+    rows, unknowns = map(int, shape.split("x"))
     generator = torch.Generator().manual_seed(0)
-    weight = torch.linalg.qr(torch.randn(256, 256, generator=generator))[0]
-    x = torch.randn(rows, 256, generator=generator)
-    return lambda z: 0.9 * torch.tanh(z @ weight) + x, torch.zeros(rows, 256)
+    weight = torch.linalg.qr(torch.randn(unknowns, unknowns, generator=generator))[0].to(dtype)
+    rate = 0.9 * torch.rand(rows, 1, generator=generator, dtype=dtype)
+    x = torch.randn(rows, unknowns, generator=generator, dtype=dtype)
+    return lambda z: rate * torch.tanh(z @ weight) + x, torch.zeros_like(x)
 
 
 def run(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver, *, compile: bool) -> Solution[Tensor]:
@@ -85,7 +87,8 @@ def main() -> None:
     options = parser(__doc__, threads=1, repeats=15)
     options.add_argument("--problems", nargs="*", choices=PROBLEMS, default=PROBLEMS, metavar="NAME", help="[all]")
     options.add_argument("--solvers", nargs="*", choices=SOLVERS, default=[*SOLVERS], metavar="NAME", help="[all]")
-    options.add_argument("--rows", nargs="*", type=int, default=[], help="batch sizes, instead of the problems")
+    options.add_argument("--shapes", nargs="*", default=[], metavar="64x256", help="shapes, instead of the problems")
+    options.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="[%(default)s]")
     given = options.parse_args()
     warnings.simplefilter("ignore")
     begin(given.threads)
@@ -93,9 +96,10 @@ def main() -> None:
     columns += ["first, s", "pays after"]
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
-    bank = {name: BANK[name](torch.float32) for name in ([] if given.rows else given.problems)}
+    dtype = getattr(torch, given.dtype)
+    bank = {name: BANK[name](dtype) for name in ([] if given.shapes else given.problems)}
     maps = {name: (problem.f, problem.z0) for name, problem in bank.items()}
-    maps |= {f"{rows} x 256": contraction(rows) for rows in given.rows}
+    maps |= {shape: contraction(shape, dtype) for shape in given.shapes}
     with torch.no_grad():
         for name, (f, z0) in maps.items():
             for solver in given.solvers:

@@ -35,8 +35,8 @@ MOST_KEPT = 256
 FIRST_ROOM = 8
 
 # A state of more bytes runs step by step on the CPU. A compiled loop saves what every operation costs beside its
-# arithmetic, and carries more copies of the state through memory: by benchmarks/compiled.py --rows, Picard is 1.6 times
-# as fast with 64 x 256 elements and 0.7 times with 2048 x 256. The limit lies between these.
+# arithmetic, and carries more copies of the state through memory: by benchmarks/compiled.py --shapes, Picard is 1.6
+# times as fast with 64 x 256 elements and 0.7 times with 2048 x 256. The limit lies between these.
 MOST_BYTES = 2**19
 # With so few unknowns a sample, the tests of a step are most of its work, which the loop does in fewer passes over
 # memory: with 131072 x 4 elements Picard is 1.3 times as fast, and Anderson 1.6 to 1.9 times.
