@@ -54,21 +54,22 @@ T = TypeVar("T")
 class _NumbersAreConstant:
     """A context in which every Python number of a map becomes part of its graph, in all threads.
 
-    Otherwise ``torch.compile`` makes a float that differs in a second solve an input of the graph, and of its loops,
-    which Inductor does not take (PyTorch 2.11 to 2.14).
+    Otherwise ``torch.compile`` makes a number that differs in a second solve an input of the graph, and of its loops.
+    Floats among these Inductor does not take (PyTorch 2.11 to 2.14), ints not every derivative (2.11).
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_inside = 0
-        self._before = False
+        self._before = False, False
 
     def __enter__(self) -> None:
         from torch._dynamo import config  # which takes a second to import
 
         with self._lock:
             if not self._num_inside:
-                self._before, config.specialize_float = config.specialize_float, True
+                self._before = config.specialize_float, config.specialize_int
+                config.specialize_float = config.specialize_int = True
             self._num_inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -77,7 +78,7 @@ class _NumbersAreConstant:
         with self._lock:
             self._num_inside -= 1
             if not self._num_inside:
-                config.specialize_float = self._before
+                config.specialize_float, config.specialize_int = self._before
 
 
 _NUMBERS_ARE_CONSTANT = _NumbersAreConstant()

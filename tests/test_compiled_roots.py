@@ -258,3 +258,18 @@ def test_solvers_with_a_loop_of_their_own_go_in_parts():
     options = {"solver": "broyden", "args": (x,), "chunk_size": 2, "stopping": Stopping(rtol=1e-9)}
     eager, compiled = both(lambda z, x: z**3 - x, torch.ones_like(x), **options)
     assert_same(eager, compiled, rtol=1e-8)
+
+
+@pytest.mark.long
+def test_inductor(monkeypatch):
+    """The real compiler, with chunks of two sizes, and numbers that differ."""
+    monkeypatch.setattr(_compiled, "BACKEND", "inductor")
+    z0, *args = orbits(200)
+    assert_same(*both(kepler, z0, tuple(args), Stopping(rtol=1e-10), chunk_size=64))
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(50, 3, 3, generator=generator) + 3 * torch.eye(3)
+    x, kind = torch.randn(50, 3, generator=generator), torch.randint(0, 4, (50, 1), generator=generator)
+    for unit in (1.0, 10.0):
+        eager, compiled = both(system, torch.zeros(50, 3), (a, x, kind, unit, 1.0))
+        assert compiled.statuses() == eager.statuses()
+        torch.testing.assert_close(compiled.value, eager.value, rtol=1e-8, atol=1e-8, equal_nan=True)
