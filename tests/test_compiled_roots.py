@@ -72,7 +72,7 @@ def test_few_steps_and_shorter_ones(max_steps):
 
 
 @pytest.mark.long
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**31),
     size=st.integers(1, 4),
@@ -106,7 +106,7 @@ def system(z, a, x, kind, unit, of_f):
     return of_f * rows
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in NONLINEAR])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in sorted(NONLINEAR)[::3]])
 def test_classical_systems(name):
     problem = NONLINEAR[name]
     z0 = problem.x0 * torch.tensor([[1.0], [1.1], [0.9], [10.0]])
@@ -254,8 +254,8 @@ def fails(z):
 
 @pytest.mark.long
 def test_solvers_with_a_loop_of_their_own_go_in_parts():
-    x = torch.tensor([[2.0], [3.0], [5.0]]) * torch.linspace(1, 2, 40)
-    options = {"solver": "broyden", "args": (x,), "chunk_size": 2, "stopping": Stopping(rtol=1e-9)}
+    x = torch.tensor([[2.0], [3.0], [5.0], [7.0]]) * torch.linspace(1, 2, 40)
+    options = {"solver": "anderson", "args": (x,), "chunk_size": 2, "stopping": Stopping(rtol=1e-9)}
     eager, compiled = both(lambda z, x: z**3 - x, torch.ones_like(x), **options)
     assert_same(eager, compiled, rtol=1e-8)
 
