@@ -19,8 +19,7 @@ from torch import Tensor
 from solvers import _full_steps_graph, _graph
 from solvers._failure import warn_caller
 from solvers._full_steps import Reached
-from solvers._full_steps_graph import FullPlan
-from solvers._graph import Course, Plan
+from solvers._graph import Course, Plan, Task
 from solvers._stopping import Stopping, StopRule
 from solvers.methods.solver import Solver
 from solvers.problem import Traced, recorded
@@ -35,8 +34,8 @@ MOST_KEPT = 256
 FIRST_ROOM = 8
 
 # A state of more bytes runs step by step on the CPU. A compiled loop saves what every operation costs beside its
-# arithmetic, and carries more copies of the state through memory: by benchmarks/compiled.py --shapes, Picard is 1.6
-# times as fast with 64 x 256 elements and 0.7 times with 2048 x 256. The limit lies between these.
+# arithmetic, and carries more copies of the state through memory: by benchmarks/compiled.py --shapes, Picard is 2.4
+# times as fast with 64 x 256 elements, 1.5 times with 512 x 256, which is the limit, and 0.7 times with 2048 x 256.
 MOST_BYTES = 2**19
 
 # What could not be compiled; it is not tried again.
@@ -108,18 +107,18 @@ def run(plan: Plan, fz0: Tensor) -> Course | None:
     return _unless_refused(key, lambda: _run(plan, fz0, key))
 
 
-def reach(plan: FullPlan, like: Tensor) -> tuple[Reached, Tensor, int] | None:
+def reach(task: Task, like: Tensor) -> tuple[Reached, Tensor, int] | None:
     """What full Newton steps reach, with the norm of F and the number of steps; None if they are not compiled.
 
     Args:
-        plan: What is solved, and how.
+        task: What is solved.
         like: (B, D) something like the state.
     """
-    options = ("full steps", plan.measure.kind, plan.batch_dims, plan.autocast)
-    key = (like.device.type, like.dtype, like.shape[1], options, _kind_of(plan.F))
+    options = ("full steps", task.limits.measure.kind, task.batch_dims, task.autocast)
+    key = (like.device.type, like.dtype, like.shape[1], options, _kind_of(task.f))
 
     def call() -> tuple[Reached, Tensor, int]:
-        reached, change, step = _compiled(_full_steps_graph.reach, key)(plan)
+        reached, change, step = _compiled(_full_steps_graph.reach, key)(task)
         return reached, change, int(step)
 
     return _unless_refused(key, call)

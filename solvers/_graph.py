@@ -19,7 +19,7 @@ apart from the blocks of remembered vectors, into which it writes in place.
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,10 +29,12 @@ from solvers._branch_free import Limits, first, take_in
 from solvers._samples import Samples
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import FlatMapping, Solver, State
-from solvers.problem import AutocastMode, FlatMap, Layout, Traced, with_tensors
+from solvers.problem import AutocastMode, FlatMap, Layout, Traced, as_number, with_tensors
 
 # A step that leads to infinity or NaN is replaced by the plain one, or by one so many times shorter, and so on.
 SHORTER, MOST_SHORTER = 0.25, 8
+
+M = TypeVar("M", bound=FlatMap)
 
 Loop = Callable[[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -63,21 +65,16 @@ class Course:
 
 
 @dataclasses.dataclass
-class Plan:
-    """What is solved, and how.
+class Task:
+    """What is solved.
 
     Attributes:
-        f: The user's map.
+        f: The user's map, or function of which a root is sought.
         z0: The start, whose structure and shapes are those of the state.
         args: Further arguments of ``f``.
         batch_dims: As in :func:`solvers.solve`.
         autocast: The mode in which ``f`` runs.
-        scaling: (B, 1) for a root: as in :class:`RootMap`; else None.
-        solver: The solver.
         limits: When samples end.
-        max_growth: As in :class:`solvers.Stopping`.
-        room: For how many steps there is room at first.
-        in_place: Whether a loop may write into the blocks; otherwise every step copies them.
     """
 
     f: Callable[..., Any]
@@ -85,17 +82,38 @@ class Plan:
     args: tuple[Any, ...]
     batch_dims: int
     autocast: AutocastMode
+    limits: Limits
+
+    def map_of(self, kind: type[M]) -> M:
+        """The map as a solver sees it, to be made where it is called: a loop may not change what is made outside."""
+        return kind(self.f, self.args, Layout(self.z0, self.batch_dims), self.autocast)
+
+    def tracing(self) -> contextlib.AbstractContextManager[object]:
+        """The context in which a loop over ``f`` is traced."""
+        return self.f.context() if isinstance(self.f, Traced) else contextlib.nullcontext()
+
+
+@dataclasses.dataclass
+class Plan(Task):
+    """What is solved, and how.
+
+    Attributes:
+        scaling: (B, 1) for a root: as in :class:`RootMap`; else None.
+        solver: The solver.
+        max_growth: As in :class:`solvers.Stopping`.
+        room: For how many steps there is room at first.
+        in_place: Whether a loop may write into the blocks; otherwise every step copies them.
+    """
+
     scaling: Tensor | None
     solver: Solver
-    limits: Limits
     max_growth: float
     room: int
     in_place: bool
 
     def map(self) -> FlatMap:
         """The map as the solver sees it."""
-        kind = FlatMap if self.scaling is None else RootMap
-        map_ = kind(self.f, self.args, Layout(self.z0, self.batch_dims), self.autocast)
+        map_ = self.map_of(FlatMap if self.scaling is None else RootMap)
         map_.scaling = self.scaling
         return map_
 
@@ -129,7 +147,7 @@ def advance(plan: Plan, course: Course) -> Course:
             now = _copies(now)
         return carry.tensors(_copies(_stepped(plan, now)))
 
-    with plan.f.context() if isinstance(plan.f, Traced) else contextlib.nullcontext():
+    with plan.tracing():
         return carry.course(torch.while_loop(goes_on, step, carry.tensors(course)))
 
 
@@ -165,7 +183,9 @@ class _Carry:
     def tensors(self, course: Course) -> tuple[Tensor, ...]:
         """The tensors to carry."""
         every = zip(_tensors_of(course), self._is_constant, strict=True)
-        return tuple(self._number(tensor) for tensor, constant in every if not constant)
+        like = course.samples.error
+        carried = (tensor for tensor, constant in every if not constant)
+        return tuple(as_number(tensor, like) if tensor.dtype == torch.bool else tensor for tensor in carried)
 
     def course(self, tensors: tuple[Tensor, ...]) -> Course:
         """The solve with these tensors."""
@@ -176,12 +196,6 @@ class _Carry:
             return value > 0 if tensor.dtype == torch.bool != value.dtype else value
 
         return with_tensors(self._course, carried)
-
-    def _number(self, tensor: Tensor) -> Tensor:
-        """The tensor, or 1.0 for True: Inductor's loops on CPUs take ten times as long to write truth values (2.14)."""
-        if tensor.dtype != torch.bool:
-            return tensor
-        return torch.where(tensor, 1.0, 0.0).to(self._course.samples.error.dtype)
 
 
 def held_map(plan: Plan, samples: Samples) -> FlatMapping:

@@ -112,14 +112,13 @@ class Measure:
         """Plain norms of the whole -> those of the user's choice."""
         return norms / self._unit
 
-    def absolute(self, start: Tensor, unit_of: Callable[[], Tensor | None] | None = None) -> Tensor:
+    def absolute(self, start: Tensor, unit: Tensor | None = None) -> Tensor:
         """The absolute tolerance of each part, given the plain norms of the parts at the start.
 
-        ``unit_of`` stands for that of the constructor, where there is one.
+        A ``unit`` (B,) stands for what the constructor's function gives, where a graph cannot ask for that.
         """
         if self._of_start is None:
-            unit_of = unit_of or self._unit_of
-            unit = None if unit_of is None else unit_of()
+            unit = self._unit_of() if unit is None and self._unit_of is not None else unit
             return torch.zeros_like(start) + (self._atol if unit is None else self._in_state(unit))
         return self._of_start * start
 

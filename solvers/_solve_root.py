@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from solvers import _compiled as compiled
+from solvers._branch_free import Limits
 from solvers._failure import report_failure
 from solvers._full_steps import FullSteps, Reached
-from solvers._full_steps_graph import FullPlan
+from solvers._graph import Task
 from solvers._measure import Measure
 from solvers._registry import get_solver
-from solvers._secant import stride_of
 from solvers._solution import Solution, Status
 from solvers._solve import Iteration, advice_on
 from solvers._stopping import Stopping, StopRule
@@ -189,19 +189,16 @@ class _Batch:
 
         None if that cannot be.
         """
-        F, z0 = self._F, part.value  # noqa: N806
-        plan = FullPlan(
-            F=F.traced() if isinstance(F, Traceable) else F,
-            z0=f.layout.unpack(z0),
+        measure = Measure(stopping, self._layout, lambda: None)
+        task = Task(
+            f=self._F.traced() if isinstance(self._F, Traceable) else self._F,
+            z0=f.layout.unpack(part.value),
             args=f.args,
             batch_dims=len(f.layout.batch_shape),
             autocast=f.autocast,
-            eps=f.eps,
-            measure=Measure(stopping, self._layout, lambda: None).with_tensors(z0),
-            max_steps=torch.full((), stopping.max_steps, dtype=torch.int64, device=z0.device),
-            stride=stride_of(z0.shape[1]),
+            limits=Limits.of(stopping, measure, part.value, eps=f.eps, remembers=False),
         )
-        done = compiled.reach(plan, z0)
+        done = compiled.reach(task, part.value)
         if done is None:
             return None
         reached, change, step = done

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_systems import kepler, orbits, system, systems
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.utils.parametrizations import spectral_norm
@@ -20,25 +21,15 @@ pytestmark = [
 ]
 
 FIELDS = ("value", "status", "residual", "change", "error_estimate", "num_steps")
+TIGHT = Stopping(rtol=1e-10)
 
 
-def kepler(anomaly, eccentricity, mean):
-    return anomaly - eccentricity * anomaly.sin() - mean
-
-
-def orbits(number, seed=0, **options):
-    """Starts, eccentricities and mean anomalies; some starts are such that a full step is too long."""
-    generator = torch.Generator().manual_seed(seed)
-    mean, eccentricity, start = torch.rand(3, number, generator=generator, **options)
-    return 6.3 * start, 0.99 * eccentricity, 6.3 * mean
-
-
-def both(F, z0, args=(), stopping=Stopping(rtol=1e-10), **options):  # noqa: B008, N803
+def both(f, z0, args=(), stopping=TIGHT, **options):
     """The solve in eager mode and compiled, of which no warning says that it was not."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", NotCompiledWarning)
         options |= {"args": args, "stopping": stopping, "on_failure": "ignore"}
-        solutions = [solve_root(F, z0, compile=compile, **options) for compile in (False, True)]
+        solutions = [solve_root(f, z0, compile=compile, **options) for compile in (False, True)]
     assert not _compiled._refused
     return solutions
 
@@ -83,27 +74,12 @@ def test_few_steps_and_shorter_ones(max_steps):
 )
 def test_random_systems(seed, size, exponent, of_f, norm, atol):
     """Among them systems without a root, with singular slopes, and starts that are roots."""
-    generator = torch.Generator().manual_seed(seed)
-    unit, number = torch.tensor(2.0**exponent), 20
-    a = torch.randn(number, size, size, generator=generator) + 3 * torch.eye(size)
-    x = torch.randn(number, size, generator=generator)
-    kind = torch.randint(0, 5, (number, 1), generator=generator)
-    z0 = torch.where(kind == 4, x, torch.randn(number, size, generator=generator))
+    unit, (z0, args) = torch.tensor(2.0**exponent), systems(seed, size)
     stopping = Stopping(rtol=1e-9, max_steps=15, norm=norm, **({} if atol is None else {"atol": atol}))
-    args = (a, x, kind, unit, torch.tensor(2.0**of_f))
-    eager, compiled = both(system, unit * z0, args, stopping)
+    eager, compiled = both(system, unit * z0, (*args, unit, torch.tensor(2.0**of_f)), stopping)
     assert compiled.statuses() == eager.statuses()
     assert torch.equal(compiled.num_steps, eager.num_steps)
     torch.testing.assert_close(compiled.value / unit, eager.value / unit, rtol=1e-8, atol=1e-8, equal_nan=True)
-
-
-def system(z, a, x, kind, unit, of_f):
-    z = z / unit
-    linear = (a @ (z - x).unsqueeze(-1)).squeeze(-1)
-    rows = torch.where(kind == 0, linear + (z - x) ** 3, linear + 0.1 * ((z - x) * (z + x)).sin())
-    rows = torch.where(kind == 1, (z - x) ** 2, rows)
-    rows = torch.where(kind == 2, z**2 + 1, rows)
-    return of_f * rows
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in sorted(NONLINEAR)[::3]])
@@ -266,10 +242,8 @@ def test_inductor(monkeypatch):
     monkeypatch.setattr(_compiled, "BACKEND", "inductor")
     z0, *args = orbits(200)
     assert_same(*both(kepler, z0, tuple(args), Stopping(rtol=1e-10), chunk_size=64))
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(50, 3, 3, generator=generator) + 3 * torch.eye(3)
-    x, kind = torch.randn(50, 3, generator=generator), torch.randint(0, 4, (50, 1), generator=generator)
+    z0, args = systems(0, 3, number=50)
     for unit in (1.0, 10.0):
-        eager, compiled = both(system, torch.zeros(50, 3), (a, x, kind, unit, 1.0))
+        eager, compiled = both(system, unit * z0, (*args, unit, 1.0))
         assert compiled.statuses() == eager.statuses()
         torch.testing.assert_close(compiled.value, eager.value, rtol=1e-8, atol=1e-8, equal_nan=True)

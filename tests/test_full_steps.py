@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_systems import kepler, orbits, system, systems
 
 from implicit import root
 from solvers import Iteration, Newton, Status, Stopping, solve_root
@@ -12,16 +13,6 @@ from solvers.testing import NONLINEAR
 pytestmark = pytest.mark.usefixtures("double")
 
 FIELDS = ("value", "status", "residual", "change", "error_estimate", "num_steps")
-
-
-def kepler(anomaly, eccentricity, mean):
-    return anomaly - eccentricity * anomaly.sin() - mean
-
-
-def orbits(number, seed=0):
-    """Starts, eccentricities and mean anomalies; some starts are such that a full step is too long."""
-    mean, eccentricity, start = torch.rand(3, number, generator=torch.Generator().manual_seed(seed))
-    return 6.3 * start, 0.99 * eccentricity, 6.3 * mean
 
 
 def by_the_loop(f, z0, args, stopping, batch_dims=1):
@@ -58,25 +49,11 @@ def test_kepler_is_what_the_driver_loop_finds(rtol, parts):
 )
 def test_random_systems_are_what_the_driver_loop_finds(seed, size, exponent, of_f, norm, atol, compact):
     """Among them systems without a root, with singular slopes, and starts that are roots."""
-    generator = torch.Generator().manual_seed(seed)
-    unit, number = 2.0**exponent, 20
-    a = torch.randn(number, size, size, generator=generator)
-    x = torch.randn(number, size, generator=generator)
-    kind = torch.randint(0, 5, (number, 1), generator=generator)
-    z0 = torch.where(kind == 4, x, torch.randn(number, size, generator=generator))
-
-    def f(z, a, x, kind):
-        z = z / unit
-        linear = (a @ (z - x).unsqueeze(-1)).squeeze(-1) + 2 * (z - x)
-        rows = torch.where(kind == 0, linear + (z - x) ** 3, linear + 0.1 * ((z - x) * (z + x)).sin())
-        rows = torch.where(kind == 1, (z - x) ** 2, rows)
-        rows = torch.where(kind == 2, z**2 + 1, rows)
-        return 2.0**of_f * rows
-
+    unit, (z0, args) = 2.0**exponent, systems(seed, size)
+    args = (*args, unit, 2.0**of_f)
     stopping = Stopping(rtol=1e-9, max_steps=15, norm=norm, **({} if atol is None else {"atol": atol}))
-    args = (a, x, kind)
-    loop = by_the_loop(f, unit * z0, args, stopping)
-    solution = solve_root(f, unit * z0, args=args, stopping=stopping, compact=compact, on_failure="ignore")
+    loop = by_the_loop(system, unit * z0, args, stopping)
+    solution = solve_root(system, unit * z0, args=args, stopping=stopping, compact=compact, on_failure="ignore")
     assert torch.equal(solution.status, loop.status)
     assert torch.equal(solution.num_steps, loop.num_steps)
     assert torch.allclose(solution.value, loop.value, rtol=1e-9, atol=1e-9 * unit, equal_nan=True)

@@ -37,7 +37,7 @@ class RootMap(FlatMap):
 
     def image(self, z: Tensor) -> Tensor:
         assert self.scaling is not None
-        return torch.addcmul(z, self.scaling, self.evaluated(z), value=-1)
+        return torch.addcmul(z, self.scaling, self._evaluated(z), value=-1)
 
     def set_scaling_by_matrix(self, z: Tensor, residual: Tensor, matrix: Tensor) -> None:
         """Choose c from the Jacobian (B, D, D) at ``z`` (B, D), where F is ``residual`` (B, D)."""

@@ -21,7 +21,7 @@ from solvers.problem.slopes import direction_of, slope_inverse
 from solvers.problem.small_systems import back_substitute, inverse_or_zero
 from solvers.problem.state_type import S
 from solvers.problem.traceable import Traceable, Traced
-from solvers.problem.truth_values import all_of
+from solvers.problem.truth_values import all_of, as_number
 from solvers.problem.window import add_combination, combine, dot, recorded, store
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "all_of",
     "as_float",
     "as_int",
+    "as_number",
     "back_substitute",
     "check_compile",
     "check_on_failure",

@@ -114,7 +114,7 @@ class FlatMap:
         self.num_evals += 1
         versioned = not (torch.compiler.is_compiling() or z.is_inference())
         version = z._version if versioned else 0
-        output = self.evaluated(z)
+        output = self._evaluated(z)
         if versioned and z._version != version:
             raise RuntimeError(
                 f"{self.called} changed its argument z in place, so the iterate is lost. Write out of place: z = z "
@@ -124,10 +124,10 @@ class FlatMap:
 
     def image(self, z: Tensor) -> Tensor:
         """(B, D) -> (B, D) the map after its first call, neither counted nor frozen: for a compiled loop."""
-        return self.evaluated(z)
+        return self._evaluated(z)
 
-    def evaluated(self, z: Tensor) -> Tensor:
-        """(B, D) -> (B, D) what the user's function returns, neither counted nor frozen."""
+    def _evaluated(self, z: Tensor) -> Tensor:
+        """(B, D) -> (B, D) what the user's function returns."""
         with self.autocast.in_force():
             output = self._f(self.layout.unpack(z), *self.args)
             self.layout.check(output, self.called)
