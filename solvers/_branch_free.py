@@ -75,12 +75,12 @@ def first(limits: Limits, state: State, max_growth: float) -> Samples:
     errors, scales = measure.parts(state.displacement), measure.parts(state.fz)
     samples = Samples.at_start(state, measure, scales, errors, max_growth)
     news = samples.news(measure, errors, scales, limits.eps, None)
-    within = _rules.within_at_start(samples, news, state, measure, errors, scales)
+    within = _rules.within_at_start(news, state, measure)
     news.of_samples = news.of_samples._replace(within=within)
     allowed = news.of_samples.allowed
     met, idle = within & allowed, torch.full_like(samples.status, ACTIVE)
-    step = torch.ones_like(limits.max_steps)
-    return _taken_in(samples, news, step, met | news.improved, met, idle, met < allowed, samples.contracts)
+    contracts = samples.contracts if state.image_is_nearer else met < samples.contracts
+    return _taken_in(samples, news, state, torch.ones_like(limits.max_steps), met, idle, met < allowed, contracts)
 
 
 def take_in(
@@ -106,7 +106,7 @@ def take_in(
     secant = Secant.between(before, entries, complete=complete, contracts=state.image_is_nearer is True)
     news = samples.news(measure, errors, scales, limits.eps, (secant.most, secant.df))
     waited = step - samples.best_step
-    slack, fixed = measure.slack(errors, scales, samples.absolute), None if complete else _rules.is_fixed(state)
+    slack, fixed = measure.slack(errors, news.bound), None if complete else _rules.is_fixed(state)
     sure = _rules.is_sure(samples, news, secant, slack, fixed=fixed)
     waited_now = waited.masked_fill(news.improved, 0)
     idle = _rules.idle(samples, news, sure, waited_now, patience=limits.patience, eps=limits.eps)
@@ -119,8 +119,7 @@ def take_in(
     asked = (step <= 3) | (step % 4 == 0) | ended
     contracts = samples.contracts & (tests.contracts | ~asked)
 
-    new = _taken_in(samples, news, step, met | news.improved, met, idle, active, contracts)
-    new.value = torch.where((met | news.improved).unsqueeze(1), new.value_of(state), samples.value)
+    new = _taken_in(samples, news, state, step, met, idle, active, contracts)
     ratio = secant.error_ratio(new.is_image)
     new.error_ratio = torch.where(samples.active & (ended | (step >= limits.max_steps)), ratio, samples.error_ratio)
     if rows is not None:
@@ -136,28 +135,29 @@ def take_in(
 def _taken_in(
     samples: Samples,
     news: News,
+    state: State,
     step: Tensor,
-    taken: Tensor,
     met: Tensor,
     idle: Tensor,
     active: Tensor,
     contracts: Tensor,
 ) -> Samples:
-    """The samples after a step, but for what depends on the state.
+    """The samples after a step, but for the estimate of the error.
 
     Args:
         samples: What was known before.
         news: The residuals of the step.
+        state: The iterate and its image.
         step: () int64.
-        taken: (B,) bool, the samples with a new best iterate.
         met: (B,) bool, those that have converged.
         idle: (B,) int64, as :func:`_rules.idle` gives it.
         active: (B,) bool, those that go on.
-        contracts: (B,) bool, whether every step that was asked has contracted.
+        contracts: (B,) bool, whether the value is to be f(z).
     """
-    ended = active < samples.active
+    ended, taken = active < samples.active, met | news.improved
     new = dataclasses.replace(
         samples,
+        value=replaced(samples.value, taken, replaced(state.z, contracts, state.fz)),
         contracts=contracts,
         is_image=replaced(samples.is_image, taken, contracts),
         error=torch.where(taken, news.error, samples.error),

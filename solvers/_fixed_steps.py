@@ -15,6 +15,7 @@ class Outcome:
     """What a stopping test has to say of every sample; fields as in :class:`solvers.Solution`, on (B, D) and (B,)."""
 
     value: Tensor
+    is_image: Tensor
     status: Tensor
     residual: Tensor | None
     change: Tensor | None
@@ -51,6 +52,7 @@ class FixedSteps:
         change = None if self.residual is None else self.residual * rms_norm(self.value.detach())
         return Outcome(
             value=self.value,
+            is_image=self.value.new_ones(batch, dtype=torch.bool),
             status=self.value.new_full(batch, Status.UNTESTED, dtype=torch.int8),
             residual=self.residual,
             change=change,

@@ -106,7 +106,7 @@ def found(
     absolute: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Of samples (n,) whose step is within its bound: whether their error is as well, and the estimate of it."""
-    slack = measure.slack(error, scale, absolute)
+    slack = measure.slack(error, measure.bound(scale, absolute))
     met = secant.shows_a_digit(pace.rounded, scale, start_size, slack)
     # A step of zero may come from an infinite slope.
     met = all_of(met, (error > 0) | (pace.size == 0))

@@ -135,11 +135,11 @@ class Measure:
         # The first step towards a root may be too long to tell anything.
         return torch.where(sizes > 0, torch.minimum(starts, 10 * sizes), starts)
 
-    def slack(self, errors: Tensor, scales: Tensor, absolute: Tensor) -> Tensor | None:
+    def slack(self, errors: Tensor, bound: Tensor) -> Tensor | None:
         """(B,) how many times the error of each part fits into its bound at least; None for what is no root."""
         if self._unit_of is None:
             return None
-        slack = self.bound(scales, absolute) / errors
+        slack = bound / errors
         return slack if self._sizes is None else slack.amin(dim=1)
 
     def confirmed(self, met: Tensor, z: Tensor, scale: Tensor, start: Tensor, absolute: Tensor) -> Tensor:

@@ -133,9 +133,9 @@ class ToleranceTest:
     def _news(self, errors: Tensor, scales: Tensor, secant: Secant | None) -> News:
         changes = None if secant is None else (secant.most, secant.df)
         news = self._samples.news(self._measure, errors, scales, self._eps, changes)
-        self._slack = self._measure.slack(errors, scales, self._samples.absolute)
+        self._slack = self._measure.slack(errors, news.bound)
         if self._step == 1:
-            within = _rules.within_at_start(self._samples, news, self.latest, self._measure, errors, scales)
+            within = _rules.within_at_start(news, self.latest, self._measure)
             news.of_samples = news.of_samples._replace(within=within)
         return news
 
@@ -274,6 +274,10 @@ class ToleranceTest:
             samples.contracts, number = verdict.contracts, verdict.num_contracting
             self._all_contract, self._some_contract = number == size, number > 0
         in_step = self._all_contract and verdict.count.contracts == size
+        if self._step == 1 and verdict.count.within and not self._image_is_nearer:
+            assert verdict.met is not None
+            samples.contracts = verdict.met < samples.contracts
+            self._all_contract = False
         if ended is not None and secant is not None and self._some_contract and not in_step:
             # Of a sample that stops, its last step is asked as well.
             samples.contracts = samples.contracts > (ended > (secant.most >= secant.df))
@@ -295,11 +299,13 @@ class ToleranceTest:
 
     def _take_value(self, taken: Tensor | None) -> None:
         """Take in the values of the samples ``taken``, with gradients where they are recorded."""
-        samples, newest = self._samples, self.latest.fz
+        samples, z, newest = self._samples, self.latest.z, self.latest.fz
         if not self._some_contract:
-            newest = self.latest.z
+            newest = z
         elif not self._all_contract:
-            newest = torch.where(samples.contracts.unsqueeze(1), newest, self.latest.z)
+            if self._step == 1:  # a start that is solved already has the derivative of its image
+                z = z.detach() + (newest - newest.detach())
+            newest = torch.where(samples.contracts.unsqueeze(1), newest, z)
         samples.value = newest if taken is None else torch.where(taken.unsqueeze(1), newest, samples.value)
 
     def take_over(self, samples: Samples, state: State, step: int) -> None:
@@ -350,6 +356,7 @@ class ToleranceTest:
             estimate = whole.error_ratio * change
         return Outcome(
             value=whole.value,
+            is_image=whole.is_image,
             status=self._merged(whole.status, status).to(torch.int8),
             residual=whole.residual,
             change=change,

@@ -35,20 +35,9 @@ def is_fixed(state: State) -> Tensor:
     return (state.fz == state.z).all(dim=1)
 
 
-def within_at_start(
-    samples: Samples, news: News, state: State, measure: Measure, errors: Tensor, scales: Tensor
-) -> Tensor:
-    """(B,) bool: whether the first iterate has converged. It tells nothing of its error, so that the residual has to.
-
-    Args:
-        samples: What is known of each sample.
-        news: The first residuals.
-        state: The first iterate.
-        measure: The norms.
-        errors: Norms of the parts of f(z) - z.
-        scales: Norms of the parts of f(z).
-    """
-    bound, error = measure.compared(TINY * measure.bound(scales, samples.absolute), errors)
+def within_at_start(news: News, state: State, measure: Measure) -> Tensor:
+    """(B,) bool: whether the first iterate has converged. No step shows its error, so that the residual has to."""
+    bound, error = measure.compared(TINY * news.bound, news.errors)
     tiny = (bound >= error) & (news.scale > underflow(error))
     return tiny | (news.of_samples.within & is_fixed(state))
 

@@ -26,7 +26,8 @@ class Samples:
 
     Attributes:
         value: (B, D) of the iterate z with the smallest residual: f(z) where the steps show it to be nearer, else z.
-        contracts: (B,) bool, whether every step that was asked has brought images closer together than iterates.
+        contracts: (B,) bool, whether every step that was asked has brought images closer together than iterates; False
+            where the start has converged, so that no step can tell.
         is_image: (B,) bool, whether the value is f(z).
         status: (B,) int64, ACTIVE until the sample stops.
         active: (B,) bool.
@@ -106,10 +107,6 @@ class Samples:
         """(B,) the relative residual at the best iterate."""
         return relative(self.error, self.scale)
 
-    def value_of(self, state: State) -> Tensor:
-        """(B, D) of an iterate, f(z) where every step that was asked has contracted, else z."""
-        return torch.where(self.contracts.unsqueeze(1), state.fz, state.z)
-
     def replaced(self, rows: Tensor, new: "Samples") -> "Samples":
         """These samples, with the ``rows`` (B,) or () of others."""
         mixed = {}
@@ -144,11 +141,12 @@ class Samples:
         if changes is not None:
             pairs.append(changes)
         if torch.compiler.is_compiling():  # which fuses the comparisons with what asks for them, if nothing stacks them
-            return News(error, scale, rounded, None, Tests(*(one >= other for one, other in pairs)))
+            tests = Tests(*(one >= other for one, other in pairs))
+            return News(errors, bound, error, scale, rounded, None, tests)
         if error.shape[0] < MANY:
             larger, smaller = zip(*pairs, strict=True)
-            return News(error, scale, rounded, torch.stack(larger) >= torch.stack(smaller))
-        return News(error, scale, rounded, torch.stack([one >= other for one, other in pairs]))
+            return News(errors, bound, error, scale, rounded, torch.stack(larger) >= torch.stack(smaller))
+        return News(errors, bound, error, scale, rounded, torch.stack([one >= other for one, other in pairs]))
 
     def has_fallen(self, news: "News") -> Tensor:
         """(B,) bool: whether the residual has fallen tenfold since the value grew so, with room for rounding in f."""
@@ -209,12 +207,16 @@ class News:
     """The residuals of a step, and what they say of each sample.
 
     Attributes:
+        errors: (B,), or (B, parts), the norms of the parts of f(z) - z.
+        bound: Their bounds, likewise.
         error: (B,) ``norm(f(z) - z)``.
         scale: (B,) ``norm(f(z))``.
         rounded: (B,) the error with what rounding in f may hide.
         tests: (6 or 7, B) bool, the rows of ``Tests``; None in a graph.
     """
 
+    errors: Tensor
+    bound: Tensor
     error: Tensor
     scale: Tensor
     rounded: Tensor

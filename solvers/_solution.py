@@ -89,8 +89,8 @@ class Solution(Generic[S]):
     Attributes:
         value: Like ``z0``. For each sample, of the iterate z with the smallest ``norm(f(z) - z)``, ``f(z)`` if every
             step so far has brought images closer together than iterates, so that f(z) is nearer to the fixed point;
-            else z itself. For a linear solve, the solution vector. A sample whose first evaluation is not finite keeps
-            that evaluation.
+            else z itself, also where the start has converged, so that no step can tell. For a linear solve, the
+            solution vector. A sample whose first evaluation is not finite keeps that evaluation.
         status: (B,) int8, one :class:`Status` per sample.
         residual: (B,) relative residual ``norm(f(z) - z) / norm(f(z))`` of that iterate (linear:
             ``norm(b - A x) / norm(b)``); None when a fixed number of steps was taken without ``history=True``.
@@ -111,6 +111,8 @@ class Solution(Generic[S]):
             as for roots that were found in parts.
         solver: The linear solver that a linear solve was made by; else None.
         backward: The backward mode that the value's gradient is computed by; None where no gradient is recorded.
+        is_image: (B,) bool, whether the value is ``f(z)``, and not z; None for a linear solve, and for roots that were
+            found in parts.
     """
 
     value: S
@@ -126,6 +128,7 @@ class Solution(Generic[S]):
     solver: Any = None
     adjoint: "Solution[Any] | None" = None
     backward: Any = None
+    is_image: Tensor | None = None
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in Counter(self._names()).items())
@@ -171,13 +174,12 @@ class Solution(Generic[S]):
 
         If ``norm(f(x) - f(y)) <= q norm(x - y)`` for all x and y, then by Banach's theorem
 
-            norm(value - fixed point) <= q / (1 - q) * norm(f(z) - z).
+            norm(value - fixed point) <= norm(f(z) - z) / (1 - q),
 
-        Rounding in the map comes on top, and the value must be f(z) of the iterate z whose change is known, as it is
-        for maps that contract unless a solver's state says otherwise (``State.image_is_nearer``). The bound is certain
-        only if q is: a bound on the map's Lipschitz constant in the norm of the stopping test; in the Euclidean norm,
-        and so in the root mean square, such as a product of spectral norms and of the largest slopes of activations.
-        Without q there is ``error_estimate``.
+        and q times that where the value is f(z). Rounding in the map comes on top. The bound is certain only if q is: a
+        bound on the map's Lipschitz constant in the norm of the stopping test; in the Euclidean norm, and so in the
+        root mean square, such as a product of spectral norms and of the largest slopes of activations. Without q there
+        is ``error_estimate``.
 
         Args:
             contraction: q in [0, 1), one for all samples or (B,).
@@ -195,14 +197,15 @@ class Solution(Generic[S]):
             >>> float((solution.value - 2).abs()) <= float(solution.error_bound(0.5)) * (1 + 1e-6)
             True
         """
-        q = torch.as_tensor(contraction)
-        if not bool(((q >= 0) & (q < 1)).all()):
+        q = contraction  # a float stays one, which no other rounds
+        if not bool(((torch.as_tensor(q) >= 0) & (torch.as_tensor(q) < 1)).all()):
             raise ValueError(f"error_bound needs a contraction factor in [0, 1), got {contraction!r}.")
         if self.change is None:
             raise ValueError(
                 "This solution has no residual, so nothing bounds its error. Solve to a tolerance or with history=True."
             )
-        return q / (1 - q) * self.change
+        bound = self.change / (1 - q)
+        return bound if self.is_image is None else torch.where(self.is_image, q * bound, bound)
 
     def raise_if_failed(self) -> None:
         """Raise :class:`ConvergenceError`, with this solution on it, if any sample failed."""

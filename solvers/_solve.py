@@ -323,6 +323,7 @@ class Iteration(Generic[S]):
             change, num_evals = self._measure.norm(residual), num_evals + 1
         return Solution(
             value=self._layout.unpack(outcome.value),
+            is_image=self._layout.unpack_batch(outcome.is_image),
             status=self._layout.unpack_batch(outcome.status),
             residual=unpack(outcome.residual),
             change=unpack(change),

@@ -165,6 +165,15 @@ def test_error_bound_holds(solver, rtol):
     assert (bound < 1e4 * rtol).all()
 
 
+@pytest.mark.parametrize("rate", [0.9, 0.985, 0.999])
+def test_error_bound_is_sharp_for_values_that_are_images_and_those_that_are_not(rate):
+    z0 = torch.zeros(1, 1, dtype=torch.float64)
+    solution = solve(lambda z: rate * z + 1, z0, Picard(), rtol=1e-3, max_steps=9999)
+    assert solution.is_image.tolist() == [rate < 0.98]
+    error = (solution.value - 1 / (1 - rate)).abs().item()
+    assert error == pytest.approx(solution.error_bound(rate).item(), rel=1e-10)
+
+
 def test_error_bound_needs_a_contraction_and_a_residual():
     solution = solve(torch.cos, torch.ones(2, 1), Picard(), rtol=1e-3)
     assert torch.allclose(solution.change, (solution.value * solution.residual.unsqueeze(1)).squeeze(1))

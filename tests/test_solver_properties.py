@@ -38,6 +38,10 @@ class Map:
         a, b, c = self.weights
         return self.rate * self.h(a * z + b * z.roll(1, dims=-1) + c * z.roll(2, dims=-1)) + self.shift
 
+    def with_fixed_point(self, point: Tensor) -> "Map":
+        """The map with the same rates that has the fixed point ``point`` (*batch, D), but for rounding."""
+        return dataclasses.replace(self, shift=point + self.shift - self(point))
+
     def __getitem__(self, rows: Tensor) -> "Map":
         return dataclasses.replace(self, rate=self.rate[rows], shift=self.shift[rows])
 
@@ -124,6 +128,43 @@ def test_statuses_are_true(solver, f, max_steps, digits):
             assert residual in history[:steps]
             assert (steps == max_steps) or Status(status) is not Status.MAX_STEPS
     assert all(leaf.isfinite().all() for leaf in (solution.value, solution.residual))
+
+
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(solvers, maps(max_rate=1e6, dtypes=(torch.float64,)), st.floats(-15, -5), st.floats(-9, -3))
+def test_values_meet_the_tolerance_from_starts_that_meet_it(solver, f, distance, digits):
+    """The image of a start that is solved may be none: the value is then the start."""
+    point, rtol = f.shift, 10**digits
+    f = f.with_fixed_point(point)
+    start = point * (1 + 10**distance)
+    solution = solve(f, start, solver, rtol=rtol, atol=0, max_steps=50, batch_dims=point.dim() - 1, on_failure="ignore")
+    error, size = (rms(x) for x in (f(solution.value) - solution.value, f(solution.value)))
+    rounding = 64 * torch.finfo(point.dtype).eps * (1 + f.rate.squeeze(-1)) * size
+    assert (error <= rtol * size * (1 + 1e-5) + rounding)[solution.converged].all()
+    tiny = (rms(f(start) - start) + rounding <= 0.009 * rtol * rms(f(start))) & (rms(f(start)) > 1e-100)
+    assert solution.converged[tiny].all()
+    assert torch.equal(solution.value[tiny], start[tiny])
+
+
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(
+    solvers,
+    maps(max_rate=1.0, dtypes=(torch.float64,)),
+    st.sampled_from([(1.0, 0.0, 0.0), (0.5, 0.5, 0.0), (-0.4, 0.0, 0.6)]),
+    st.sampled_from([None, -1, -9, -13]),
+    st.floats(-9, -1),
+)
+def test_error_bound_is_certain(solver, f, weights, distance, digits):
+    """Of all samples, converged or not, from any start, at rates up to 0.999."""
+    point = f.shift
+    f = dataclasses.replace(f, weights=weights, rate=1 - 1e-3**f.rate).with_fixed_point(point)
+    start = torch.zeros_like(point) if distance is None else point * (1 + 10**distance)
+    solution = solve(
+        f, start, solver, rtol=10**digits, atol=0, max_steps=200, batch_dims=point.dim() - 1, on_failure="ignore"
+    )
+    rate = f.rate.squeeze(-1)
+    rounding = 64 * torch.finfo(point.dtype).eps * (rms(point) + rms(f.shift)) / (1 - rate)
+    assert (rms(solution.value - point) <= solution.error_bound(rate) * (1 + 1e-9) + rounding).all()
 
 
 @hypothesis.settings(max_examples=100)

@@ -51,6 +51,22 @@ def test_solves_to_a_tolerance_have_the_implicit_gradient(solver, seed, size):
     assert torch.allclose(gradient(f, x, z0, solver, rtol=1e-12, max_steps=200), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_a_solved_start_has_the_derivative_of_its_image(solver):
+    f, x, z, _ = problem(0)
+    near, of_image = z * (1 + 1e-10), torch.full_like(x, 0.5)
+    one_near = torch.stack((z[0] + 1, near[1]))
+    for z0 in (near, one_near):
+        value = solve(lambda z: f(z, x), z0, solver, rtol=1e-6, atol=0).value
+        assert torch.equal(value[1], near[1])
+        assert torch.equal(gradient(f, x, z0, solver, rtol=1e-6)[1], of_image[1])
+    value, tangent = torch.func.jvp(
+        lambda x: solve(lambda z: f(z, x), near, solver, rtol=1e-6, atol=0).value, (x,), (of_image,)
+    )
+    assert torch.equal(value, near)
+    assert torch.equal(tangent, of_image / 2)
+
+
 @pytest.mark.long
 @hypothesis.settings(max_examples=100)
 @hypothesis.given(st.sampled_from(SOLVERS), st.integers(0, 1000), st.sampled_from(["entry", "sample", "all"]))
