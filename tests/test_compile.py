@@ -96,10 +96,6 @@ def of_module(backward, x):
     return fixed_point(lambda z, x: 0.5 * torch.tanh(linear(z) + x), torch.zeros(4, 3), x, backward=backward, **STEPS)
 
 
-def of_leaf(backward, x):
-    return fixed_point(lambda z, x: torch.tanh(z @ w + x), torch.zeros(4, 3), x, backward=backward, **STEPS)
-
-
 def of_result(backward, x):
     y = w.sin()
     return fixed_point(lambda z: torch.tanh(z @ y + x), torch.zeros(4, 3), backward=backward, **STEPS)
@@ -114,20 +110,11 @@ def of_pytree(backward, x):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "backward",
-    ["unrolled", SERIES, pytest.param("implicit", marks=pytest.mark.long)],
-    ids=["unrolled", "series", "gmres"],
-)
+@pytest.mark.parametrize("backward", ["unrolled", SERIES, "implicit"], ids=["unrolled", "series", "gmres"])
 @pytest.mark.parametrize(
     ("function", "captured"),
-    [
-        (of_module, list(linear.parameters())),
-        pytest.param(of_leaf, [w], marks=pytest.mark.long),
-        pytest.param(of_result, [w], marks=pytest.mark.long),
-        (of_pytree, [w]),
-    ],
-    ids=["module", "leaf", "result", "pytree"],
+    [(of_module, list(linear.parameters())), (of_result, [w]), (of_pytree, [w])],
+    ids=["module", "result", "pytree"],
 )
 def test_captured_tensors_get_their_gradients(function, captured, backward):
     fast, graphs = compiled(lambda x: function(backward, x), fullgraph=backward != "implicit")

@@ -97,20 +97,19 @@ class Logarithm(nn.Module):
 @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
 def test_exported_solves_run_elsewhere(solver, tmp_path):
     """With a dynamic batch, in a process that does not know the library; also where samples are taken back."""
-    for name, f, inputs in (
-        ("tanh", TanhMap(norm=True), [torch.randn(size, 3) for size in (1, 4, 7)]),
-        ("logarithm", Logarithm(), [torch.rand(size, 3) + 1 for size in (2, 5)]),
-    ):
-        layer = FixedPointLayer(f, solver=solver, rtol=1e-5, on_failure="ignore").eval()
-        batch = {0: torch.export.Dim("batch")}
-        exported = torch.export.export(layer, (torch.randn(4, 3),), dynamic_shapes=((batch,),))
-        torch.export.save(exported, tmp_path / f"{name}.pt2")
-        torch.save(inputs, tmp_path / "inputs.pt")
-        files = [tmp_path / f"{name}.pt2", tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
-        subprocess.run([sys.executable, "-c", RUN_ELSEWHERE, *files], check=True, cwd=tmp_path)
-        for x, z in zip(inputs, torch.load(tmp_path / "outputs.pt"), strict=True):
-            with torch.no_grad():
-                torch.testing.assert_close(z, layer(x), rtol=1e-5, atol=1e-5)
+    f, inputs = TanhMap(norm=True), [torch.randn(size, 3) for size in (1, 4, 7)]
+    if solver == "anderson":
+        f, inputs = Logarithm(), [torch.rand(size, 3) + 1 for size in (2, 5)]
+    layer = FixedPointLayer(f, solver=solver, rtol=1e-5, on_failure="ignore").eval()
+    batch = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(layer, (torch.randn(4, 3),), dynamic_shapes=((batch,),))
+    files = [tmp_path / name for name in ("program.pt2", "inputs.pt", "outputs.pt")]
+    torch.export.save(exported, files[0])
+    torch.save(inputs, files[1])
+    subprocess.run([sys.executable, "-c", RUN_ELSEWHERE, *files], check=True, cwd=tmp_path)
+    for x, z in zip(inputs, torch.load(files[2]), strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(z, layer(x), rtol=1e-5, atol=1e-5)
 
 
 class Reporting(nn.Module):

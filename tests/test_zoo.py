@@ -171,7 +171,7 @@ def test_gradient_of_mdeq_is_exact(double: None) -> None:
 
 @pytest.mark.long
 def test_mdeq_reaches_its_accuracy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run_main(load("mdeq"), "", monkeypatch)
+    run_main(load("mdeq"), "--epochs 8", monkeypatch)
     output = capsys.readouterr().out
     assert float(re.findall(r"^test accuracy ([\d.]+)%", output, re.MULTILINE)[0]) > 97
     assert int(re.findall(r"^solved (\d+) of 450", output, re.MULTILINE)[0]) > 445
