@@ -1,5 +1,7 @@
 """Every linear solver that tests its residual against dense linear algebra. A new solver is one new row."""
 
+import math
+
 import pytest
 import torch
 
@@ -64,6 +66,32 @@ def test_units(name, sign):
     a, b = systems(name)
     solutions = [linear_solve(product(c * a), b, ROWS[name], on_failure="raise") for c in (1.0, sign)]
     assert torch.allclose(solutions[0].value, sign * solutions[1].value, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_right_hand_sides_whose_squares_vanish_or_overflow(name, dtype):
+    """The small ones are solved as others are; of the large ones, none is claimed that is not solved."""
+    a, b = (x.to(dtype) for x in systems(name))
+    c = torch.linspace(0.3, 0.95, 6).unsqueeze(1) * -math.log10(torch.finfo(dtype).tiny)
+    small, large = 10**-c, 10**c
+    for scale in (small, large):
+        solution = linear_solve(product(a), (scale * b).to(dtype), ROWS[name], rtol=1e-4, on_failure="ignore")
+        residual = scale * b.double() - product(a.double())(solution.value.double())
+        relative = (residual / scale).norm(dim=1) / b.norm(dim=1)
+        assert (relative[solution.converged] < 2e-4).all()
+        assert solution.converged.all() or scale is large
+        assert set(solution.status[~solution.converged].tolist()) <= {Status.NONFINITE, Status.BREAKDOWN}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_infinity_is_no_solution(name):
+    a, b = systems(name)
+    b[2, 0], b[4] = torch.inf, -torch.inf
+    solution = linear_solve(product(a), b, ROWS[name], on_failure="ignore")
+    assert solution.status.tolist() == [Status.NONFINITE if i in (2, 4) else Status.CONVERGED for i in range(6)]
+    largest = linear_solve(lambda x: torch.finfo(x.dtype).max * x, torch.ones(1, 3), ROWS[name], on_failure="ignore")
+    assert not largest.converged.any() or (largest.value > 0).all()
 
 
 @pytest.mark.parametrize("name", ROWS)

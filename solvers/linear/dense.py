@@ -81,7 +81,7 @@ class Dense(LinearSolver):
             x, r = torch.where(improved, candidate, x), torch.where(improved, new_r, r)
             error = torch.where(improved.squeeze(1), new_error, error)
             floor = FLOOR * eps * (norm_b + rms_norm(x) * torch.linalg.matrix_norm(matrix))
-            met = error <= torch.maximum(tolerance, floor)
+            met = (error <= torch.maximum(tolerance, floor.masked_fill(floor.isinf(), 0.0))) & norm_b.isfinite()
             if bool(met.all()):
                 break
             correction = solve(r)

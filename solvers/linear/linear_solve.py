@@ -16,7 +16,7 @@ from solvers.linear.operator import FlatMatvec, Operator, rescaled
 from solvers.problem import OnFailure
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.layout import Layout
-from solvers.problem.norms import FLOOR
+from solvers.problem.norms import FLOOR, underflow
 
 
 def linear_solve(
@@ -87,9 +87,10 @@ def linear_solve(
             flat_matvec, rhs = rescaled(flat_matvec, rhs)
         least = FLOOR * torch.finfo(layout.dtype).eps
         default = default_rtol(layout.dtype) if rtol is None else max(rtol, least)
-        result = solver.with_default_rtol(default).run(flat_matvec, rhs)
+        unit = _unit(rhs) if getattr(solver, "atol", 0.0) == 0 else None
+        result = solver.with_default_rtol(default).run(flat_matvec, rhs if unit is None else rhs / unit)
     solution = Solution(
-        value=layout.unpack(result.x),
+        value=layout.unpack(result.x if unit is None else result.x * unit),
         status=layout.unpack_batch(result.status),
         residual=layout.unpack_batch(result.residual),
         num_steps=layout.unpack_batch(result.num_steps),
@@ -99,3 +100,9 @@ def linear_solve(
     )
     report_failure(solution, on_failure, "The linear solve")
     return solution
+
+
+def _unit(b: Tensor) -> Tensor:
+    """(B, 1) what to divide each system by so that squares of residuals do not vanish: 1 but where they would."""
+    norm: Tensor = torch.linalg.vector_norm(b, dim=1, keepdim=True)
+    return (norm / underflow(b) ** 0.5).clamp(torch.finfo(b.dtype).tiny ** 0.75, 1.0)

@@ -85,12 +85,13 @@ class Richardson(LinearSolver):
             history.append(relative(error, norm_b))
         # Rounding in x, which the recurrence does not see.
         error = torch.maximum(error, torch.finfo(x.dtype).eps * rms_norm(x))
-        slow = slow & ~(error <= tolerance)
+        met = (error <= tolerance) & error.isfinite()
+        slow = slow & ~met
         status = torch.where(running, Status.MAX_STEPS, Status.STAGNATED)
         # One step ahead where that was fast: it needs no product.
         result = LinearResult(
             x=torch.where(slow.unsqueeze(1), x, x + r),
-            status=status.masked_fill(error <= tolerance, Status.CONVERGED).to(torch.int8),
+            status=status.masked_fill(met, Status.CONVERGED).to(torch.int8),
             residual=relative(error, norm_b),
             num_steps=num_steps,
             history=torch.stack(history) if history else norm_b.new_zeros(0, norm_b.shape[0]),
