@@ -106,4 +106,4 @@ def linear_solve(
 def _unit(b: Tensor) -> Tensor:
     """(B, 1) what to divide each system by so that squares of residuals do not vanish: 1 but where they would."""
     norm: Tensor = torch.linalg.vector_norm(b, dim=1, keepdim=True)
-    return (norm / math.sqrt(underflow(b))).clamp(math.sqrt(torch.finfo(b.dtype).tiny), 1.0)
+    return (norm / math.sqrt(underflow(b))).clamp(torch.finfo(b.dtype).tiny ** 0.75, 1.0)
