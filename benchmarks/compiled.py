@@ -7,10 +7,15 @@ long the first compiled solve took, in seconds: with an empty cache of Inductor'
 second run of the same command the warm one. "pays after" is the number of solves whose gain makes up for it. "f" is the
 time of as many bare calls of the map. With ``--shapes`` the problem is a contraction, ``r tanh(z W) + x`` with a rate
 of its own for each sample, with as many samples and unknowns.
+
+Where jaxopt is installed, its jitted Anderson acceleration solves the same problems with the same memory, to the same
+tolerance and in one thread; "jaxopt / compiled" is its time over that of the compiled solve. One that did not get there
+within the most calls would have taken longer, and is marked with "+".
 """
 
 import functools
 import math
+import os
 import statistics
 import sys
 import time
@@ -23,6 +28,7 @@ if not __package__:
 import torch
 from torch import Tensor
 
+from benchmarks.solvers import MAX_CALLS, RTOL, Row, geometric_mean, jaxopt
 from benchmarks.timing import begin, parser
 from solvers import Anderson, Broyden, Picard, Solution, Solver, solve
 from solvers.testing import BANK
@@ -34,7 +40,6 @@ SOLVERS: dict[str, Solver] = {
     "anderson 10": Anderson(memory=10),
     "broyden": Broyden(),
 }
-RTOL, MAX_CALLS = 1e-5, 200
 
 
 def contraction(shape: str, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -63,8 +68,10 @@ def processor_ms(runs: list[Callable[[], object]], repeats: int) -> list[float]:
     return [statistics.median(series) for series in times]
 
 
-def row(name: str, f: Callable[[Tensor], Tensor], z0: Tensor, solver: str, repeats: int) -> str:
-    """One line of the table."""
+def row(
+    name: str, f: Callable[[Tensor], Tensor], z0: Tensor, solver: str, repeats: int, theirs: Row | None
+) -> tuple[str, float]:
+    """One line of the table, and jaxopt's time, ``theirs``, over that of the compiled solve."""
     forms = [functools.partial(run, f, z0, SOLVERS[solver], compile=compile) for compile in (False, True)]
     start = time.perf_counter()
     compiled = forms[1]()
@@ -79,7 +86,11 @@ def row(name: str, f: Callable[[Tensor], Tensor], z0: Tensor, solver: str, repea
         *(f"{number:.2f}" for number in (eager_ms, compiled_ms, f_ms * eager.num_evals, eager_ms / compiled_ms)),
         *(f"{first:.1f}", pays),
     ]
-    return f"| {' | '.join(map(str, cells))} |"
+    ratio = math.nan
+    if theirs is not None:
+        ratio, more = theirs.processor_ms / compiled_ms, "" if theirs.converged else "+"
+        cells += [theirs.calls, f"{theirs.processor_ms:.2f}{more}", f"{ratio:.2f}{more}"]
+    return f"| {' | '.join(map(str, cells))} |", ratio
 
 
 def main() -> None:
@@ -93,17 +104,25 @@ def main() -> None:
     warnings.simplefilter("ignore")
     begin(given.threads)
     columns = ["problem", "solver", "calls", "compiled", "statuses equal", "ms", "compiled", "f", "ratio"]
-    columns += ["first, s", "pays after"]
+    columns += ["first, s", "pays after", "jaxopt's calls", "ms", "jaxopt / compiled"]
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
     dtype = getattr(torch, given.dtype)
     bank = {name: BANK[name](dtype) for name in ([] if given.shapes else given.problems)}
     maps = {name: (problem.f, problem.z0) for name, problem in bank.items()}
     maps |= {shape: contraction(shape, dtype) for shape in given.shapes}
+    from_jax = jaxopt(bank, given.repeats) if bank and dtype == torch.float32 else {}
+    ratios = []
     with torch.no_grad():
         for name, (f, z0) in maps.items():
             for solver in given.solvers:
-                print(row(name, f, z0, solver, given.repeats), flush=True)
+                theirs = from_jax.get(f"{name}/{solver.split()[-1]}")
+                line, ratio = row(name, f, z0, solver, given.repeats, theirs)
+                ratios += [ratio] if theirs else []
+                print(line, flush=True)
+    if ratios:
+        print(f"\ngeometric mean of jaxopt / compiled: {geometric_mean(ratios):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The jitted Anderson acceleration of jaxopt on the problems that a file holds; started by benchmarks/solvers.py.
+"""The jitted Anderson acceleration of jaxopt on the problems that a file holds; other benchmarks start it.
 
 python benchmarks/jaxopt_anderson.py problems.npz > results.json
 
@@ -74,14 +74,16 @@ def main():
                 solve, z0, arrays, kind=kind, memory=memory, rtol=options["rtol"], max_calls=options["max_calls"]
             )
             z, calls = run()
-            times = []
+            times, processor_times = [], []
             for _ in range(options["repeats"]):
-                start = time.perf_counter()
+                start, processor_start = time.perf_counter(), time.process_time()
                 run()[0].block_until_ready()
                 times.append(time.perf_counter() - start)
+                processor_times.append(time.process_time() - processor_start)
             results[f"{name}/{memory}"] = {
                 "calls": int(calls),
                 "ms": 1e3 * statistics.median(times),
+                "processor_ms": 1e3 * statistics.median(processor_times),
                 "residual": residual(kind, z, arrays),
             }
     print(json.dumps(results))

@@ -89,11 +89,12 @@ def torchdeq(problem: BankProblem) -> dict[str, Callable[[], Result]]:
 
 @dataclasses.dataclass
 class Row:
-    """Calls of f, the median time in milliseconds, and the worst sample's relative residual."""
+    """Calls of f, the median time in milliseconds, the worst sample's relative residual, and the processor's time."""
 
     calls: int
     ms: float
     residual: float
+    processor_ms: float = math.nan
 
     @property
     def converged(self) -> bool:

@@ -45,7 +45,11 @@ _numbers = itertools.count()
 
 # How guards on this package's own code begin: on its modules, and on the names of that with the loops. (Later
 # torch.compile adds the modules of maps to these names.)
-_OWN_CODE = ("G['__import_solvers_dot_", *(f"G['{name}']" for name in {**vars(_graph), **vars(_full_steps_graph)}))
+_OWN_CODE = (
+    "G['__import_solvers_dot_",
+    "G['__import_dataclasses']",
+    *(f"G['{name}']" for name in {**vars(_graph), **vars(_full_steps_graph)}),
+)
 
 T = TypeVar("T")
 
@@ -94,8 +98,13 @@ def writes_in_loops() -> bool:
     return "mutated_arg_indices" in inspect.signature(type(operator).__call__).parameters
 
 
-def run(plan: Plan, fz0: Tensor) -> Course | None:
-    """The solve from its first step, whose image is ``fz0``, to its end; None if it is not compiled."""
+def run(plan: Plan, fz0: Tensor) -> tuple[Course, bool, int, int] | None:
+    """The solve from its first step, whose image is ``fz0``, to its end.
+
+    Returns:
+        The solve, whether samples are active at its end, the number of steps and that of calls; None if it is not
+        compiled.
+    """
     # With one unknown a sample the tests are most of the work, for which the loop reads the memory less often: there
     # Picard and Anderson are 2.5 times as fast with 131072 elements, where with four unknowns they are not.
     is_large = fz0.shape[1] > 1 and fz0.numel() * fz0.element_size() > MOST_BYTES
@@ -145,18 +154,18 @@ def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], T]) -> T | Non
         return None
 
 
-def _run(plan: Plan, fz0: Tensor, key: tuple[Hashable, ...]) -> Course:
+def _run(plan: Plan, fz0: Tensor, key: tuple[Hashable, ...]) -> tuple[Course, bool, int, int]:
     begin, advance = _compiled(_graph.begin, key), _compiled(_graph.advance, key)
-    course: Course = begin(plan, fz0)
+    course, numbers = begin(plan, fz0)
     while True:
-        lost, active, step = _look(course)
+        lost, active, step, num_evals = numbers.tolist()  # the look at the host
         if lost:
             course = _graph.recovered(plan, course, _graph.held_map(plan, course.samples), _graph.on_host)
         elif not active or step == int(plan.limits.max_steps):
-            return course
+            return course, bool(active), step, num_evals
         elif plan.solver.room(course.state) is not None:
             course.state = plan.solver.fixed_shape(course.state, room=step)
-        course = advance(plan, course)
+        course, numbers = advance(plan, course)
 
 
 def is_refused(solver: Solver, stopping: StopRule, fz: Tensor, *, confirmed: bool) -> bool:
@@ -189,13 +198,6 @@ def is_refused(solver: Solver, stopping: StopRule, fz: Tensor, *, confirmed: boo
     return True
 
 
-def _look(course: Course) -> tuple[bool, bool, int]:
-    """Whether samples are lost, whether some are active, and the step: one look at the host."""
-    flags = torch.stack([course.lost.any().to(torch.int64), course.samples.active.any().to(torch.int64), course.step])
-    lost, active, step = flags.tolist()
-    return bool(lost), bool(active), step
-
-
 @functools.lru_cache(maxsize=MOST_KEPT)
 def _compiled(function: Callable[..., T], key: tuple[Hashable, ...]) -> Callable[..., T]:
     """The function, compiled for one kind of solve, whose code it shares with no other.
@@ -211,8 +213,8 @@ def _compiled(function: Callable[..., T], key: tuple[Hashable, ...]) -> Callable
 
 
 def _needed(guards: Any) -> list[bool]:
-    """Which guards to keep: not those on this package's own code, which does not change."""
-    return [not guard.name.startswith(_OWN_CODE) for guard in guards]
+    """Which guards to keep: not those on this package's own code and the libraries below it, which do not change."""
+    return [not guard.name.startswith(_OWN_CODE) and "_pytree" not in guard.name for guard in guards]
 
 
 def _kind_of(f: Any) -> Hashable:

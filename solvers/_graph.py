@@ -118,8 +118,8 @@ class Plan(Task):
         return map_
 
 
-def begin(plan: Plan, fz0: Tensor) -> Course:
-    """The solve from its first step, whose image is ``fz0`` (B, D), as far as :func:`advance` takes it."""
+def begin(plan: Plan, fz0: Tensor) -> tuple[Course, Tensor]:
+    """The solve from its first step, whose image is ``fz0`` (B, D), as far as :func:`advance` takes it, likewise."""
     z0 = Layout(plan.z0, plan.batch_dims).pack(plan.z0)
     state = plan.solver.fixed_shape(plan.solver.init(lambda _: fz0, z0), plan.room)
     samples = first(plan.limits, state, plan.max_growth)
@@ -128,8 +128,13 @@ def begin(plan: Plan, fz0: Tensor) -> Course:
     return advance(plan, Course(state, samples, before, one, torch.zeros_like(samples.active), one))
 
 
-def advance(plan: Plan, course: Course) -> Course:
-    """The solve when all samples have stopped or something rare has to be done."""
+def advance(plan: Plan, course: Course) -> tuple[Course, Tensor]:
+    """The solve when all samples have stopped or something rare has to be done.
+
+    Returns:
+        The solve, and what the host has to know of it, (4,) int64: whether samples are lost, whether some are active,
+        the step, and the number of calls.
+    """
     limits = plan.limits
     # No two inputs of a loop may be the same memory, and none may be written to that others hold.
     course = _copies(course)
@@ -148,12 +153,15 @@ def advance(plan: Plan, course: Course) -> Course:
         return carry.tensors(_copies(_stepped(plan, now)))
 
     with plan.tracing():
-        return carry.course(torch.while_loop(goes_on, step, carry.tensors(course)))
+        course = carry.course(torch.while_loop(goes_on, step, carry.tensors(course)))
+    numbers = (as_number(flags, course.samples.error).sum() > 0 for flags in (course.lost, course.samples.active))
+    return course, torch.stack([*(number.to(torch.int64) for number in numbers), course.step, course.num_evals])
 
 
 def complete(plan: Plan, fz0: Tensor) -> Course:
     """The whole solve from its first step, whose image is ``fz0`` (B, D), in a graph that has no host beside it."""
-    course = _copies(begin(plan, fz0))
+    course, _ = begin(plan, fz0)
+    course = _copies(course)
     carry = _Carry(course, ())
 
     def goes_on(*values: Tensor) -> Tensor:
@@ -162,7 +170,8 @@ def complete(plan: Plan, fz0: Tensor) -> Course:
     def go_on(*values: Tensor) -> tuple[Tensor, ...]:
         now = _copies(carry.course(values))
         now = recovered(plan, now, held_map(plan, now.samples), torch.while_loop)
-        return carry.tensors(_copies(advance(plan, now)))
+        now, _ = advance(plan, now)
+        return carry.tensors(_copies(now))
 
     return carry.course(torch.while_loop(goes_on, go_on, carry.tensors(course)))
 

@@ -308,9 +308,10 @@ class ToleranceTest:
             newest = torch.where(samples.contracts.unsqueeze(1), newest, z)
         samples.value = newest if taken is None else torch.where(taken.unsqueeze(1), newest, samples.value)
 
-    def take_over(self, samples: Samples, state: State, step: int) -> None:
-        """Stand where another test of the same kind has ended."""
+    def take_over(self, samples: Samples, state: State, step: int, *, some_active: bool) -> None:
+        """Stand where another test of the same kind has ended, and where some samples may be active."""
         self._samples, self._step, self.latest = samples, step, State(state.z, state.fz)
+        self.num_done = 0 if some_active else len(samples.active)
 
     @property
     def value(self) -> Tensor:

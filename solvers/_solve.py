@@ -244,14 +244,19 @@ class Iteration(Generic[S]):
             room=stopping.max_steps if in_graph else min(compiled.FIRST_ROOM, stopping.max_steps),
             in_place=not in_graph and compiled.writes_in_loops(),
         )
-        course = complete(plan, fz) if in_graph else compiled.run(plan, fz)
-        if course is None:
-            return False
-        self.state, self._in_graph = course.state, in_graph
-        # Numbers, but in a graph.
-        self.num_steps = course.step if in_graph else int(course.step)
-        map_.num_evals += (course.num_evals if in_graph else int(course.num_evals)) - 1
-        progress.take_over(course.samples, course.state, self.num_steps)
+        step: Any  # numbers, but in a graph
+        num_evals: Any
+        if in_graph:
+            course = complete(plan, fz)
+            some_active, num_evals, step = True, course.num_evals, course.step
+        else:
+            done = compiled.run(plan, fz)
+            if done is None:
+                return False
+            course, some_active, step, num_evals = done
+        self.state, self._in_graph, self.num_steps = course.state, in_graph, step
+        map_.num_evals += num_evals - 1
+        progress.take_over(course.samples, course.state, step, some_active=some_active)
         return True
 
     def run(self, on_failure: OnFailure = "warn", *, what: str = "") -> Solution[S]:

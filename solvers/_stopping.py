@@ -201,13 +201,13 @@ def stop_rule(
                 f"Give the tolerances to Stopping or to the solve, not to both: got {tolerances[0]}="
                 f"{given[tolerances[0]]!r} and {stopping!r}."
             )
-    base = stopping or default or Stopping()
+    base = stopping or default or _DEFAULT
     if isinstance(base, Steps):
         if all(value is None for name, value in given.items() if name in ("rtol", "atol")):
             return Steps(given.get("max_steps", base.n))
         # Tolerances given to a call of a layer with a fixed number of steps.
         given.setdefault("max_steps", base.n)
-        base = Stopping()
+        base = _DEFAULT
     rule = dataclasses.replace(base, **given) if given else base
     return Steps(rule.max_steps) if rule.rtol is None and rule.atol in (None, NOT_GIVEN) else rule
 
@@ -239,3 +239,7 @@ def _flattened(tolerance: Any, spec: TreeSpec, name: str) -> Any:
             f"{name} must be a number or have the structure of the state: got {found} for a state of structure {spec}."
         )
     return values
+
+
+# What is meant where nothing is given.
+_DEFAULT = Stopping()
