@@ -44,11 +44,12 @@ _refused: set[Hashable] = set()
 _numbers = itertools.count()
 
 # How guards on this package's own code begin: on its modules, and on the names of that with the loops. (Later
-# torch.compile adds the modules of maps to these names.)
-_OWN_CODE = (
-    "G['__import_solvers_dot_",
+# torch.compile adds the modules of maps to these names.) And how guards name the libraries that it uses most.
+_OWN_CODE = ("G['__import_solvers_dot_", *(f"G['{name}']" for name in {**vars(_graph), **vars(_full_steps_graph)}))
+_LIBRARIES = (
     "G['__import_dataclasses']",
-    *(f"G['{name}']" for name in {**vars(_graph), **vars(_full_steps_graph)}),
+    "G['__import_torch_dot_utils_dot__pytree']",
+    "__import__('torch').utils._pytree",
 )
 
 T = TypeVar("T")
@@ -213,8 +214,9 @@ def _compiled(function: Callable[..., T], key: tuple[Hashable, ...]) -> Callable
 
 
 def _needed(guards: Any) -> list[bool]:
-    """Which guards to keep: not those on this package's own code and the libraries below it, which do not change."""
-    return [not guard.name.startswith(_OWN_CODE) and "_pytree" not in guard.name for guard in guards]
+    """Which guards to keep: not those on code that does not change, of which there are hundreds."""
+    names = (guard.name for guard in guards)
+    return [not name.startswith(_OWN_CODE) and not any(library in name for library in _LIBRARIES) for name in names]
 
 
 def _kind_of(f: Any) -> Hashable:
