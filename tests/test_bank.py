@@ -85,7 +85,7 @@ def test_solves_the_bank(solver, problem):
 
 
 @pytest.mark.long
-@solvers_by(BANK)
+@solvers_by(["linear 0.9", "tanh", "contractive 2x2", "H-equation", "rotation", "mixed", "expansive"])
 def test_the_form_of_the_state_does_not_matter(solver, problem):
     """As a pytree, and with two batch dimensions: bit for bit. A sample alone, without any: the same answer."""
     bank = bank_problem(problem, torch.float64)

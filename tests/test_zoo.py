@@ -135,7 +135,7 @@ def test_memory_of_the_transformer_does_not_grow_with_its_steps() -> None:
 def test_transformer_beats_the_frequencies_of_pairs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_main(load("deq_transformer"), "--steps 350 --test-characters 8000", monkeypatch)
+    run_main(load("deq_transformer"), "--steps 350 --context 32 --test-characters 8000", monkeypatch)
     output = capsys.readouterr().out
     single, pairs, model = (float(bits) for bits in re.findall(r"^  \w.*?  +(\d\.\d\d)$", output, re.MULTILINE))
     assert model < pairs - 0.05 < single - 0.5
