@@ -122,6 +122,17 @@ def test_new_run_without_a_name_goes_beside_one_that_is_live(tmp_path: Path, mon
         assert again == first  # nothing was saved there
 
 
+def test_live_run_with_a_checkpoint_is_said_to_be_in_use(tmp_path: Path) -> None:
+    """As where the same command was started twice, and the other one has saved before this one looks."""
+    config = replace(TINY, output=str(tmp_path))
+    with claimed_new_folder(config, "digits"):
+        (tmp_path / "last.pt").touch()
+        with pytest.raises(FolderInUseError, match=f"is in use by process {os.getpid()}"):
+            claimed_new_folder(config, "digits").__enter__()
+    with pytest.raises(ValueError, match="holds a run"):
+        claimed_new_folder(config, "digits").__enter__()
+
+
 def test_run_that_ended_between_the_looks_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from imixer.training import run_folder
 

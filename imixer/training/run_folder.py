@@ -30,7 +30,7 @@ import torch
 from imixer.training.checkpoints import holds_run, remove_unfinished, write_atomically
 from imixer.training.command_line import write_settings
 from imixer.training.config import TrainingConfig
-from imixer.training.folder_lock import FolderInUseError, locked
+from imixer.training.folder_lock import LOCK, FolderInUseError, locked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,8 @@ def claimed_new_folder(config: TrainingConfig, data_name: str) -> Iterator[Path]
             folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
             with contextlib.ExitStack() as claim:
                 try:
-                    if not holds_run(folder):
+                    # That another process is at work in the one asked for says more than that it holds a run.
+                    if not holds_run(folder) or (asked_for and (folder / LOCK).exists()):
                         claim.enter_context(claimed(folder))
                 except FolderInUseError:
                     if asked_for:
