@@ -104,15 +104,19 @@ def main() -> None:
     warnings.simplefilter("ignore")
     begin(given.threads)
     columns = ["problem", "solver", "calls", "compiled", "statuses equal", "ms", "compiled", "f", "ratio"]
-    columns += ["first, s", "pays after", "jaxopt's calls", "ms", "jaxopt / compiled"]
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    print(f"| {' | '.join(columns)} |")
-    print("|---" * len(columns) + "|")
+    columns += ["first, s", "pays after"]
     dtype = getattr(torch, given.dtype)
     bank = {name: BANK[name](dtype) for name in ([] if given.shapes else given.problems)}
     maps = {name: (problem.f, problem.z0) for name, problem in bank.items()}
     maps |= {shape: contraction(shape, dtype) for shape in given.shapes}
-    from_jax = jaxopt(bank, given.repeats) if bank and dtype == torch.float32 else {}
+    from_jax: dict[str, Row] = {}
+    if bank and dtype == torch.float32 and any(solver.startswith("anderson") for solver in given.solvers):
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+        from_jax = jaxopt(bank, given.repeats)
+    if from_jax:
+        columns += ["jaxopt's calls", "ms", "jaxopt / compiled"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     ratios = []
     with torch.no_grad():
         for name, (f, z0) in maps.items():

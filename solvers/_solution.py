@@ -197,8 +197,8 @@ class Solution(Generic[S]):
             >>> float((solution.value - 2).abs()) <= float(solution.error_bound(0.5)) * (1 + 1e-6)
             True
         """
-        q = contraction  # a float stays one, which no other rounds
-        if not bool(((torch.as_tensor(q) >= 0) & (torch.as_tensor(q) < 1)).all()):
+        q = contraction
+        if not bool(torch.as_tensor((q >= 0) & (q < 1)).all()):  # of a number that no dtype has rounded
             raise ValueError(f"error_bound needs a contraction factor in [0, 1), got {contraction!r}.")
         if self.change is None:
             raise ValueError(

@@ -84,6 +84,14 @@ def test_right_hand_sides_whose_squares_vanish_or_overflow(name, dtype):
         assert set(solution.status[~solution.converged].tolist()) <= {Status.NONFINITE, Status.BREAKDOWN}
 
 
+@pytest.mark.parametrize("solver", [GMRES(atol=1e-100), AutoLinear(max_unknowns=4, otherwise=GMRES(atol=1e-100))])
+def test_absolute_tolerances_have_the_unit_of_the_right_hand_side(solver):
+    a, b = systems("gmres")
+    solution = linear_solve(product(a), 1e-101 * b, solver)
+    assert (solution.num_steps == 0).all()
+    assert solution.converged.all()
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_infinity_is_no_solution(name):
     a, b = systems(name)

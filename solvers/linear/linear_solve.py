@@ -10,6 +10,7 @@ from torch import Tensor
 
 from solvers._failure import report_failure
 from solvers._solution import Solution
+from solvers.linear.dense import AutoLinear
 from solvers.linear.krylov import KrylovSolver
 from solvers.linear.linear_solver import LinearSolver, default_rtol
 from solvers.linear.names import get_linear_solver
@@ -88,10 +89,10 @@ def linear_solve(
             flat_matvec, rhs = rescaled(flat_matvec, rhs)
         least = FLOOR * torch.finfo(layout.dtype).eps
         default = default_rtol(layout.dtype) if rtol is None else max(rtol, least)
-        unit = _unit(rhs) if getattr(solver, "atol", 0.0) == 0 else None
-        result = solver.with_default_rtol(default).run(flat_matvec, rhs if unit is None else rhs / unit)
+        unit = 1.0 if _has_absolute_tolerance(solver) else _unit(rhs)
+        result = solver.with_default_rtol(default).run(flat_matvec, rhs / unit)
     solution = Solution(
-        value=layout.unpack(result.x if unit is None else result.x * unit),
+        value=layout.unpack(result.x * unit),
         status=layout.unpack_batch(result.status),
         residual=layout.unpack_batch(result.residual),
         num_steps=layout.unpack_batch(result.num_steps),
@@ -101,6 +102,13 @@ def linear_solve(
     )
     report_failure(solution, on_failure, "The linear solve")
     return solution
+
+
+def _has_absolute_tolerance(solver: LinearSolver) -> bool:
+    """Whether the solver, or one that it may choose, has a tolerance in the units of the right-hand side."""
+    if isinstance(solver, AutoLinear):
+        return _has_absolute_tolerance(solver.otherwise)
+    return getattr(solver, "atol", 0.0) > 0
 
 
 def _unit(b: Tensor) -> Tensor:
