@@ -179,6 +179,7 @@ def test_error_bound_needs_a_contraction_and_a_residual():
     assert torch.allclose(solution.change, (solution.value * solution.residual.unsqueeze(1)).squeeze(1))
     with pytest.raises(ValueError, match=r"contraction factor in \[0, 1\), got 1.0"):
         solution.error_bound(1.0)
+    assert solution.error_bound(1 - 1e-9).isfinite().all()  # which is 1 in float32
     fixed = solve(torch.cos, torch.ones(2, 1), Picard(), rtol=None, atol=None, max_steps=3)
     with pytest.raises(ValueError, match="has no residual"):
         fixed.error_bound(0.9)
