@@ -180,3 +180,49 @@ def test_names():
         CG(preconditioner=torch.eye(2))
     with pytest.raises(ValueError, match="NormalCG takes no preconditioner"):
         NormalCG(preconditioner=lambda x: x)
+
+
+def decaying(generator, condition, size=8):
+    """A matrix with these singular values' logarithms evenly spaced, in random bases."""
+    u, v = (torch.linalg.qr(torch.randn(size, size, generator=generator))[0] for _ in range(2))
+    return u @ torch.diag(torch.logspace(0, -math.log10(condition), size)) @ v
+
+
+@pytest.mark.parametrize("name", ["bicgstab", "cg", "gmres", "normal_cg"])
+def test_a_sample_takes_no_steps_of_others(name):
+    """Short cycles and few steps in float32, beside a system that takes all of its own."""
+    options = {"gmres": {"restart": 3}}.get(name, {})
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        a = torch.stack([decaying(generator, condition) for condition in (1e2, 1e8)])
+        a = (a.mT @ a if name == "cg" else a).float()
+        b = torch.randn(2, 8, generator=generator).float()
+        solver = get_linear_solver(name, max_steps=24, **options)
+        both, alone = (linear_solve(product(a[:n]), b[:n], solver, on_failure="ignore") for n in (2, 1))
+        # The sums of a product of several matrices may be rounded in another way.
+        assert alone.status[0] == both.status[0] or (alone.residual[0] - both.residual[0]).abs() < 1e-5
+        assert both.num_steps.max() <= 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_dense_notices_matrices_that_are_singular_to_rounding(dtype):
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        size = 3 + seed % 6
+        a = torch.randn(size, size - 1, generator=generator) @ torch.randn(size - 1, size, generator=generator)
+        x = torch.randn(1, size, generator=generator)
+        a, x = (10.0 ** (seed % 7 - 3) * a).to(dtype), x.to(dtype)
+        solution = linear_solve(lambda x, a=a: x @ a.T, x @ a.T, Dense(), on_failure="ignore")
+        assert solution.converged.all()
+        assert solution.value.abs().max() < 100 * x.abs().max()
+        off = x @ a.T + torch.linalg.svd(a.double()).U[:, -1].to(dtype) * (x @ a.T).norm()
+        assert linear_solve(lambda x, a=a: x @ a.T, off, Dense(), on_failure="ignore").statuses() == ["BREAKDOWN"]
+
+
+def test_dense_takes_a_tolerance_at_its_word():
+    a, b = decaying(torch.Generator().manual_seed(0), 1e12), torch.ones(1, 8)
+    without, strict = (
+        linear_solve(product(a[None]), b, Dense(rtol=rtol), on_failure="ignore") for rtol in (None, 1e-9)
+    )
+    assert without.statuses() == ["CONVERGED"]
+    assert strict.statuses() == ["STAGNATED" if strict.residual > 1e-9 else "CONVERGED"]

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from solvers.linear.krylov import KrylovSolver
+from solvers.linear.krylov import CycleLimits, KrylovSolver
 from solvers.linear.operator import FlatMatvec
 from solvers.problem.norms import inner, relative, rms_norm
 from solvers.problem.small_systems import inverse_or_zero
@@ -34,7 +34,7 @@ class BiCGStab(KrylovSolver):
     """
 
     def cycle(
-        self, matvec: FlatMatvec, r: Tensor, tolerance: Tensor, norm_b: Tensor, history: list[Tensor]
+        self, matvec: FlatMatvec, r: Tensor, limits: CycleLimits, history: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         eps = torch.finfo(r.dtype).eps
         shadow, p, x = r, r, torch.zeros_like(r)
@@ -42,7 +42,7 @@ class BiCGStab(KrylovSolver):
         running = rho > 0
         broken = torch.zeros_like(running)
         steps = torch.zeros_like(running, dtype=torch.int64)
-        for _ in range(self.max_steps - len(history)):
+        for _ in range(limits.most):
             steps = steps + running
             direction = self.preconditioned(p)
             v = matvec(direction)
@@ -56,14 +56,14 @@ class BiCGStab(KrylovSolver):
             x = torch.where(running, x + alpha * direction + omega * correction, x)
             r = torch.where(running, s - omega * t, r)
             error = rms_norm(r).unsqueeze(1)  # (B, 1)
-            history.append(relative(error.squeeze(1), norm_b))
+            history.append(relative(error.squeeze(1), limits.norm_b))
 
             rho_next = inner(shadow, r)
-            short = running & (error > 0.9 * tolerance.unsqueeze(1))
+            short = running & (error > 0.9 * limits.tolerance.unsqueeze(1))
             # Zero factors, or a residual orthogonal to the shadow: no direction is left in this cycle.
             stuck = (alpha == 0) | (omega == 0) | (rho_next.abs() <= eps * _norm(shadow) * _norm(r))
             broken = broken | (short & (alpha == 0) & (omega == 0))
-            running = short & ~stuck
+            running = short & ~stuck & (steps < limits.left.unsqueeze(1))
             if not bool(running.any()):
                 break
             beta = rho_next * alpha * inverse_or_zero(rho * omega, 0.0)

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from solvers.linear.krylov import KrylovSolver
+from solvers.linear.krylov import CycleLimits, KrylovSolver
 from solvers.linear.operator import FlatMatvec, transpose
 from solvers.problem.norms import inner, relative, rms_norm
 from solvers.problem.small_systems import inverse_or_zero
@@ -35,16 +35,16 @@ class CG(KrylovSolver):
     """
 
     def cycle(
-        self, matvec: FlatMatvec, r: Tensor, tolerance: Tensor, norm_b: Tensor, history: list[Tensor]
+        self, matvec: FlatMatvec, r: Tensor, limits: CycleLimits, history: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         eps = torch.finfo(r.dtype).eps
         x, p = torch.zeros_like(r), torch.zeros_like(r)
-        before = torch.zeros_like(norm_b).unsqueeze(1)  # (B, 1)
+        before = torch.zeros_like(limits.norm_b).unsqueeze(1)  # (B, 1)
         sign = torch.zeros_like(before)
         running = rms_norm(r).unsqueeze(1) > 0
         broken = torch.zeros_like(running)
         steps = torch.zeros_like(running, dtype=torch.int64)
-        for _ in range(self.max_steps - len(history)):
+        for _ in range(limits.most):
             z = self.preconditioned(r)
             rho = inner(r, z)
             p = z + rho * inverse_or_zero(before, 0.0) * p
@@ -64,8 +64,8 @@ class CG(KrylovSolver):
             p = torch.where(running, p, 0.0)
             before = torch.where(running, rho, 0.0)
             error = rms_norm(r)
-            history.append(relative(error, norm_b))
-            running = running & (error > 0.9 * tolerance).unsqueeze(1)
+            history.append(relative(error, limits.norm_b))
+            running = running & ((error > 0.9 * limits.tolerance) & (steps.squeeze(1) < limits.left)).unsqueeze(1)
             if not bool(running.any()):
                 break
         return x, broken.squeeze(1), steps.squeeze(1)
@@ -98,17 +98,17 @@ class NormalCG(KrylovSolver):
             )
 
     def cycle(
-        self, matvec: FlatMatvec, r: Tensor, tolerance: Tensor, norm_b: Tensor, history: list[Tensor]
+        self, matvec: FlatMatvec, r: Tensor, limits: CycleLimits, history: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         eps = torch.finfo(r.dtype).eps
         rmatvec = transpose(matvec, r)
         x, p = torch.zeros_like(r), torch.zeros_like(r)
-        before = torch.zeros_like(norm_b).unsqueeze(1)  # (B, 1)
+        before = torch.zeros_like(limits.norm_b).unsqueeze(1)  # (B, 1)
         largest = torch.zeros_like(before)  # of |A p| / |p|
         running = rms_norm(r).unsqueeze(1) > 0
         broken = torch.zeros_like(running)
         steps = torch.zeros_like(running, dtype=torch.int64)
-        for _ in range(self.max_steps - len(history)):
+        for _ in range(limits.most):
             gradient = rmatvec(r)
             gamma = inner(gradient, gradient)
             p = gradient + gamma * inverse_or_zero(before, 0.0) * p
@@ -129,8 +129,8 @@ class NormalCG(KrylovSolver):
             p = torch.where(running, p, 0.0)
             before = torch.where(running, gamma, 0.0)
             error = rms_norm(r)
-            history.append(relative(error, norm_b))
-            running = running & (error > 0.9 * tolerance).unsqueeze(1)
+            history.append(relative(error, limits.norm_b))
+            running = running & ((error > 0.9 * limits.tolerance) & (steps.squeeze(1) < limits.left)).unsqueeze(1)
             if not bool(running.any()):
                 break
         return x, broken.squeeze(1), steps.squeeze(1)

@@ -16,20 +16,24 @@ from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import FLOOR, relative, rms_norm
 
 
+# A matrix is singular where 32 rounding errors of the terms in A x are more than this part of b.
+_MOST_ROUNDING = 1.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense(LinearSolver):
     """The matrix, column by column from products with unit vectors, and its LU factorization.
 
     Exact up to rounding for any invertible A. Costs one product for each of the D unknowns of a sample, memory for D^2
     numbers a sample, and one more product for the true residual, on which the status rests; where that is above the
-    tolerance, a step of iterative refinement and another product. A singular matrix gets the least-squares solution of
-    least norm and, unless that solves the system, the status BREAKDOWN. A product that mixes samples ends as STAGNATED,
-    because the matrices do not hold it.
+    tolerance, a step of iterative refinement and another product. A matrix that is singular, or singular to rounding,
+    gets the least-squares solution of least norm and, unless that solves the system, the status BREAKDOWN. A product
+    that mixes samples ends as STAGNATED, because the matrices do not hold it.
 
     Args:
         max_unknowns: The most unknowns of a sample. More are refused, because of the memory for the matrices.
         rtol: A sample has converged when ``norm(b - A x) <= atol + rtol * norm(b)`` in the root mean square norm. None
-            means what rounding allows: 32 eps of the size of the terms in ``b - A x``.
+            means what rounding allows: 32 eps of the size of the terms in ``b - A x``, or of b for a singular A.
         atol: Absolute tolerance.
 
     References:
@@ -44,6 +48,9 @@ class Dense(LinearSolver):
         require_positive_int(self, "max_unknowns", self.max_unknowns)
         require_tolerances(self, self.rtol, self.atol)
 
+    def with_default_rtol(self, rtol: float) -> "Dense":
+        return self
+
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
         num_samples, size = b.shape
         if size > self.max_unknowns:
@@ -53,6 +60,7 @@ class Dense(LinearSolver):
                 "max_unknowns."
             )
         norm_b = rms_norm(b)
+        is_rounding = tolerance is None and self.rtol is None
         if tolerance is None:
             tolerance = tolerance_of(self.rtol, self.atol, norm_b)
         eps = torch.finfo(b.dtype).eps
@@ -69,8 +77,13 @@ class Dense(LinearSolver):
         r, error = b, norm_b
         finite = norm_b.isfinite() & matrix.isfinite().flatten(1).all(dim=1)
         correction = solve(b)
-        singular = finite & (no_pivot | ~correction.isfinite().all(dim=1))
-        inverse = torch.linalg.pinv(matrix[singular]) if bool(singular.any()) else None
+        # Norms without squares, which may overflow. A product that is nan compares false.
+        entry, largest, size_b = (t.flatten(1).abs().amax(dim=1) for t in (matrix, correction, b))
+        usable = entry * largest * (FLOOR * eps) <= _MOST_ROUNDING * size_b
+        singular = finite & (no_pivot | ~usable)
+        inverse = None
+        if bool(singular.any()):
+            inverse = torch.linalg.pinv(matrix[singular], rtol=FLOOR * eps / _MOST_ROUNDING)
         for _ in range(2):
             if inverse is not None:
                 correction[singular] = (inverse @ r[singular].unsqueeze(2)).squeeze(2)
@@ -80,11 +93,14 @@ class Dense(LinearSolver):
             improved = (new_error < error).unsqueeze(1)
             x, r = torch.where(improved, candidate, x), torch.where(improved, new_r, r)
             error = torch.where(improved.squeeze(1), new_error, error)
-            floor = FLOOR * eps * (norm_b + rms_norm(x) * torch.linalg.matrix_norm(matrix))
+            floor = FLOOR * eps * norm_b
+            if is_rounding:
+                terms = (rms_norm(x) * torch.linalg.matrix_norm(matrix)).masked_fill(singular, 0.0)
+                floor = floor + FLOOR * eps * terms
             met = (error <= torch.maximum(tolerance, floor.masked_fill(floor.isinf(), 0.0))) & norm_b.isfinite()
             if bool(met.all()):
                 break
-            correction = solve(r)
+            correction = torch.where(met.unsqueeze(1), 0.0, solve(r))
         status = torch.full_like(norm_b, Status.STAGNATED, dtype=torch.int8)
         status = status.masked_fill(singular, Status.BREAKDOWN)
         status = status.masked_fill(~finite, Status.NONFINITE).masked_fill(met, Status.CONVERGED)

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from solvers.linear.krylov import KrylovSolver
+from solvers.linear.krylov import CycleLimits, KrylovSolver
 from solvers.linear.operator import FlatMatvec
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative
@@ -46,9 +46,9 @@ class GMRES(KrylovSolver):
         require_positive_int(self, "restart", self.restart)
 
     def cycle(
-        self, matvec: FlatMatvec, r: Tensor, tolerance: Tensor, norm_b: Tensor, history: list[Tensor]
+        self, matvec: FlatMatvec, r: Tensor, limits: CycleLimits, history: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        size = min(self.restart, self.max_steps - len(history))
+        size = min(self.restart, limits.most)
         rounding = 20 * torch.finfo(r.dtype).eps
         to_rms = 1.0 / math.sqrt(max(r.shape[1], 1))
         beta = torch.linalg.vector_norm(r, dim=1, keepdim=True)  # (B, 1)
@@ -92,10 +92,10 @@ class GMRES(KrylovSolver):
 
             steps = steps + running
             estimate = (beta.squeeze(1) * rotation[:, j + 1, 0]).abs() * to_rms  # (B,)
-            history.append(relative(estimate, norm_b))
+            history.append(relative(estimate, limits.norm_b))
             exhausted = exhausted | (running & invariant & (unit.squeeze(1) == 0))
             # A little below the tolerance, so that rounding in the true residual does not cost another cycle.
-            running = running & (estimate > 0.9 * tolerance) & ~invariant
+            running = running & (estimate > 0.9 * limits.tolerance) & ~invariant & (steps < limits.left)
             if not bool(running.any()):
                 break
             # A stopped sample continues with a zero vector, whose column and unknown are zero.

@@ -16,6 +16,23 @@ from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import relative, rms_norm
 
 
+@dataclasses.dataclass(frozen=True)
+class CycleLimits:
+    """How far a cycle goes. Each sample has steps of its own, so that none is cut short by the cycles of others.
+
+    Attributes:
+        tolerance: (B,) the root mean square of the residual that is small enough.
+        norm_b: (B,) that of the right-hand side.
+        left: (B,) int64, how many steps a sample may take.
+        most: The largest of these.
+    """
+
+    tolerance: Tensor
+    norm_b: Tensor
+    left: Tensor
+    most: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KrylovSolver(LinearSolver):
     """A method that runs in cycles, each from the residual ``b - A x`` computed anew.
@@ -55,11 +72,11 @@ class KrylovSolver(LinearSolver):
 
     @abc.abstractmethod
     def cycle(
-        self, matvec: FlatMatvec, r: Tensor, tolerance: Tensor, norm_b: Tensor, history: list[Tensor]
+        self, matvec: FlatMatvec, r: Tensor, limits: "CycleLimits", history: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Reduce the residual ``r`` (B, D) towards ``tolerance`` (B,), of zero rows nothing is asked.
+        """Reduce the residual ``r`` (B, D) as far as ``limits`` say; of zero rows nothing is asked.
 
-        Appends a relative residual estimate (B,) a step to ``history``, which has at most ``max_steps`` entries.
+        Appends a relative residual estimate (B,) a step to ``history``.
 
         Returns:
             The correction of x (B, D); (B,) bool, which samples broke down short of the tolerance; (B,) int64, the
@@ -77,11 +94,16 @@ class KrylovSolver(LinearSolver):
         status = status.masked_fill(~norm_b.isfinite(), Status.NONFINITE)
         num_steps = torch.zeros_like(norm_b, dtype=torch.int64)
         history: list[Tensor] = []
-        while len(history) < self.max_steps and bool((status == ACTIVE).any()):
+        while True:
             active = status == ACTIVE
+            left = torch.where(active, self.max_steps - num_steps, 0)
+            most = int(left.amax()) if len(b) else 0
+            if not most:
+                break
             # A finished sample joins the products with a zero vector and comes out with a zero correction.
             start = torch.where(active.unsqueeze(1), r, 0.0)
-            correction, broken, steps = self.cycle(matvec, start, tolerance, norm_b, history)
+            limits = CycleLimits(tolerance, norm_b, left, most)
+            correction, broken, steps = self.cycle(matvec, start, limits, history)
             candidate = x + correction
             new_r = b - matvec(candidate)
             new_error = rms_norm(new_r)
@@ -95,7 +117,7 @@ class KrylovSolver(LinearSolver):
             status = status.masked_fill(active & ~new_error.isfinite(), Status.NONFINITE)
             error = torch.where(improved, new_error, error)
             status = status.masked_fill(active & (error <= tolerance), Status.CONVERGED)
-        status = status.masked_fill(status == ACTIVE, Status.MAX_STEPS)
+            status = status.masked_fill((status == ACTIVE) & (num_steps >= self.max_steps), Status.MAX_STEPS)
         # A start of zero that nothing finite was found to improve on is no answer.
         lost = (status == Status.NONFINITE) & ~(error < norm_b)
         return LinearResult(
