@@ -208,8 +208,11 @@ def _compiled(function: Callable[..., T], key: tuple[Hashable, ...]) -> Callable
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
     options: dict[str, Any] = {"guard_filter_fn": _needed}
-    if BACKEND == "inductor" and key[0] == "cpu":
-        options["cpp_wrapper"] = True
+    if BACKEND == "inductor":
+        from solvers._loop_invariants import InvariantsFirst  # loads PyTorch's compiler
+
+        options["post_grad_custom_pre_pass"] = InvariantsFirst()
+        options["cpp_wrapper"] = key[0] == "cpu"
     return torch.compile(own, fullgraph=True, backend=BACKEND, options=options)
 
 

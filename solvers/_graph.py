@@ -34,6 +34,9 @@ from solvers.problem import AutocastMode, FlatMap, Layout, Traced, as_number, wi
 # A step that leads to infinity or NaN is replaced by the plain one, or by one so many times shorter, and so on.
 SHORTER, MOST_SHORTER = 0.25, 8
 
+# How many tensors that are the same in all turns of a loop can be taken out of it, see solvers/_loop_invariants.py.
+NUM_SPARES = 8
+
 M = TypeVar("M", bound=FlatMap)
 
 Loop = Callable[[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -139,6 +142,7 @@ def advance(plan: Plan, course: Course) -> tuple[Course, Tensor]:
     # No two inputs of a loop may be the same memory, and none may be written to that others hold.
     course = _copies(course)
     carry = _Carry(course, course.state.blocks if plan.in_place else ())
+    spare = spares(course.samples.error)
 
     def goes_on(*values: Tensor) -> Tensor:
         now = carry.course(values)
@@ -147,6 +151,7 @@ def advance(plan: Plan, course: Course) -> tuple[Course, Tensor]:
         return goes_on if room is None else goes_on & (room > 0)
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:
+        take(spare)
         now = carry.course(values)
         if not plan.in_place:
             now = _copies(now)
@@ -174,6 +179,17 @@ def complete(plan: Plan, fz0: Tensor) -> Course:
         return carry.tensors(_copies(now))
 
     return carry.course(torch.while_loop(goes_on, go_on, carry.tensors(course)))
+
+
+def spares(like: Tensor) -> list[Tensor]:
+    """Tensors for what the compiler takes out of a loop, whose body has to :func:`take` them."""
+    return [like.new_ones(()) for _ in range(NUM_SPARES)]
+
+
+def take(spares: list[Tensor]) -> None:
+    """Make tensors inputs of the loop in whose body this is called."""
+    for spare in spares:
+        spare.square()
 
 
 class _Carry:
@@ -296,6 +312,6 @@ def _copies(course: Course) -> Course:
     def copied(tensor: Tensor) -> Tensor:
         if any(tensor is block for block in blocks):  # all samples' vectors in one slot lie together
             return tensor.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
-        return tensor.clone(memory_format=torch.preserve_format)
+        return tensor.clone(memory_format=torch.contiguous_format)
 
     return with_tensors(course, copied)

@@ -38,7 +38,8 @@ def is_fixed(state: State) -> Tensor:
 def within_at_start(news: News, state: State, measure: Measure) -> Tensor:
     """(B,) bool: whether the first iterate has converged. No step shows its error, so that the residual has to."""
     bound, error = measure.compared(TINY * news.bound, news.errors)
-    tiny = (bound >= error) & (news.scale > underflow(error))
+    # Norms whose squares have vanished or overflowed tell nothing.
+    tiny = (bound >= error) & (news.scale > underflow(error)) & (news.rounded < math.inf)
     return tiny | (news.of_samples.within & is_fixed(state))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solvers.methods.solver import State
 from solvers.problem import all_of
-from solvers.problem.norms import underflow
+from solvers.problem.norms import underflow, vanishing
 
 # Entries of a sample that are looked at; ratios of norms need no more, and large states need not be read again.
 ENTRIES = 128
@@ -67,7 +67,7 @@ class Secant:
         """
         # Where squares lose digits to underflow, norms tell nothing.
         tenfold = torch.add(10 * underflow(rounded), rounded, alpha=10)
-        near = tenfold * self.df < torch.maximum(scale, start_size) * self.dg
+        near = tenfold * self.df.clamp_min(vanishing(rounded)) < torch.maximum(scale, start_size) * self.dg
         return near if slack is None else all_of(near, self.dz <= slack * self.dg)
 
 

@@ -60,6 +60,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"_branch_free", "_progress"},
         {"_full_steps", "_graph"},
         {"_full_steps_graph"},
+        {"_loop_invariants"},
         {"_compiled", "_untraced", "adapters"},
         {"_registry"},
         {"_solve"},
@@ -86,7 +87,13 @@ LEVEL_OF = {
 PUBLIC_MODULES = {"solvers", "solvers.adapters", "solvers.linear", "solvers.testing"}
 # The files that may use private names of PyTorch, and names with an underscore that PyTorch's documentation describes.
 TORCH_INTERNALS = {"implicit/autograd/torch_internals.py", "solvers/problem/window.py"}
-DOCUMENTED = {"torch._dynamo.config", "torch._foreach_", "torch.utils._pytree", "torch.utils._python_dispatch"}
+DOCUMENTED = {
+    "torch._dynamo.config",
+    "torch._foreach_",
+    "torch._inductor.custom_graph_pass",
+    "torch.utils._pytree",
+    "torch.utils._python_dispatch",
+}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))

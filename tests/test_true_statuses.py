@@ -70,3 +70,32 @@ def test_solution_that_is_exact_has_converged_wherever_it_changed_last():
     assert solution.statuses() == ["CONVERGED"]
     assert solution.num_steps.item() <= 13
     assert torch.equal(solution.value, f(solution.value))
+
+
+@pytest.mark.parametrize(
+    ("solver", "compile"),
+    [
+        *((solver, False) for solver in SOLVERS),
+        *(pytest.param(solver, True, marks=pytest.mark.long) for solver in ("picard", "anderson 5", "broyden")),
+    ],
+)
+def test_sizes_whose_squares_vanish_or_overflow(without_a_compiler, solver, compile):
+    """None of the states from 1e-30 to 1e30 in float32 counts as solved that is not, though norms tell nothing there."""
+    sizes = 10.0 ** torch.arange(-30.0, 31.0, 2.0).unsqueeze(1)
+    usual = ((sizes > 1e-11) & (sizes < 1e17)).squeeze(1)
+    maps = [
+        lambda z, size: size * torch.cos(z / size),
+        lambda z, size: 0.95 * z + 0.05 * size,
+        lambda z, size: 1.03 * z + 0.01 * size,
+    ]
+    for f in maps:
+        for start in (0.0, 0.7):
+            z0 = start * sizes.expand(-1, 2).contiguous()
+            options = {"rtol": 1e-4, "max_steps": 60, "compile": compile, "on_failure": "ignore"}
+            with torch.no_grad():
+                solution = solve(f, z0, SOLVERS[solver], args=(sizes,), **options)
+            value, size = solution.value.double(), sizes.double()
+            residual, scale = (f(value, size) - value).norm(dim=1), torch.maximum(value.norm(dim=1), size.squeeze(1))
+            assert (residual <= 1.1e-4 * scale)[solution.converged].all()
+            if start and f is not maps[-1]:
+                assert (solution.status[usual] == solution.status[len(size) // 2]).float().mean() > 0.9

@@ -125,7 +125,7 @@ def _pull_back(
         return fixed_point_of(problem.adjoint(len(z)), zero, (*w, *z, *tensors), captured)
 
     gradients: list[Tensor | None] = [None] * (len(tensors) + len(captured))
-    some = [i for i in range(len(tensors)) if wanted[i] and tensors[i].is_floating_point()]
+    some = [i for i in range(len(tensors)) if wanted[i] and (tensors[i].is_floating_point() or tensors[i].is_complex())]
     others = [i for i in range(len(tensors), len(gradients)) if wanted[i]]
     if problem.transformed:
 

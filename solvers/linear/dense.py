@@ -15,7 +15,6 @@ from solvers.linear.richardson import Richardson
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import FLOOR, relative, rms_norm
 
-
 # A matrix is singular where 32 rounding errors of the terms in A x are more than this part of b.
 _MOST_ROUNDING = 1.0
 

@@ -30,3 +30,8 @@ def underflow(x: Tensor) -> float:
     """The norm below which its squares begin to lose digits to underflow."""
     info = torch.finfo(x.dtype)
     return float((info.tiny / info.eps) ** 0.5)
+
+
+def vanishing(x: Tensor) -> float:
+    """The norm below which it may come out as zero."""
+    return float(torch.finfo(x.dtype).tiny ** 0.5)
