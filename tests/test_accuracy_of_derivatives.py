@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from implicit import SHINE, FixedPointLayer, Implicit, fixed_point
+from implicit import SHINE, FixedPointLayer, Implicit, differentiable, fixed_point
 from solvers import ConvergenceWarning, Status, Stopping
 from solvers.linear import GMRES, BiCGStab, Richardson, linear_solve
 
@@ -224,3 +224,33 @@ def test_a_failed_adjoint_is_still_reported():
     with pytest.warns(ConvergenceWarning, match="linear solve of the derivative"):
         z.sum().backward()
     assert (solution.adjoint.status == Status.MAX_STEPS).all()
+
+
+@pytest.mark.parametrize("backward", ["implicit", "unrolled", "shine"])
+def test_complex_arguments(backward):
+    """The state is real; what the map takes beside it may be complex."""
+
+    def f(z, c, x):
+        return 0.3 * torch.tanh(z) * c.real + torch.view_as_real(c * c.conj() * torch.exp(0.1j * c)).sum(dim=-1) * x
+
+    c = torch.randn(2, 3, dtype=torch.complex128, requires_grad=True)
+    x = torch.randn(2, 3, requires_grad=True)
+    mode = SHINE(max_residual=0.0) if backward == "shine" else backward
+    options = {"backward": mode, "solver": "broyden" if backward == "shine" else "picard", **TIGHT}
+
+    def solved(c, x):
+        return fixed_point(f, torch.zeros(2, 3), c, x, **options)
+
+    assert gradcheck(solved, (c, x), check_forward_ad=backward != "shine")
+    if backward == "implicit":
+        assert gradgradcheck(solved, (c, x), check_fwd_over_rev=True)
+        gradient = torch.func.grad(lambda c: solved(c, x.detach()).sum())(c.detach())
+        assert torch.allclose(gradient, torch.autograd.grad(solved(c, x).sum(), c)[0])
+
+
+def test_answers_with_complex_arguments():
+    @differentiable(optimality=lambda z, c: z - c.abs().square() - c.imag)
+    def answer(c):
+        return c.abs().square() + c.imag
+
+    assert gradcheck(answer, torch.randn(3, dtype=torch.complex128, requires_grad=True), check_forward_ad=True)
