@@ -80,7 +80,7 @@ def test_solution_that_is_exact_has_converged_wherever_it_changed_last():
     ],
 )
 def test_sizes_whose_squares_vanish_or_overflow(without_a_compiler, solver, compile):
-    """None of the states from 1e-30 to 1e30 in float32 counts as solved that is not, though norms tell nothing there."""
+    """No state from 1e-30 to 1e30 in float32 counts as solved that is not, though norms tell nothing there."""
     sizes = 10.0 ** torch.arange(-30.0, 31.0, 2.0).unsqueeze(1)
     usual = ((sizes > 1e-11) & (sizes < 1e17)).squeeze(1)
     maps = [
