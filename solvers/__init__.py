@@ -1,6 +1,7 @@
 """Fixed-point solvers for PyTorch, batched, with a status for every sample."""
 
 from solvers._compiled import NotCompiledWarning
+from solvers._compiled_adjoint import compiled_adjoint_solver
 from solvers._failure import report_failure
 from solvers._registry import get_solver
 from solvers._solution import ConvergenceError, ConvergenceWarning, Solution, Status
@@ -38,6 +39,7 @@ __all__ = [
     "StopRule",
     "Stopping",
     "Tolerance",
+    "compiled_adjoint_solver",
     "get_solver",
     "report_failure",
     "solve",

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from solvers import _full_steps_graph, _graph
+from solvers import _full_steps_graph, _graph, _series_graph
 from solvers._failure import warn_caller
 from solvers._full_steps import Reached
-from solvers._graph import Course, Plan, Task
+from solvers._graph import Course, LimitedTask, Plan, Task
 from solvers._stopping import Stopping, StopRule
 from solvers.methods.solver import Solver
 from solvers.problem import Traced, recorded
@@ -45,7 +45,10 @@ _numbers = itertools.count()
 
 # How guards on this package's own code begin: on its modules, and on the names of that with the loops. (Later
 # torch.compile adds the modules of maps to these names.) And how guards name the libraries that it uses most.
-_OWN_CODE = ("G['__import_solvers_dot_", *(f"G['{name}']" for name in {**vars(_graph), **vars(_full_steps_graph)}))
+_OWN_CODE = (
+    "G['__import_solvers_dot_",
+    *(f"G['{name}']" for name in {**vars(_graph), **vars(_full_steps_graph), **vars(_series_graph)}),
+)
 _LIBRARIES = (
     "G['__import_dataclasses']",
     "G['__import_torch_dot_utils_dot__pytree']",
@@ -106,10 +109,7 @@ def run(plan: Plan, fz0: Tensor) -> tuple[Course, bool, int, int] | None:
         The solve, whether samples are active at its end, the number of steps and that of calls; None if it is not
         compiled.
     """
-    # With one unknown a sample the tests are most of the work, for which the loop reads the memory less often: there
-    # Picard and Anderson are 2.5 times as fast with 131072 elements, where with four unknowns they are not.
-    is_large = fz0.shape[1] > 1 and fz0.numel() * fz0.element_size() > MOST_BYTES
-    if is_large and fz0.device.type == "cpu":
+    if _is_large(fz0):
         return None
     limits = plan.limits
     options = (plan.solver, limits.check_every, limits.measure.kind, plan.batch_dims, plan.autocast)
@@ -117,7 +117,7 @@ def run(plan: Plan, fz0: Tensor) -> tuple[Course, bool, int, int] | None:
     return _unless_refused(key, lambda: _run(plan, fz0, key))
 
 
-def reach(task: Task, like: Tensor) -> tuple[Reached, Tensor, int] | None:
+def reach(task: LimitedTask, like: Tensor) -> tuple[Reached, Tensor, int] | None:
     """What full Newton steps reach, with the norm of F and the number of steps; None if they are not compiled.
 
     Args:
@@ -132,6 +132,29 @@ def reach(task: Task, like: Tensor) -> tuple[Reached, Tensor, int] | None:
         return reached, change, int(step)
 
     return _unless_refused(key, call)
+
+
+def series(
+    task: Task, w: Tensor, tolerance: Tensor, max_rate: Tensor, max_steps: Tensor
+) -> tuple[_series_graph.Parts, int] | None:
+    """The parts of a series and the number of products, see :mod:`solvers._series_graph`; None if not compiled."""
+    if _is_large(w):
+        return None
+    key = (w.device.type, w.dtype, w.shape[1], ("adjoint", task.batch_dims, task.autocast), _kind_of(task.f))
+
+    def call() -> tuple[_series_graph.Parts, int]:
+        parts, num_products = _compiled(_series_graph.series, key)(task, w, tolerance, max_rate, max_steps)
+        return parts, int(num_products)
+
+    return _unless_refused(key, call)
+
+
+def _is_large(state: Tensor) -> bool:
+    """Whether a state (B, D) is too large to be compiled on its device."""
+    # With one unknown a sample the tests are most of the work, for which the loop reads the memory less often: there
+    # Picard and Anderson are 2.5 times as fast with 131072 elements, where with four unknowns they are not.
+    is_large = state.shape[1] > 1 and state.numel() * state.element_size() > MOST_BYTES
+    return is_large and state.device.type == "cpu"
 
 
 def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], T]) -> T | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from solvers._full_steps import Pace, Reached, at_start, found, next_step
-from solvers._graph import Task
+from solvers._graph import LimitedTask
 from solvers._secant import Secant
 from solvers.methods.dense_jacobian import by_reverse_mode
 from solvers.methods.root_map import RootMap
@@ -17,13 +17,13 @@ from solvers.methods.solver import State
 from solvers.problem import FlatMap, Layout, all_of, as_number, relative
 
 
-def reach(task: Task) -> tuple[Reached, Tensor, Tensor]:
+def reach(task: LimitedTask) -> tuple[Reached, Tensor, Tensor]:
     """What full steps reach, (B,) the norm of F there, and () int64, the number of the last step."""
     with task.tracing():
         return _reach(task)
 
 
-def _reach(task: Task) -> tuple[Reached, Tensor, Tensor]:
+def _reach(task: LimitedTask) -> tuple[Reached, Tensor, Tensor]:
     limits, measure, layout = task.limits, task.limits.measure, Layout(task.z0, task.batch_dims)
     z0 = layout.pack(task.z0).contiguous()
 

@@ -77,7 +77,6 @@ class Task:
         args: Further arguments of ``f``.
         batch_dims: As in :func:`solvers.solve`.
         autocast: The mode in which ``f`` runs.
-        limits: When samples end.
     """
 
     f: Callable[..., Any]
@@ -85,7 +84,6 @@ class Task:
     args: tuple[Any, ...]
     batch_dims: int
     autocast: AutocastMode
-    limits: Limits
 
     def map_of(self, kind: type[M]) -> M:
         """The map as a solver sees it, to be made where it is called: a loop may not change what is made outside."""
@@ -97,7 +95,18 @@ class Task:
 
 
 @dataclasses.dataclass
-class Plan(Task):
+class LimitedTask(Task):
+    """What is solved, and until when.
+
+    Attributes:
+        limits: When samples end.
+    """
+
+    limits: Limits
+
+
+@dataclasses.dataclass
+class Plan(LimitedTask):
     """What is solved, and how.
 
     Attributes:

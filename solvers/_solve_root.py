@@ -13,7 +13,7 @@ from solvers import _compiled as compiled
 from solvers._branch_free import Limits
 from solvers._failure import report_failure
 from solvers._full_steps import FullSteps, Reached
-from solvers._graph import Task
+from solvers._graph import LimitedTask
 from solvers._measure import Measure
 from solvers._registry import get_solver
 from solvers._solution import Solution, Status
@@ -190,7 +190,7 @@ class _Batch:
         None if that cannot be.
         """
         measure = Measure(stopping, self._layout, lambda: None)
-        task = Task(
+        task = LimitedTask(
             f=self._F.traced() if isinstance(self._F, Traceable) else self._F,
             z0=f.layout.unpack(part.value),
             args=f.args,

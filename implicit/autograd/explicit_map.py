@@ -81,6 +81,18 @@ class ExplicitMap:
             leaves = [leaf.to(like.dtype) for leaf, like in zip(leaves, z, strict=True)]
         return leaves
 
+    def traced(
+        self, z: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> tuple[Callable[..., Any], Any, tuple[Any, ...], AutocastMode] | None:
+        """f as a compiled solve takes it, the state, further arguments, the mode; None where modules borrow tensors."""
+        if self._loans or self._names:
+            return None
+        supply = (tensor.detach() for tensor in tensors)
+        arguments = [next(supply) if leaf is _TENSOR else leaf for leaf in self._arguments]
+        f = with_weights(self._f, {parametrization: next(supply) for parametrization in self._parametrizations})
+        state = tree_unflatten([leaf.detach() for leaf in z], self._state_spec)
+        return f, state, tuple(tree_unflatten(arguments, self._argument_spec)), self._autocast
+
     def _substituted(self, supply: Iterator[Tensor]) -> contextlib.AbstractContextManager[object]:
         """A context in which the weights and what is lent are the next tensors of ``supply``."""
         if not (self._parametrizations or self._loans):  # as always while torch.compile traces

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from solvers import Solution, report_failure
+from solvers import Solution, compiled_adjoint_solver, report_failure
 from solvers.linear import LinearSolver, linear_solve
 from solvers.problem import Layout, OnFailure, relative, rms_norm, with_tensors
 from solvers.problem.norms import FLOOR
@@ -43,6 +43,8 @@ class Problem:
         report: Called with the Solution of the adjoint problem.
         what: What a linear problem is called in messages.
         root: Whether it is a root.
+        traced: For a solve that is compiled: gives the map at the leaves of a state and a list of tensors as the linear
+            solver compiles it, see :meth:`ExplicitMap.traced`.
     """
 
     map: Map
@@ -57,6 +59,7 @@ class Problem:
     what: str = "The linear solve of the derivative"
     num_solver_tensors: int = 0
     root: bool = False
+    traced: Callable[[Leaves, Leaves], tuple[Any, ...] | None] | None = None
 
     def adjoint(self, num_leaves: int) -> "Problem":
         """``u = (df/dz)' u + w`` with the tensors (w, z, tensors of this problem)."""
@@ -74,7 +77,7 @@ class Problem:
                 fz = self.map(z, rest)
             return self.solve_adjoint(fz, z, w, rest)
 
-        return dataclasses.replace(self, map=adjoint_map, solve=solve, report=None)
+        return dataclasses.replace(self, map=adjoint_map, solve=solve, report=None, traced=None)
 
     def _pulled_back(self, z: Leaves, tensors: Leaves, u: Leaves) -> Sequence[Tensor]:
         """``(df/dz)' u``, differentiable."""
@@ -88,7 +91,12 @@ class Problem:
 
     def solve_adjoint(self, fz: Leaves, z: Leaves, w: Leaves, tensors: Leaves) -> list[Tensor]:
         """``u = (df/dz)' u + w``, with the graph of ``fz``, the map at z."""
-        return self._solve_linear(
+        traced = None if self.traced is None else self.traced(z, tensors)
+        problem = self
+        if traced is not None:
+            compiled = compiled_adjoint_solver(self.adjoint_solver, *traced, batch_dims=self.batch_dims)
+            problem = dataclasses.replace(self, adjoint_solver=compiled)
+        return problem._solve_linear(
             lambda u: vjp(fz, z, u), w, tensors, self.batch_dims, self.report, lambda v: jvp_of_graph(fz, z, v)
         )
 
@@ -107,7 +115,7 @@ class Problem:
         def solve(map_: Map, zero: Leaves, tensors: Leaves, batch_dims: int) -> list[Tensor]:
             return self._solve_affine(map_, zero, tensors, batch_dims)
 
-        return dataclasses.replace(self, map=tangent_map, solve=solve, report=None)
+        return dataclasses.replace(self, map=tangent_map, solve=solve, report=None, traced=None)
 
     def batched(self, in_dims: Sequence[int | None], randomness: str) -> "Problem":
         """This problem for every entry of one more leading dimension of the state, under torch.func.vmap."""
@@ -117,7 +125,7 @@ class Problem:
             return mapped(list(z), list(tensors))
 
         solve = self.solve.mapped(in_dims) if isinstance(self.solve, OneAtATime) else self.solve
-        return dataclasses.replace(self, map=batched_map, solve=solve, batch_dims=self.batch_dims + 1)
+        return dataclasses.replace(self, map=batched_map, solve=solve, batch_dims=self.batch_dims + 1, traced=None)
 
     def _solve_affine(
         self, map_: Map, zero: Leaves, tensors: Leaves, batch_dims: int, report: Report = None

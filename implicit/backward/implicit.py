@@ -113,6 +113,7 @@ def solve_implicitly(
         num_solver_tensors=len(solver_tensors),
         transformed=False,
         report=report,
+        traced=explicit.traced if options.compile and not options.root else None,
     )
     z, spec = tree_flatten(solution.value)
     value = fixed_point_of(problem, z, [*tensors, *solver_tensors], first_call.captured or [])

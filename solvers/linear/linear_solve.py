@@ -96,7 +96,7 @@ def linear_solve(
         status=layout.unpack_batch(result.status),
         residual=layout.unpack_batch(result.residual),
         num_steps=layout.unpack_batch(result.num_steps),
-        num_evals=num_evals,
+        num_evals=num_evals + result.num_compiled,
         history=layout.unpack_batch(result.history) if history else None,
         solver=result.solver or solver,
     )

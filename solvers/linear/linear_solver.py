@@ -25,6 +25,7 @@ class LinearResult:
         num_steps: (B,) int64.
         history: (steps, B) residuals as the method estimates them while it runs.
         solver: The solver that was chosen, for one that chooses among others.
+        num_compiled: How many products with A were computed in compiled code, of which ``matvec`` does not know.
     """
 
     x: Tensor
@@ -33,6 +34,7 @@ class LinearResult:
     num_steps: Tensor
     history: Tensor
     solver: "LinearSolver | None" = None
+    num_compiled: int = 0
 
     def settled(self) -> "LinearResult":
         """This result, with CONVERGED where the residual is at the floor that rounding sets."""
@@ -54,6 +56,7 @@ class LinearResult:
             residual=torch.where(rows, found.residual * size, self.residual),
             num_steps=self.num_steps + torch.where(rows, found.num_steps, 0),
             history=torch.cat((self.history, torch.where(rows, found.history * size, self.residual))),
+            num_compiled=self.num_compiled,
         )
 
 
