@@ -154,13 +154,15 @@ class _Answer:
         value = self._find(args, options)
         z, spec = tree_flatten(value)
         self._arguments.check(args, options)
+        differentiated = torch.is_grad_enabled()
         loans, weights = current_loans(), ConstantWeights(cached_weights())
-        first_call = FirstCall(self._map, weights, loans)
+        first_call = FirstCall(self._map, weights, loans, self._condition)
         with torch.no_grad(), weights.in_force():
-            first_call(value, args, options)  # finds what the condition brings along
+            if differentiated:
+                first_call(value, args, options)  # finds what the condition brings along
             constant = tree_map_only(Tensor, Tensor.detach, (args, options))
             self._check_answer(value, lambda z: self._map(z, *constant))
-        if not torch.is_grad_enabled():
+        if not differentiated:
             return value
         explicit, tensors = make_explicit(self._map, value, (args, options), weights.values, loans)
         problem = self._problem(
