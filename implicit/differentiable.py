@@ -209,7 +209,13 @@ class _Answer:
         tensors = [leaf for leaf, known in zip(leaves, is_tensor, strict=True) if known]
         placeholder = torch.empty(0)
         problem = self._problem(map_, self._linear_solver, 1, OneAtATime(find), transformed=True)
-        (flat,) = fixed_point_of(problem, [placeholder], tensors, [])
+        found = fixed_point_of(problem, [placeholder], tensors, [])
+        if not found:
+            raise ValueError(
+                f"{self._name} is mapped by torch.func.vmap over a dimension of size 0, so it is never called and the "
+                "shape of its answers is not known. Leave out empty batches."
+            )
+        (flat,) = found
         with torch.enable_grad():
             image = map_([flat.detach()], [tensor.detach() for tensor in tensors])
         if any(map(is_followed, image)):
