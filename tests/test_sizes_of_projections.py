@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from implicit.optima import project_ball, project_l1_ball, project_simplex
+from implicit.optima import project_ball, project_l1_ball, project_simplex, prox_group_lasso
 
 SIZES = {
     project_simplex: lambda z: z.sum(-1),
@@ -55,3 +55,19 @@ def test_a_shift_leaves_the_projection_onto_the_simplex(dtype, power, seed):
     x = torch.randint(-3, 3, (8, 5), generator=torch.Generator().manual_seed(seed)).to(dtype) * 2.0 ** (power - 20)
     shift = 2.0**power  # so that no digit of the sum is lost
     assert torch.equal(project_simplex(x + shift), project_simplex(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@hypothesis.settings(max_examples=50)
+@hypothesis.given(POWERS, st.integers(-3, 3), st.integers(0, 1000))
+def test_block_soft_thresholding_is_what_the_ball_leaves(dtype, power, ratio, seed):
+    """The decomposition of Moreau, at any size."""
+    size = 10.0**power
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed), dtype=dtype) * size * 10.0**ratio
+    x.requires_grad_()
+    z = prox_group_lasso(x, size)
+    expected = x - project_ball(x, size)
+    torch.testing.assert_close(z, expected, rtol=0, atol=8 * torch.finfo(dtype).eps * float(x.detach().abs().max()))
+    assert (z[torch.linalg.vector_norm(x.double(), dim=-1) <= size * (1 - 1e-6)] == 0).all()
+    (gradient,) = torch.autograd.grad(z.sin().sum(), x)
+    assert gradient.isfinite().all()
