@@ -67,6 +67,7 @@ REFERENCES = {
     "partial": lambda e: functools.partial(routed, experts=(e.both[0], e.both[1])),
     "global": lambda e: global_route,
     "function": lambda e: by_another_function,
+    "defaults": lambda e: lambda z, x, experts=e.both, *, _=e.named: routed(z, x, experts),
     "comprehension": lambda e: lambda z, x: routed(z, x, [e.both[i] for i in range(2)]),
     "method": lambda e: e.route,
     "object": lambda e: e,
@@ -117,6 +118,26 @@ def test_the_history_of_an_intermediate_result_counts_once(shared):
         return torch.autograd.grad(z.sum(), [*net.parameters()])
 
     torch.testing.assert_close(gradient("implicit"), gradient("unrolled"), rtol=1e-6, atol=1e-9)
+
+
+def test_results_that_the_map_keeps_change_nothing():
+    """Those of its own calls, also of an earlier solve, whose history a backward pass has freed."""
+    kept = []
+
+    def gradient(backward):
+        weight, before = torch.full((3,), 0.3, requires_grad=True), torch.ones(3, requires_grad=True)
+        h = 2 * before
+
+        def f(z):
+            kept.append(torch.tanh(weight * z + h))
+            return kept[-1]
+
+        z = fixed_point(f, torch.zeros(2, 3), backward=backward, **OPTIONS)
+        return torch.autograd.grad(z.sum(), (weight, before))
+
+    expected = gradient("unrolled")
+    for _ in range(3):
+        torch.testing.assert_close(gradient("implicit"), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_only_what_the_code_names_counts():

@@ -212,11 +212,12 @@ class FirstCall(Traceable):
         if self.captured is not None:
             return self._f(z, *args)
         arguments = tree_map_only(Tensor, torch.Tensor.detach, args)
+        lent = [tensor for loan in self._loans for tensor in loan.tensors.values()]
+        known = self._known(set(map(id, lent)))  # before f is called, which may keep its results
         with torch.enable_grad():
             output = self._weights.calling_as_constants(lambda: self._f(z, *arguments))
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        lent = [tensor for loan in self._loans for tensor in loan.tensors.values()]
-        self.captured = _captured(leaves, lent, self._known(set(map(id, lent))))
+        self.captured = _captured(leaves, lent, known)
         return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
 
     def _known(self, lent: set[int]) -> list[Tensor]:
@@ -234,19 +235,22 @@ def _captured(outputs: Sequence[Tensor], explicit: Sequence[Tensor], known: Sequ
     """The tensors that gradients of ``outputs`` would flow to, except the ``explicit`` ones, and the ``known`` ones.
 
     Known tensors that the outputs do not depend on count because f may use them in other places than z0: in a branch,
-    by an expert. The history of known intermediate results is not differentiated again, unless other tensors among
-    those that were found belong to it: then the leaves stand for all.
+    by an expert. The history of known intermediate results that the graph passes through is not differentiated again,
+    unless other tensors among those that were found belong to it: then the leaves stand for all.
     """
     roots = [_edge(output) for output in outputs if output.requires_grad and output.grad_fn is not None]
     results = {_edge(tensor): tensor for tensor in known if tensor.grad_fn is not None}
     ends = {_edge(tensor) for tensor in explicit if tensor.grad_fn is not None} - results.keys()
-    leaves, _ = _reached(roots, ends | results.keys())
+    leaves, passed = _reached(roots, ends | results.keys())
     # An output that is itself a captured leaf has no grad_fn.
     leaves |= {id(tensor): tensor for tensor in (*outputs, *known) if tensor.requires_grad and tensor.is_leaf}
+    # By their leaves, because a backward pass may have freed the history of a result that f does not use.
+    leaves |= _reached(results.keys() - passed, ends)[0]
+    results = {edge: results[edge] for edge in passed & results.keys()}
     before = [edge for node, _ in results for edge in node.next_functions]
     their_leaves, passed_before = _reached(before, set(), results.keys())
     if passed_before or their_leaves.keys() & leaves.keys():
-        leaves |= _reached([*roots, *results], ends)[0]
+        leaves |= _reached(roots, ends)[0]
         results = {}
     return [*leaves.values(), *results.values()]
 

@@ -22,8 +22,8 @@ def modules_used_by(f: Callable[..., Any]) -> list[nn.Module]:
 def references_of(f: Callable[..., Any]) -> list[nn.Module | Tensor]:
     """The modules and tensors that a callable is, is bound to or refers to, each once.
 
-    References are variables of closures and of the file, their attributes, arguments of partials, and the entries of
-    lists, tuples and dicts. They are followed into other functions, except those that are imported from other files.
+    References are variables of closures and of the file, their attributes, defaults, arguments of partials, and the
+    entries of lists, tuples and dicts. They are followed into other functions, except those of other files.
     Of a module it is the submodule that counts if the code names it, as in ``net.cell(z)``.
     """
     found: list[nn.Module | Tensor] = []
@@ -42,7 +42,7 @@ def references_of(f: Callable[..., Any]) -> list[nn.Module | Tensor]:
         elif isinstance(thing, functools.partial):
             queue.extend((thing.func, *thing.args, *thing.keywords.values()))
         elif isinstance(thing, types.FunctionType):
-            queue.extend(_variables(thing))
+            queue.extend((*_variables(thing), thing.__defaults__, thing.__kwdefaults__))
         elif isinstance(thing, types.MethodType):
             function, owner = thing.__func__, thing.__self__
             if isinstance(owner, nn.Module):
