@@ -21,6 +21,7 @@ def answer(condition, error, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @hypothesis.settings(max_examples=50)
+@hypothesis.example([2, -2], 0)
 @hypothesis.given(st.lists(st.integers(-6, 6), min_size=2, max_size=5), st.integers(0, 1000))
 def test_an_error_is_found_in_equations_of_any_size(dtype, powers, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -32,10 +33,10 @@ def test_an_error_is_found_in_equations_of_any_size(dtype, powers, seed):
     def condition(z, x, matrix):
         return scale * (z - x @ matrix.T)
 
-    right = torch.zeros(3, size)
+    right = torch.full((3, size), 3e-5)  # within the tolerance
     answer(condition, right, dtype)(x, matrix)
     wrong = right.clone()
-    wrong[1, seed % size] = 0.3
+    wrong[1, powers.index(min(powers))] = 0.3
     with pytest.raises(ConvergenceError, match="for 1 of 3 samples"):
         answer(condition, wrong, dtype)(x, matrix)
 

@@ -23,7 +23,7 @@ def references_of(f: Callable[..., Any]) -> list[nn.Module | Tensor]:
     """The modules and tensors that a callable is, is bound to or refers to, each once.
 
     References are variables of closures and of the file, their attributes, defaults, arguments of partials, and the
-    entries of lists, tuples and dicts. They are followed into other functions, except those of other files.
+    entries of lists, tuples and dicts. They are followed into other functions, except imported ones.
     Of a module it is the submodule that counts if the code names it, as in ``net.cell(z)``.
     """
     found: list[nn.Module | Tensor] = []
