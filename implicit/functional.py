@@ -94,9 +94,11 @@ def fixed_point(
 ) -> S | tuple[S, Solution[S]]:
     """The solution of ``z = f(z, *args)``, differentiable in ``args`` and in all that ``f`` depends on.
 
-    Gradients reach the tensors in ``args``, the parameters of ``f`` where it is a module, and leaf tensors that it
-    closes over. An intermediate result of a network is best passed in ``args``: if ``f`` closes over it, its history
-    is differentiated again in the backward pass. Gradients depend on ``torch.is_grad_enabled()`` alone, not on a
+    Gradients reach the tensors in ``args``, the parameters of ``f`` if it is a module, and the modules and tensors that
+    its code refers to, in closures, global variables, attributes, partials, lists and dicts. Other tensors, such as
+    global variables of another file, get theirs if ``f`` uses them at ``z0``. An intermediate result of a network is
+    best passed in ``args``: if ``f`` closes over it and over a tensor that it was computed from, its history is
+    differentiated again in the backward pass. Gradients depend on ``torch.is_grad_enabled()`` alone, not on a
     module's training mode; the value does not depend on it.
 
     Args:

@@ -193,7 +193,9 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         return (solution.value, solution) if return_solution else solution.value
 
     def iterates(self, *inputs: Any, steps: Sequence[int], z0: S | None = None) -> list[S]:
-        """What the layer would return after so many steps, each with a cheap gradient: :func:`implicit.iterates`.
+        """``f(v, *inputs)`` with the gradient of this call, for each value v that the layer has after so many steps.
+
+        So each is one application of ``f`` beyond what the layer would return: see :func:`implicit.iterates`.
 
         Args:
             *inputs: Handed to ``f`` after the state.

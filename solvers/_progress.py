@@ -300,7 +300,7 @@ class ToleranceTest:
     def _take_value(self, taken: Tensor | None) -> None:
         """Take in the values of the samples ``taken``, with gradients where they are recorded."""
         samples, z, newest = self._samples, self.latest.z, self.latest.fz
-        if not self._some_contract:
+        if not (self._some_contract or self._all_contract):  # of no samples, all do
             newest = z
         elif not self._all_contract:
             if self._step == 1:  # a start that is solved already has the derivative of its image

@@ -90,6 +90,20 @@ def test_layers_have_the_norm_of_their_operator():
         assert norm_of(same, 4, 2, 2) == lipschitz_bound(same).item() == 1
 
 
+@pytest.mark.parametrize("threshold", [-800.0, 0.0, 2.0, 10.0, 13.0, 14.0, 20.0, 100.0])
+@pytest.mark.parametrize("beta", [0.2, 1.0, 5.0])
+def test_softplus_has_a_bound_if_its_drop_at_the_threshold_is_below_rounding(beta, threshold):
+    softplus = nn.Softplus(beta, threshold)
+    at = torch.tensor(threshold / beta, dtype=torch.float64)
+    near = 1e-12 * (1 + at.abs())
+    below, above = softplus(at - near), softplus(at + near)
+    if below - above > 1e-10 + 2**-23 * below.abs():
+        with pytest.raises(ValueError, match=f"Softplus with threshold={threshold} has no Lipschitz constant"):
+            lipschitz_bound(softplus)
+    else:
+        assert lipschitz_bound(softplus).item() == 1
+
+
 def test_dropout():
     dropout = nn.Dropout(0.5)
     assert lipschitz_bound(dropout).item() == norm_of(dropout, 50) == 2

@@ -72,6 +72,17 @@ def test_pytrees_and_other_precisions():
     assert not found["a"][2].any()
 
 
+def test_states_of_one_number_per_sample():
+    warm = WarmStart(5, like={"a": torch.empty(0), "b": torch.empty(0, 2)})
+    default = {"a": torch.zeros(5), "b": torch.zeros(5, 2)}
+    for index in (torch.tensor([3, 1, 0]), torch.tensor([], dtype=torch.int64)):
+        number = len(index)
+        warm[index] = {"a": torch.tensor([3.0, 1.0, torch.nan])[:number], "b": torch.ones(number, 2)}
+        found = warm.get(torch.arange(5), default)
+        assert found["a"].tolist() == [0, 1, 0, 3, 0]
+        assert found["b"][:, 0].tolist() == [0, 1, 0, 1, 0]
+
+
 def test_what_is_not_finite_is_not_stored():
     warm = WarmStart(4, like=(torch.empty(0, 1).half(), torch.empty(0, 1)))
     index = torch.arange(4)

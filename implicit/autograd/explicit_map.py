@@ -1,9 +1,7 @@
 """The user's map with every tensor that it depends on made explicit."""
 
 import contextlib
-import functools
-import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from implicit.autograd.constant_weights import ConstantWeights, Weights
+from implicit.autograd.modules_used import references_of
 from implicit.autograd.torch_internals import Loan, cached_weights, current_loans, is_followed, lending, vmap_levels
 from implicit.autograd.traced_map import with_weights
 from solvers.problem import Traceable
@@ -201,14 +200,22 @@ class FirstCall(Traceable):
         f: The user's map.
         weights: The parametrized weights of the solve.
         loans: What is lent to modules.
+        refers: The callable whose references f may use, if it is not f itself.
 
     Attributes:
         captured: The tensors that require grad and that f uses beyond its arguments, its parametrized weights and what
             is lent; None before the first call.
     """
 
-    def __init__(self, f: Callable[..., Any], weights: ConstantWeights, loans: Sequence[Loan]) -> None:
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        weights: ConstantWeights,
+        loans: Sequence[Loan],
+        refers: Callable[..., Any] | None = None,
+    ) -> None:
         self._f = f
+        self._refers = f if refers is None else refers
         self._weights = weights
         self._loans = loans
         self.captured: list[Tensor] | None = None
@@ -217,43 +224,47 @@ class FirstCall(Traceable):
         if self.captured is not None:
             return self._f(z, *args)
         arguments = tree_map_only(Tensor, torch.Tensor.detach, args)
+        lent = [tensor for loan in self._loans for tensor in loan.tensors.values()]
+        known = self._known(set(map(id, lent)))  # before f is called, which may keep its results
         with torch.enable_grad():
             output = self._weights.calling_as_constants(lambda: self._f(z, *arguments))
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        lent = [tensor for loan in self._loans for tensor in loan.tensors.values()]
-        self.captured = _captured(leaves, lent, list(_tensors_in_closure(self._f)))
-        if isinstance(self._f, nn.Module):
-            # A parameter may be used only in other places than z0: in a branch, by an expert.
-            known = set(map(id, self.captured))
-            others = (p for p in self._f.parameters() if p.requires_grad and p.is_leaf and id(p) not in known)
-            self.captured.extend(others)
+        self.captured = _captured(leaves, lent, known)
         return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+
+    def _known(self, lent: set[int]) -> list[Tensor]:
+        """The tensors that require grad and that f refers to, except those with the ids ``lent``."""
+        tensors: list[Tensor] = []
+        for thing in references_of(self._refers):
+            tensors.extend(thing.parameters() if isinstance(thing, nn.Module) else [thing])
+        return [tensor for tensor in tensors if tensor.requires_grad and id(tensor) not in lent]
 
     def traced(self) -> Callable[..., Any]:
         return with_weights(self._f, self._weights.values)
 
 
 def _captured(outputs: Sequence[Tensor], explicit: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors that gradients of ``outputs`` would flow to, except the ``explicit`` ones.
+    """The tensors that gradients of ``outputs`` would flow to, except the ``explicit`` ones, and the ``known`` ones.
 
-    These are leaves, and those of the ``known`` intermediate results that the graph passes through. Their history is
-    then not differentiated again, unless other tensors among those that were found belong to it.
+    Known tensors that the outputs do not depend on count because f may use them in other places than z0: in a branch,
+    by an expert. The history of known intermediate results that the graph passes through is not differentiated again,
+    unless other tensors among those that were found belong to it: then the leaves stand for all.
     """
     roots = [_edge(output) for output in outputs if output.requires_grad and output.grad_fn is not None]
     results = {_edge(tensor): tensor for tensor in known if tensor.grad_fn is not None}
     ends = {_edge(tensor) for tensor in explicit if tensor.grad_fn is not None} - results.keys()
     leaves, passed = _reached(roots, ends | results.keys())
-    intermediate = [results[edge] for edge in passed & results.keys()]
-    if intermediate:
-        before = [
-            edge for tensor in intermediate if tensor.grad_fn is not None for edge in tensor.grad_fn.next_functions
-        ]
-        their_leaves, passed_before = _reached(before, set(), {_edge(tensor) for tensor in intermediate})
-        if passed_before or their_leaves.keys() & leaves.keys():
-            leaves, intermediate = _reached(roots, ends)[0], []
     # An output that is itself a captured leaf has no grad_fn.
-    leaves |= {id(output): output for output in outputs if output.requires_grad and output.is_leaf}
-    return [*leaves.values(), *intermediate]
+    leaves |= {id(tensor): tensor for tensor in (*outputs, *known) if tensor.requires_grad and tensor.is_leaf}
+    # By their leaves, because a backward pass may have freed the history of a result that f does not use.
+    leaves |= _reached(results.keys() - passed, ends)[0]
+    results = {edge: results[edge] for edge in passed & results.keys()}
+    before = [edge for node, _ in results for edge in node.next_functions]
+    their_leaves, passed_before = _reached(before, set(), results.keys())
+    if passed_before or their_leaves.keys() & leaves.keys():
+        leaves |= _reached(roots, ends)[0]
+        results = {}
+    return [*leaves.values(), *results.values()]
 
 
 def _edge(tensor: Tensor) -> Edge:
@@ -261,7 +272,7 @@ def _edge(tensor: Tensor) -> Edge:
 
 
 def _reached(
-    edges: Iterable[Edge], ends: set[Edge], noted: set[Edge] | frozenset[Edge] = frozenset()
+    edges: Iterable[Edge], ends: set[Edge], noted: Set[Edge] = frozenset()
 ) -> tuple[dict[int, Tensor], set[Edge]]:
     """The leaf tensors, by their id, that are reached from ``edges`` without passing one of ``ends``.
 
@@ -286,29 +297,3 @@ def _reached(
             leaves[id(node.variable)] = node.variable
         stack.extend(node.next_functions)
     return leaves, met
-
-
-def _tensors_in_closure(f: object) -> Iterator[Tensor]:
-    """The tensors that a function closes over, also within lists, dicts and the functions that it closes over."""
-    stack, seen = [f], set()
-    while stack:
-        thing = stack.pop()
-        if id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, Tensor):
-            yield thing
-        elif isinstance(thing, types.MethodType):
-            stack.append(thing.__func__)
-        elif isinstance(thing, types.FunctionType):
-            for cell in thing.__closure__ or ():
-                try:
-                    stack.append(cell.cell_contents)
-                except ValueError:  # not assigned yet
-                    continue
-        elif isinstance(thing, (list, tuple)):
-            stack.extend(thing)
-        elif isinstance(thing, dict):
-            stack.extend(thing.values())
-        elif isinstance(thing, functools.partial):
-            stack.extend((thing.func, *thing.args, *thing.keywords.values()))

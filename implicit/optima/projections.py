@@ -44,6 +44,8 @@ def project_simplex(x: Tensor, total: Number = 1.0) -> Tensor:
         tensor([0.7000, 0.3000, 0.0000])
     """
     total = torch.as_tensor(total, dtype=x.dtype, device=x.device).unsqueeze(-1)
+    # The projection does not depend on a common shift. After this one, the positive entries are within `total` of 0.
+    x = x - x.detach().amax(dim=-1, keepdim=True)
     ordered = x.sort(dim=-1, descending=True).values
     count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     thresholds = (ordered.cumsum(dim=-1) - total) / count
@@ -60,10 +62,13 @@ def project_ball(x: Tensor, radius: Number = 1.0) -> Tensor:
         radius: A number > 0 or (...).
     """
     radius = torch.as_tensor(radius, dtype=x.dtype, device=x.device).unsqueeze(-1)
-    square = x.square().sum(dim=-1, keepdim=True)
-    outside = square > radius**2
+    # Scaled by the largest entry, squares neither overflow nor vanish.
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    scaled = x / torch.where(largest > 0, largest, 1.0)
+    square = scaled.square().sum(dim=-1, keepdim=True)
+    outside = square.sqrt() * largest > radius
     # The root of a number that is never 0, whose gradient is finite.
-    return torch.where(outside, x * (radius * torch.where(outside, square, 1.0).rsqrt()), x)
+    return torch.where(outside, scaled * (radius * torch.where(outside, square, 1.0).rsqrt()), x)
 
 
 def project_l1_ball(x: Tensor, radius: Number = 1.0) -> Tensor:

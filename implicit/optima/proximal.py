@@ -55,7 +55,10 @@ def prox_group_lasso(x: Tensor, strength: Number) -> Tensor:
         strength: t >= 0, a number or (...), one for each group.
     """
     strength = torch.as_tensor(strength, dtype=x.dtype, device=x.device).unsqueeze(-1)
-    square = x.square().sum(dim=-1, keepdim=True)
-    outside = square > strength**2
+    # Scaled by the largest entry, squares neither overflow nor vanish.
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    scaled = x / torch.where(largest > 0, largest, 1.0)
+    square = scaled.square().sum(dim=-1, keepdim=True)
+    outside = square.sqrt() * largest > strength
     # The root of a number that is never 0, whose gradient is finite.
-    return torch.where(outside, x * (1 - strength * torch.where(outside, square, 1.0).rsqrt()), 0.0)
+    return torch.where(outside, x - scaled * (strength * torch.where(outside, square, 1.0).rsqrt()), 0.0)

@@ -136,6 +136,17 @@ def _celu(layer: Any) -> float:
     return 1.0
 
 
+def _softplus(layer: Any) -> float:
+    # Where it switches to the identity, at threshold / beta, its value drops by log(1 + exp(-threshold)) / beta.
+    threshold = layer.threshold
+    if threshold <= 0 or math.log1p(math.exp(-threshold)) > torch.finfo(torch.float32).eps * threshold:
+        raise ValueError(
+            f"Softplus with threshold={threshold!r} has no Lipschitz constant: where it switches to the identity, its "
+            "value drops by more than the rounding error of float32. Use the default, threshold=20."
+        )
+    return 1.0
+
+
 # Lipschitz constants by type. Those of activations are their largest slopes, rounded up.
 _CONSTANTS: dict[type[nn.Module], Constant] = {
     nn.BatchNorm1d: _batch_norm,
@@ -181,8 +192,7 @@ _CONSTANTS: dict[type[nn.Module], Constant] = {
     nn.Sigmoid: 0.25,
     # In each row of the Jacobian diag(p) - p p', the absolute values add up to 2 p (1 - p).
     nn.Softmax: 0.5,
-    # Where it switches to the identity, its value drops by about exp(-threshold), which is below rounding.
-    nn.Softplus: 1.0,
+    nn.Softplus: _softplus,
     nn.Softshrink: 1.0,
     nn.Softsign: 1.0,
     nn.Tanh: 1.0,

@@ -95,7 +95,9 @@ class WarmStart(nn.Module):
         pairs = self._pairs(state, "The state")
         index = self._checked(index, pairs)
         pairs = [(buffer, leaf.to(buffer)) for buffer, leaf in pairs]
-        finite = torch.stack([leaf.isfinite().flatten(1).all(dim=1) for _, leaf in pairs]).all(dim=0)  # (B,)
+        finite = torch.stack([leaf.isfinite().unsqueeze(1).flatten(1).all(dim=1) for _, leaf in pairs]).all(
+            dim=0
+        )  # (B,)
         for buffer, leaf in pairs:
             buffer[index] = torch.where(_column(finite, leaf), leaf, buffer[index])
         self.seen[index] |= finite

@@ -66,7 +66,8 @@ class JacobianProduct:
         """(B, D, D) J, column by column."""
         units = torch.eye(self._z.shape[1], dtype=self._z.dtype, device=self._z.device)
         # Forward mode refuses expanded tensors.
-        return torch.stack([self(unit.expand_as(self._z).contiguous()) for unit in units], dim=2)
+        columns = [self(unit.expand_as(self._z).contiguous()) for unit in units]
+        return torch.stack(columns, dim=2) if columns else self._z.new_empty(len(self._z), 0, 0)
 
     def _derivative(self, product: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
         """A product by automatic differentiation; a _DerivativeError where the map does not support it."""
