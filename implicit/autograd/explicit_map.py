@@ -108,7 +108,7 @@ class ExplicitMap:
     @property
     def resolution(self) -> float:
         """Relative rounding of the map where it is coarser than the algebra's: half precision, stored or autocast."""
-        dtypes = self._state_dtypes if self._autocast.dtype is None else {*self._state_dtypes, self._autocast.dtype}
+        dtypes = self._autocast.dtypes_of(self._state_dtypes)
         return max([0.0, *[torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize == 2]])
 
 

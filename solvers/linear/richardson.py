@@ -55,7 +55,7 @@ class Richardson(LinearSolver):
         require_positive_int(self, "max_steps", self.max_steps)
         require_tolerances(self, self.rtol, self.atol)
         if self.max_rate is not None and not 0 <= self.max_rate < 1:
-            raise ValueError(f"Richardson(max_rate=...) must be in [0, 1), or None, got {self.max_rate!r}.")
+            raise ValueError(f"Richardson(max_rate=...) must be in [0, 1), got {self.max_rate!r}.")
         if not isinstance(self.otherwise, LinearSolver):
             raise TypeError(f"Richardson(otherwise=...) must be a linear solver, got {self.otherwise!r}.")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 
@@ -22,6 +23,11 @@ class AutocastMode:
     def enabled(self) -> bool:
         """Whether autocast is on."""
         return self.dtype is not None
+
+    def dtypes_of(self, state: Iterable[torch.dtype]) -> set[torch.dtype]:
+        """The dtypes in which a map of states of these dtypes computes. Autocast leaves float64 as it is."""
+        dtypes = set(state)
+        return dtypes if self.dtype is None or dtypes == {torch.float64} else {*dtypes, self.dtype}
 
     def in_force(self) -> contextlib.AbstractContextManager[object]:
         """A context in which this mode is in force. Cheap where it already is: it stands around every call of a map."""

@@ -49,8 +49,7 @@ class FlatMap:
     @property
     def eps(self) -> float:
         """The relative rounding error of what f returns: that of the coarsest dtype of the state, or of autocast."""
-        dtypes = [*self.layout.dtypes, *((self.autocast.dtype,) if self.autocast.dtype else ())]
-        return max(torch.finfo(dtype).eps for dtype in dtypes)
+        return max(torch.finfo(dtype).eps for dtype in self.autocast.dtypes_of(self.layout.dtypes))
 
     @property
     def unit(self) -> Tensor | None:
