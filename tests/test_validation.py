@@ -216,7 +216,7 @@ def server() -> Iterator[tuple[str, list[str]]]:
         ({"model_args": {"pretrained_cfg_overlay": {"url": "URL"}}}, "with pretrained_cfg_overlay="),
         ({"model_args": {"checkpoint_path": "evil.pt"}}, "with checkpoint_path='evil.pt'"),
         ({"model_args": {"cache_dir": "here"}}, "with cache_dir='here'"),
-        ({"model_args": {"num_classes": {"a": 1}}}, "with num_classes="),
+        ({"model_args": {"num_classes": {"a": 1}}}, "cannot build the imixer_ti4_32 of "),
         ({"model_args": {"patch_size": 0}}, "cannot build the imixer_ti4_32 of "),
         ({"model_args": {"block_layer": "x"}}, "cannot build the imixer_ti4_32 of "),
         ({"model_args": {1: 2}}, "with 1='2'"),

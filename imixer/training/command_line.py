@@ -13,7 +13,7 @@ import yaml
 from imixer.training.checkpoints import holds_run
 from imixer.training.config import TrainingConfig
 from imixer.training.keyword_arguments import ReadKeywordArguments
-from imixer.training.model import check_model_arguments, settings_for_model
+from imixer.training.model import FIRST_WEIGHTS, check_model_arguments, settings_for_model
 from imixer.training.presets import PRESETS
 
 HEADINGS = {
@@ -112,8 +112,8 @@ def parse(arguments: Sequence[str] | None = None, *, epilog: str = "") -> Comman
 def saved_settings(saved: dict[str, Any]) -> dict[str, Any]:
     """The settings that a checkpoint gives to a run that goes on from it, or to a test of it.
 
-    They are those of today's names, except the folder of the results and `dataset_download`: nothing is fetched because
-    a checkpoint says so.
+    They are those of today's names, except the folder of the results, `dataset_download`, and where the model's first
+    weights came from: nothing is fetched because a checkpoint says so.
 
     Raises:
         ValueError: A value is not valid, or the model's arguments are not those that a checkpoint may give.
@@ -121,6 +121,9 @@ def saved_settings(saved: dict[str, Any]) -> dict[str, Any]:
     left_out = ("output", "dataset_download")
     names = [name for name in saved if name in TYPES and name not in left_out]
     settings = {name: _converted(name, saved[name], "the checkpoint") for name in names}
+    if settings.get("model_kwargs"):
+        given = settings["model_kwargs"].items()
+        settings["model_kwargs"] = {name: value for name, value in given if name not in FIRST_WEIGHTS} or None
     if settings.get("model_kwargs"):
         check_model_arguments("the checkpoint", settings.get("model", TrainingConfig.model), settings["model_kwargs"])
     return settings

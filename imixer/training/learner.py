@@ -50,7 +50,7 @@ class Learner:
         self.accelerator = accelerator
         self._data = data
         self._looked_into: nn.Module | None = None
-        self.plain = create_model(config, data).to(accelerator.device)
+        self.plain = create_model(config, data, resumed=checkpoint is not None).to(accelerator.device)
         if config.channels_last:
             self.plain = self.plain.to(memory_format=torch.channels_last)
         self.notes: list[str] = []
@@ -124,7 +124,8 @@ class Learner:
         if not first:
             return None
         if self._looked_into is None:
-            self._looked_into = create_model(self.config, self._data).to(self.accelerator.device)
+            whole = create_model(self.config, self._data, resumed=True)
+            self._looked_into = whole.to(self.accelerator.device)
         self._looked_into.load_state_dict(self.plain.state_dict())
         return self._looked_into
 
