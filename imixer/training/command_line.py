@@ -141,11 +141,14 @@ def build_parser(epilog: str = "") -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("data_dir", nargs="?", metavar="DATA_DIR", help="like --data-dir")
+    parser.add_argument("data_dir", nargs="?", type=path_text, metavar="DATA_DIR", help="like --data-dir")
     parser.add_argument("--preset", choices=list(PRESETS), default=None, help="settings that belong together")
-    parser.add_argument("--config", "-c", metavar="FILE", default=None, help="YAML file of settings by their names")
+    parser.add_argument(
+        "--config", "-c", type=path_text, metavar="FILE", default=None, help="YAML file of settings by their names"
+    )
     parser.add_argument(
         "--resume",
+        type=path_text,
         metavar="RUN",
         default=None,
         help="continue a run: its folder, or one of its checkpoints; auto: the one in --output, if there is one",
@@ -157,6 +160,17 @@ def build_parser(epilog: str = "") -> Parser:
     for item in fields(TrainingConfig):
         _add_flag(groups[item.metadata["group"]], item)
     return parser
+
+
+def path_text(text: str) -> str:
+    """Check that a path is not empty, as that of a variable of the shell that is not set.
+
+    Raises:
+        argparse.ArgumentTypeError: It is.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; give one, or set the variable of the shell that holds it")
+    return text
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -200,7 +214,8 @@ def _add_flag(group: argparse._ArgumentGroup, item: "Field[Any]") -> None:
         if kind is dict:
             options |= {"action": ReadKeywordArguments, "nargs": "*"}
         else:
-            options |= {"type": kind, "nargs": "?" if "const" in options else "+" if several else None}
+            options |= {"type": path_text if options.get("metavar") in ("DIR", "FILE") else kind}
+            options |= {"nargs": "?" if "const" in options else "+" if several else None}
     group.add_argument(f"--{flag}", *item.metadata.get("aliases", ()), **options)
     if "_" in item.name:
         group.add_argument(f"--{item.name}", **{**options, "help": argparse.SUPPRESS})

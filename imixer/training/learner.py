@@ -66,7 +66,11 @@ class Learner:
                 with restoring("averaged weights"):
                     self.ema.module.load_state_dict(checkpoint["state_dict_ema"])
         if config.torchcompile:
-            compile_blocks(self.plain, config.torchcompile, config.torchcompile_mode)
+            try:
+                compile_blocks(self.plain, config.torchcompile, config.torchcompile_mode)
+            except RuntimeError as error:  # an unknown backend or mode
+                given = f"torchcompile={config.torchcompile!r} and torchcompile_mode={config.torchcompile_mode!r}"
+                raise ValueError(f"cannot compile with {given}: {' '.join(str(error).split())}") from error
         self._model = accelerator.prepare_model(self.plain)
         self.optimizer = build_optimizer(config, self.plain, lr=lr)
         scaler = accelerator.scaler

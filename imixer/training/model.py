@@ -33,8 +33,16 @@ _SHARED_ARGUMENTS = {"num_classes", "in_chans", "img_size", "global_pool", "drop
 
 
 def check_model_name(name: str) -> None:
-    """Raise a ValueError that lists what exists if timm knows no model of this name."""
+    """Raise a ValueError that lists what exists if timm knows no model, or no weights of it, of this name."""
     if timm.is_model(name):
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            model = name.partition(".")[0]
+            known = ", ".join(timm.list_pretrained(f"{model}.*")[:8])
+            raise ValueError(
+                f"timm has no weights of the name {name!r}; give {model}{f', or one of {known}' if known else ''}"
+            ) from error
         return
     near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.7)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -207,6 +215,7 @@ def build_optimizer(config: TrainingConfig, model: nn.Module, *, lr: float | Non
     """
     arguments = {**config.optimizer_arguments, **({} if lr is None else {"lr": lr})}
     try:
+        _check_optimizer_arguments(config)
         return make_optimizer(model, capturable=config.cuda_graph, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         takes = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
@@ -214,6 +223,17 @@ def build_optimizer(config: TrainingConfig, model: nn.Module, *, lr: float | Non
             f"cannot make the optimizer {config.opt} with {_listed(arguments)}: {error}; it takes "
             f"{', '.join(list(takes)[1:])}"
         ) from error
+
+
+def _check_optimizer_arguments(config: TrainingConfig) -> None:
+    """Check what optimizers notice in their first step only: the number of betas, and texts instead of numbers."""
+    parameters = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
+    for name, parameter in parameters.items():
+        value, default = config.optimizer_arguments.get(name), parameter.default
+        if isinstance(value, str) and isinstance(default, (int, float)):
+            raise ValueError(f"{name} must be {type(default).__name__}, not {value!r}")
+        if isinstance(value, tuple) and isinstance(default, tuple) and len(value) != len(default):
+            raise ValueError(f"{name} must be {len(default)} numbers, not {len(value)}")
 
 
 def _listed(arguments: Mapping[str, Any]) -> str:
