@@ -25,6 +25,7 @@ HEADINGS = {
     "run": "run",
 }
 TYPES = get_type_hints(TrainingConfig)
+DEFAULTS = {item.name: item.default for item in fields(TrainingConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,10 @@ def parse(arguments: Sequence[str] | None = None, *, epilog: str = "") -> Comman
     settings: dict[str, Any] = {}
     if file is not None:
         settings = read_settings(Path(file))
-        preset = preset or settings.pop("preset", None)
-        _check_known("preset", [preset] if preset else [], PRESETS, file)
+        named = settings.pop("preset", None)
+        if named is not None:
+            _check_known("preset", [named], PRESETS, file)
+        preset = preset or named
     settings |= options
     if resume == "auto":
         if settings.get("output") is None:
@@ -182,13 +185,21 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         found = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for text that is not UTF-8, and days such as 2026-13-01
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ValueError(f"{path} is not a file of settings: its lists or mappings are nested too deep") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold settings as `name: value` lines, not a {type(found).__name__}")
-    settings = {str(name).replace("-", "_"): value for name, value in found.items()}
-    _check_known("setting", settings, {*TYPES, "preset"}, path)
-    return {name: value if name == "preset" else _converted(name, value, path) for name, value in settings.items()}
+        what = "is empty" if found is None else f"holds a {type(found).__name__}"
+        raise ValueError(f"{path} must hold settings as `name: value` lines, but {what}")
+    settings: dict[str, Any] = {}
+    for written, value in found.items():
+        name = str(written).replace("-", "_")
+        _check_known("setting", [name], {*TYPES, "preset"}, path)
+        if name in settings:
+            raise ValueError(f"{path} sets {name} twice, once with - and once with _; leave one of the lines out")
+        settings[name] = value if name == "preset" else _converted(name, value, path)
+    return settings
 
 
 def write_settings(config: TrainingConfig) -> str:
@@ -236,28 +247,41 @@ def _kind(name: str) -> tuple[type, bool]:
 def _converted(name: str, value: Any, source: Path | str) -> Any:
     """A value of a file as the setting's type: YAML reads 1e-3 as text, and 3 as no float."""
     if value is None:
-        return None
+        if DEFAULTS[name] is None:
+            return None
+        raise ValueError(f"{name} in {source} has no value; give one, or leave {name} out")
     kind, several = _kind(name)
     try:
-        if several:
-            return tuple(kind(entry) for entry in value)
-        if (
-            isinstance(value, bool) != (kind is bool)
-            or isinstance(value, list)
-            or isinstance(value, dict) != (kind is dict)
-        ):
-            raise TypeError
-        converted = kind(value)
-        if kind is int and converted != float(value):
-            raise TypeError
-    except (TypeError, ValueError):
-        wanted = f"a list of {kind.__name__}" if several else kind.__name__
-        raise ValueError(f"{name} in {source} must be {wanted}, not {value!r}") from None
+        if not several:
+            return _entry(kind, value)
+        if isinstance(value, (list, tuple)):
+            return tuple(_entry(kind, entry) for entry in value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    wanted = f"a list of {kind.__name__}" if several else kind.__name__
+    raise ValueError(f"{name} in {source} must be {wanted}, not {value!r}")
+
+
+def _entry(kind: type, value: Any) -> Any:
+    """A value that is not a list as this type.
+
+    Raises:
+        TypeError, ValueError, OverflowError: It is of another type.
+    """
+    if isinstance(value, bool) != (kind is bool) or isinstance(value, dict) != (kind is dict):
+        raise TypeError
+    if value is None or isinstance(value, (list, tuple, set)):
+        raise TypeError
+    converted = kind(value)
+    if kind is int and not isinstance(value, int) and converted != float(value):
+        raise TypeError
     return converted
 
 
-def _check_known(what: str, names: Iterable[str], known: Collection[str], path: Path) -> None:
+def _check_known(what: str, names: Iterable[Any], known: Collection[str], path: Path) -> None:
     for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{what} in {path} must be one of {', '.join(known)}, not {name!r}")
         if name not in known:
             raise ValueError(f"unknown {what} {name!r} in {path}{_near(name, known)}")
 

@@ -75,7 +75,7 @@ def check_ranges(settings: Mapping[str, Any]) -> None:
     """
     numbers = {name: _numbers(value) for name, value in settings.items()}
     for name, values in numbers.items():
-        if any(map(math.isnan, values)):
+        if any(value != value for value in values):
             raise ValueError(f"{name} must be a number, not nan")
     for names, fits, complaint in RANGES:
         for name in names:
@@ -83,7 +83,7 @@ def check_ranges(settings: Mapping[str, Any]) -> None:
                 if not fits(value):
                     raise ValueError(f"{name} {complaint} {value}")
     for name, values in numbers.items():
-        if name not in MAY_BE_INFINITE and any(map(math.isinf, values)):
+        if name not in MAY_BE_INFINITE and any(abs(value) == math.inf for value in values):
             raise ValueError(f"{name} must be finite, not {_text(values)}")
     for name in PAIRS:
         value = settings[name]
@@ -96,7 +96,7 @@ def check_ranges(settings: Mapping[str, Any]) -> None:
         if value is not None and len(value) not in (1, 3):
             raise ValueError(f"{name} must be one number, or one for each of 3 channels, not {_text(value)}")
     for name in ("data_dir", "output"):
-        if settings[name] is not None and not settings[name].strip():
+        if settings[name] is not None and not str(settings[name]).strip():
             raise ValueError(f"{name} is empty; give a folder, or set the variable of the shell that holds it")
 
 
