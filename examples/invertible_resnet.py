@@ -136,18 +136,37 @@ def plot(flow, path):
     sample_axes.scatter(*flow.inverse(torch.randn(3000, 2)).T.numpy(), s=2, color="#c8781e")
     for axes in (data_axes, density_axes, sample_axes):
         axes.set(xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT), aspect="equal", xticks=[], yticks=[])
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     print(f"plot: {path}")
 
 
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def image(text):
+    """Read the path of a plot that can be written, so that no training is lost."""
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"must be a file that ends in .png, .pdf or .svg, not {text!r}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write the plot: {error}; give another path") from error
+    return path
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000, help="training steps (%(default)s)")
-    parser.add_argument("--blocks", type=int, default=8, help="residual blocks (%(default)s)")
-    parser.add_argument("--width", type=int, default=32, help="units of a hidden layer in a block (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=1000, help="training steps (%(default)s)")
+    parser.add_argument("--blocks", type=positive, default=8, help="residual blocks (%(default)s)")
+    parser.add_argument("--width", type=positive, default=32, help="units of a hidden layer in a block (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/invertible_resnet/density.png"), help="the plot")
+    parser.add_argument("--output", type=image, default="runs/invertible_resnet/density.png", help="the plot")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     flow = Flow(options.blocks, options.width)

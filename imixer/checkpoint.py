@@ -162,14 +162,14 @@ def _advice(model: nn.Module, theirs: dict[str, Tensor], key: str) -> str:
         return (
             f" The checkpoint mixes {theirs[key].shape[1]} patches and the model {model.state_dict()[key].shape[1]}: "
             "create the model with the checkpoint's img_size and patch_size, or let the token mixers start anew with "
-            "new_token_mixing=True (--new-token-mixing)."
+            "new_token_mixing=True (--new-token-mixing in training)."
         )
     if inner := _INNER_LAYER.search(key):
         return _h_ratio_advice(theirs, key[: inner.start("layer")])
     if getattr(model, "pretrained_cfg", None) and _in_head(model, key):
         return (
-            f" The checkpoint tells {theirs[key].shape[0]} classes apart: to train a new classifier, give "
-            "new_head=True (--new-head)."
+            f" The checkpoint tells {theirs[key].shape[0]} classes apart: test it on images of as many classes, or "
+            "train a new classifier with new_head=True (--new-head in training)."
         )
     return ""
 

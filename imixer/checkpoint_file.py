@@ -8,6 +8,8 @@ import argparse
 import hashlib
 import io
 import os
+import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -103,4 +105,10 @@ def _described(path: Path) -> str:
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The reason in one line, without PyTorch's advice to load a file that may run code."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        name = re.search(r"GLOBAL (\S+)", text)
+        return f"it holds something other than tensors and plain values{f' ({name[1]})' if name else ''}"
+    line = text.strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) else line or type(error).__name__

@@ -7,6 +7,7 @@ from typing import Any, Unpack, cast
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
@@ -220,6 +221,8 @@ class IMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        if isinstance(x, Proxy):  # a trace by torch.fx without timm's list of leaves: this is one
+            return cast(Tensor, x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {}))
         y = self.fc1(x)
         z = y
         if self.fixed_point is not None:

@@ -15,6 +15,7 @@ from imixer.data import LoaderError, make_loader
 from imixer.imixer import IMixer
 from imixer.training import load_data
 from imixer.training.checkpoints import write_atomically
+from imixer.training.command_line import path_text
 from imixer.training.config import AMP_DTYPES, DEVICES
 from imixer.training.distributed import choose_device
 from imixer.validation import (
@@ -114,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run's folder, or a checkpoint")
+    parser.add_argument("checkpoint", type=path, metavar="RUN", help="a run's folder, or a checkpoint")
     solving = parser.add_argument_group("solving")
     solving.add_argument(
         "--n_iter", type=positive, nargs="+", default=[1, 2, 4, 8], metavar="N", help="solver steps [1 2 4 8]"
@@ -123,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     solving.add_argument("--rtol", type=float, metavar="TOL", help="relative tolerance that ends a solve early")
 
     data = parser.add_argument_group("data [the run's]")
-    data.add_argument("--data-dir", metavar="DIR", help="folder of the images")
+    data.add_argument("--data-dir", type=path_text, metavar="DIR", help="folder of the images")
     data.add_argument("--dataset", metavar="NAME", help="timm's name of the data set, such as torch/cifar10")
     data.add_argument("--val-split", metavar="NAME", help="split to test on")
     data.add_argument("--workers", "-j", type=int, metavar="N", help="processes that read images")
@@ -141,8 +142,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--amp-dtype", choices=list(AMP_DTYPES), default="bfloat16", help="its lower precision [%(default)s]"
     )
     computation.add_argument("--no-ema", action="store_true", help="test the weights, not their average")
-    computation.add_argument("--output", type=Path, metavar="DIR", help="folder for the results [the checkpoint's]")
+    computation.add_argument("--output", type=path, metavar="DIR", help="folder for the results [the checkpoint's]")
     return parser
+
+
+def path(text: str) -> Path:
+    """Read a path that is not empty."""
+    return Path(path_text(text))
 
 
 def positive(text: str) -> int:

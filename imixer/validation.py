@@ -1,7 +1,7 @@
 """Testing a trained model, at several numbers of solver steps over the same images."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,10 +101,16 @@ def find_checkpoint(path: Path) -> Path:
 def settings_of(run: dict[str, Any] | None, changes: dict[str, Any]) -> TrainingConfig:
     """Return the settings of a run, or the defaults, with `changes`; settings that are no longer known are left out.
 
+    The size of the images is that of the run's model.
+
     Raises:
         ValueError: A value is unfit.
     """
-    return TrainingConfig(**(saved_settings(run["config"] if run else {}) | changes))
+    settings = saved_settings(run["config"] if run else {})
+    size = run["model_args"].get("img_size") if run else None
+    if isinstance(size, int):
+        settings["img_size"] = size
+    return TrainingConfig(**(settings | changes))
 
 
 def load_trained_model(
@@ -120,8 +126,8 @@ def load_trained_model(
         use_ema: Take averaged weights where the file has them.
 
     Raises:
-        ValueError: The checkpoint names no model that it may, the weights do not fit, or the run's classes are others
-            than the images'.
+        ValueError: The checkpoint names no model that it may, the weights do not fit, or the run's classes or image
+            size are others than the images'.
     """
     if run is None:
         check_model_name(config.model)
@@ -140,8 +146,23 @@ def load_trained_model(
         model: nn.Module = timm.create_model(name, **arguments)
     except Exception as error:  # the arguments may be those of a file
         raise ValueError(f"cannot build the {name} of {path}: {' '.join(str(error).split())}") from error
+    size = _image_size(name, arguments)
+    if size not in (None, data.img_size):
+        raise ValueError(
+            f"the {name} of {path} takes images of {size} x {size} pixels, not {data.img_size} x {data.img_size}; "
+            "leave --img-size out"
+        )
     load_checkpoint(model, path, use_ema=use_ema)
     return model
+
+
+def _image_size(name: str, arguments: Mapping[str, Any]) -> int | None:
+    """Height and width of the images that a model takes; None if it takes several."""
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.fixed_input_size or arguments.get("dynamic_img_size"):
+        return None
+    size: int = arguments.get("img_size", cfg.input_size[-1])
+    return size
 
 
 @torch.no_grad()

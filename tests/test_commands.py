@@ -66,9 +66,11 @@ def test_resume_auto_starts_and_goes_on(capsys: pytest.CaptureFixture[str]) -> N
         ({"lr": -1.0}, "error: lr must be positive"),
         ({"model": "hf-hub:timm/resnet18"}, "error: unknown model 'hf-hub:timm/resnet18'"),
         (
-            {"model_kwargs": {"pretrained_cfg": {"url": "http://x"}}},
-            "error: the checkpoint asks for imixer_ti4_32 with pret",
+            {"model_kwargs": {"features_only": True}},
+            "error: the checkpoint asks for imixer_ti4_32 with features_only='True', which is not taken from a check",
         ),
+        # Where the first weights came from is left out.
+        ({"model_kwargs": {"pretrained": True, "pretrained_cfg": {"file": "trace"}}}, None),
         ({"dataset": "wds/data", "data_dir": "pipe:touch trace"}, "error: unknown data set 'wds/data'"),
         (
             {"dataset": "torch/mnist", "data_dir": "nothing", "dataset_download": True},

@@ -68,6 +68,27 @@ def test_invertible_resnet_fits_a_density_and_is_inverted(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "argument --steps: must be at least 1, not 0"),
+        (["--blocks", "0"], "argument --blocks: must be at least 1, not 0"),
+        (["--width", "-1"], "argument --width: must be at least 1, not -1"),
+        (["--output", ""], "argument --output: must be a file that ends in .png, .pdf or .svg, not ''"),
+        (["--output", "density.foo"], "argument --output: must be a file that ends in .png, .pdf or .svg"),
+        (["--output", f"{__file__}/density.png"], "argument --output: cannot write the plot: "),
+    ],
+)
+def test_invertible_resnet_refuses_what_it_cannot_do_before_it_trains(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["invertible_resnet.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        run("invertible_resnet", capsys)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_hopfield_networks_retrieve_what_they_store(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

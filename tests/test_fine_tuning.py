@@ -44,7 +44,9 @@ def test_new_head_keeps_all_but_the_classifier(name: str, tmp_path: Path) -> Non
     message = (
         r"head\.weight has shape \(5, \d+\) there and \(3, \d+\) in the model. The checkpoint tells 5 classes apart"
     )
-    with pytest.raises(ValueError, match=rf"{message}: to train a new classifier, give new_head=True \(--new-head\)"):
+    with pytest.raises(
+        ValueError, match=rf"{message}: test it on .*, or train a new classifier with new_head=True \(--new-head in tr"
+    ):
         imixer.load_checkpoint(model, path)
     assert imixer.load_checkpoint(model, path, new_head=True) == ["head.bias", "head.weight"]
     for key, value in model.state_dict().items():
@@ -117,7 +119,7 @@ def test_run_begins_with_weights_of_another(
     torch.save(gray.state_dict(), "other.pt")
     flags[flags.index(str(run / "best.pt"))] = "other.pt"
     assert main([*flags, "--img-size", "8"]) == 2
-    assert capsys.readouterr().err.endswith("give new_head=True (--new-head).\n")
+    assert capsys.readouterr().err.endswith("new_head=True (--new-head in training).\n")
     assert main([*flags, "--img-size", "8", "--new-head"]) == 0
     message = "the first weights are those of other.pt, except 2 tensors that start anew: head.bias, head.weight\n"
     assert message in capsys.readouterr().out

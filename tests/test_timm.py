@@ -258,6 +258,19 @@ def test_symbolic_tracing(training):
         torch.testing.assert_close(theirs[f"graph_module.{name}"], gradient)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_symbolic_tracing_without_timms_list_of_leaves(training):
+    model = trained_somewhat(tiny()).train(training)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    assert any(isinstance(module, IMLP) for module in traced.modules())
+    x = images(model)
+    found, expected = traced(x), model(x)
+    assert torch.equal(found, expected)
+    theirs = gradients(traced, found)
+    for name, gradient in gradients(model, expected).items():
+        torch.testing.assert_close(theirs[name], gradient)
+
+
 # Arguments
 
 

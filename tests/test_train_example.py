@@ -151,14 +151,45 @@ def test_presets_are_whole(preset: str) -> None:
         ("epochs: many", "error: epochs in mine.yaml must be int, not 'many'"),
         ("epochs: 1.5", "error: epochs in mine.yaml must be int, not 1.5"),
         ("amp: 1", "error: amp in mine.yaml must be bool, not 1"),
-        ("- 1", "error: mine.yaml must hold settings as `name: value` lines, not a list"),
+        ("- 1", "error: mine.yaml must hold settings as `name: value` lines, but holds a list"),
+        ("# lr: 1", "error: mine.yaml must hold settings as `name: value` lines, but is empty"),
         ("lr: [", "error: mine.yaml is not YAML: "),
+        ("epochs:", "error: epochs in mine.yaml has no value; give one, or leave epochs out"),
+        ("seed:", "error: seed in mine.yaml has no value"),
+        ("model:", "error: model in mine.yaml has no value"),
+        ("opt: null", "error: opt in mine.yaml has no value"),
+        ("checkpoint-interval:", "error: checkpoint_interval in mine.yaml has no value"),
+        ("sched:", "error: sched in mine.yaml has no value"),
+        ("epochs: .inf", "error: epochs in mine.yaml must be int, not inf"),
+        ("epochs: .nan", "error: epochs in mine.yaml must be int, not nan"),
+        ("lr: 1" + "0" * 400, "error: lr in mine.yaml must be float, not 1000"),
+        ("seed: 1" + "0" * 400, "error: seed must be from 0 to 4294967295, not 1000"),
+        ("preset: 3", "error: preset in mine.yaml must be one of digits, cifar10-small, "),
+        ("preset: [a]", "error: preset in mine.yaml must be one of digits, cifar10-small, "),
+        ("preset: {a: 1}", "error: preset in mine.yaml must be one of digits, cifar10-small, "),
+        ("model_kwargs: &x {a: *x}", "error: a in model_kwargs is nested too deep, or contains itself"),
+        ("[" * 5000, "error: mine.yaml is not a file of settings: its lists or mappings are nested too deep"),
+        ("decay_milestones: [90.5]", "error: decay_milestones in mine.yaml must be a list of int, not [90.5]"),
+        ("decay_milestones: [90, null]", "error: decay_milestones in mine.yaml must be a list of int, not [90, None]"),
+        ("log_with: wandb", "error: log_with in mine.yaml must be a list of str, not 'wandb'"),
+        ("scale: [true, 1]", "error: scale in mine.yaml must be a list of float, not [True, 1]"),
+        ("h-ratio: 1\nh_ratio: 2", "error: mine.yaml sets h_ratio twice, once with - and once with _; leave one"),
+        ("model: \udcff", "error: mine.yaml is not YAML: 'utf-8' codec can't decode byte 0xff in position 7"),
+        ("aa: 2026-13-01", "error: mine.yaml is not YAML: month must be in 1..12"),
     ],
 )
 def test_unfit_file_of_settings_is_reported(content: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("mine.yaml").write_text(content)
+    Path("mine.yaml").write_bytes(content.encode(errors="surrogateescape"))
     assert main(["--config", "mine.yaml"]) == 2
-    assert capsys.readouterr().err.startswith(message)
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_settings_without_a_default_may_be_null() -> None:
+    Path("mine.yaml").write_text("workers:\nclip_grad: null\nscale: [0.5, 1]\ndecay_milestones: [90.0, 180]\npreset:\n")
+    settings = parse(["--config", "mine.yaml"]).settings
+    assert settings == {"workers": None, "clip_grad": None, "scale": (0.5, 1.0), "decay_milestones": (90, 180)}
 
 
 def test_folder_of_images_with_the_papers_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

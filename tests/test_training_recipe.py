@@ -18,6 +18,7 @@ from training_runs import TINY
 
 from imixer.data import ImageData
 from imixer.training import TrainingConfig, evaluation, load_data, loop, train
+from imixer.training.distributed import load_optimizer
 from imixer.training.learner import Learner
 from imixer.training.objective import make_loss, make_mixup, seed_step
 from imixer.training.schedule import Schedule
@@ -46,6 +47,21 @@ def test_optimizer_has_the_settings(digits: ImageData) -> None:
     groups = learner_of(digits, layer_decay=0.5, num_blocks=3).optimizer.param_groups
     assert len({group["lr_scale"] for group in groups}) >= 4
     assert {group["lr_scale"] for group in groups} <= {0.5**depth for depth in range(6)}
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.05, 0.0), (0.0, 0.05)])
+def test_state_of_the_optimizer_goes_on_with_and_without_weight_decay(
+    digits: ImageData, before: float, after: float
+) -> None:
+    """timm makes one group of parameters without it, and two with it."""
+    old, new = learner_of(digits, weight_decay=before), learner_of(digits, weight_decay=after)
+    old.add_gradient(torch.randn(16, 1, 8, 8), torch.arange(16) % 10, share=1.0, last=True)
+    old.step.update(1)
+    load_optimizer(new.plain, new.optimizer, old.state()["optimizer"])
+    assert max(group["weight_decay"] for group in new.optimizer.param_groups) == after
+    for theirs, ours in zip(old.plain.parameters(), new.plain.parameters(), strict=True):
+        for name, value in old.optimizer.state[theirs].items():
+            assert torch.equal(new.optimizer.state[ours][name], value)
 
 
 @pytest.mark.parametrize("clip", [1e-3, 1e-2])

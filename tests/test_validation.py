@@ -10,7 +10,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from training_runs import TINY, read_curves
 
 from imixer.confusion_plot import plot_confusion
 from imixer.data import load_digits, make_loader
-from imixer.training import load_data, train
+from imixer.training import build_model, load_data, parse, train
 from imixer.training.checkpoints import save_checkpoint
+from imixer.training.model import model_arguments
 from imixer.validate_command import main
 from imixer.validation import Validation, find_checkpoint, format_validations, validate
 
@@ -179,11 +180,27 @@ def test_wrong_checkpoints_are_refused(run: Path, tmp_path: Path, capsys: pytest
     assert "leave --model and --h_ratio out" in error(str(run), "--h_ratio", "1")
     write_digit_tree(tmp_path / "tree")
     assert "tells 10 classes apart (0, 1, 2, 3 ...), and tree has 3 (0, 1, 2 ...)" in error(
-        str(run), "--data-dir", str(tmp_path / "tree"), "--img-size", "8"
+        str(run), "--data-dir", str(tmp_path / "tree")
     )
+    message = error(str(run), "--img-size", "16")
+    assert "best.pt takes images of 8 x 8 pixels, not 16 x 16; leave --img-size out" in message
     assert "unknown model 'imixer'" in error(str(tmp_path / "foreign.pt"), "--model", "imixer")
     assert "no solver 'secant'" in error(str(run), "--solver", "secant")
     assert not (tmp_path / "out").exists()
+
+
+def test_models_for_images_of_any_size_are_tested_at_another_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "test_resnet", "--epochs", "1", "--warmup-epochs", "0", "--output", str(tmp_path)]
+    config = parse(flags).config(say=lambda _: None)
+    data = load_data(config)
+    model = build_model(config, data)
+    run = {"model": config.model, "model_args": model_arguments(config, data), "classes": list(data.classes)}
+    rest: dict[str, Any] = {"mean": list(data.mean), "std": list(data.std), "config": asdict(config)}
+    save_checkpoint(tmp_path, {"state_dict": model.state_dict(), **run, **rest})
+    assert main([str(tmp_path / "last.pt"), "--img-size", "16"]) == 0
+    assert "test_resnet; 500 test images of digits" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -216,7 +233,7 @@ def server() -> Iterator[tuple[str, list[str]]]:
         ({"model_args": {"pretrained_cfg_overlay": {"url": "URL"}}}, "with pretrained_cfg_overlay="),
         ({"model_args": {"checkpoint_path": "evil.pt"}}, "with checkpoint_path='evil.pt'"),
         ({"model_args": {"cache_dir": "here"}}, "with cache_dir='here'"),
-        ({"model_args": {"num_classes": {"a": 1}}}, "with num_classes="),
+        ({"model_args": {"num_classes": {"a": 1}}}, "cannot build the imixer_ti4_32 of "),
         ({"model_args": {"patch_size": 0}}, "cannot build the imixer_ti4_32 of "),
         ({"model_args": {"block_layer": "x"}}, "cannot build the imixer_ti4_32 of "),
         ({"model_args": {1: 2}}, "with 1='2'"),

@@ -13,7 +13,7 @@ import yaml
 from imixer.training.checkpoints import holds_run
 from imixer.training.config import TrainingConfig
 from imixer.training.keyword_arguments import ReadKeywordArguments
-from imixer.training.model import check_model_arguments, settings_for_model
+from imixer.training.model import FIRST_WEIGHTS, check_model_arguments, settings_for_model
 from imixer.training.presets import PRESETS
 
 HEADINGS = {
@@ -25,6 +25,7 @@ HEADINGS = {
     "run": "run",
 }
 TYPES = get_type_hints(TrainingConfig)
+DEFAULTS = {item.name: item.default for item in fields(TrainingConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,10 @@ def parse(arguments: Sequence[str] | None = None, *, epilog: str = "") -> Comman
     settings: dict[str, Any] = {}
     if file is not None:
         settings = read_settings(Path(file))
-        preset = preset or settings.pop("preset", None)
-        _check_known("preset", [preset] if preset else [], PRESETS, file)
+        named = settings.pop("preset", None)
+        if named is not None:
+            _check_known("preset", [named], PRESETS, file)
+        preset = preset or named
     settings |= options
     if resume == "auto":
         if settings.get("output") is None:
@@ -112,8 +115,8 @@ def parse(arguments: Sequence[str] | None = None, *, epilog: str = "") -> Comman
 def saved_settings(saved: dict[str, Any]) -> dict[str, Any]:
     """The settings that a checkpoint gives to a run that goes on from it, or to a test of it.
 
-    They are those of today's names, except the folder of the results and `dataset_download`: nothing is fetched because
-    a checkpoint says so.
+    They are those of today's names, except the folder of the results, `dataset_download`, and where the model's first
+    weights came from: nothing is fetched because a checkpoint says so.
 
     Raises:
         ValueError: A value is not valid, or the model's arguments are not those that a checkpoint may give.
@@ -121,6 +124,9 @@ def saved_settings(saved: dict[str, Any]) -> dict[str, Any]:
     left_out = ("output", "dataset_download")
     names = [name for name in saved if name in TYPES and name not in left_out]
     settings = {name: _converted(name, saved[name], "the checkpoint") for name in names}
+    if settings.get("model_kwargs"):
+        given = settings["model_kwargs"].items()
+        settings["model_kwargs"] = {name: value for name, value in given if name not in FIRST_WEIGHTS} or None
     if settings.get("model_kwargs"):
         check_model_arguments("the checkpoint", settings.get("model", TrainingConfig.model), settings["model_kwargs"])
     return settings
@@ -138,11 +144,14 @@ def build_parser(epilog: str = "") -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("data_dir", nargs="?", metavar="DATA_DIR", help="like --data-dir")
+    parser.add_argument("data_dir", nargs="?", type=path_text, metavar="DATA_DIR", help="like --data-dir")
     parser.add_argument("--preset", choices=list(PRESETS), default=None, help="settings that belong together")
-    parser.add_argument("--config", "-c", metavar="FILE", default=None, help="YAML file of settings by their names")
+    parser.add_argument(
+        "--config", "-c", type=path_text, metavar="FILE", default=None, help="YAML file of settings by their names"
+    )
     parser.add_argument(
         "--resume",
+        type=path_text,
         metavar="RUN",
         default=None,
         help="continue a run: its folder, or one of its checkpoints; auto: the one in --output, if there is one",
@@ -156,6 +165,17 @@ def build_parser(epilog: str = "") -> Parser:
     return parser
 
 
+def path_text(text: str) -> str:
+    """Check that a path is not empty, as that of a variable of the shell that is not set.
+
+    Raises:
+        argparse.ArgumentTypeError: It is.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; give one, or set the variable of the shell that holds it")
+    return text
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a YAML file of settings, by the names of `TrainingConfig` or of the flags.
 
@@ -165,13 +185,21 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         found = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for text that is not UTF-8, and days such as 2026-13-01
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ValueError(f"{path} is not a file of settings: its lists or mappings are nested too deep") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold settings as `name: value` lines, not a {type(found).__name__}")
-    settings = {str(name).replace("-", "_"): value for name, value in found.items()}
-    _check_known("setting", settings, {*TYPES, "preset"}, path)
-    return {name: value if name == "preset" else _converted(name, value, path) for name, value in settings.items()}
+        what = "is empty" if found is None else f"holds a {type(found).__name__}"
+        raise ValueError(f"{path} must hold settings as `name: value` lines, but {what}")
+    settings: dict[str, Any] = {}
+    for written, value in found.items():
+        name = str(written).replace("-", "_")
+        _check_known("setting", [name], {*TYPES, "preset"}, path)
+        if name in settings:
+            raise ValueError(f"{path} sets {name} twice, once with - and once with _; leave one of the lines out")
+        settings[name] = value if name == "preset" else _converted(name, value, path)
+    return settings
 
 
 def write_settings(config: TrainingConfig) -> str:
@@ -197,7 +225,8 @@ def _add_flag(group: argparse._ArgumentGroup, item: "Field[Any]") -> None:
         if kind is dict:
             options |= {"action": ReadKeywordArguments, "nargs": "*"}
         else:
-            options |= {"type": kind, "nargs": "?" if "const" in options else "+" if several else None}
+            options |= {"type": path_text if options.get("metavar") in ("DIR", "FILE") else kind}
+            options |= {"nargs": "?" if "const" in options else "+" if several else None}
     group.add_argument(f"--{flag}", *item.metadata.get("aliases", ()), **options)
     if "_" in item.name:
         group.add_argument(f"--{item.name}", **{**options, "help": argparse.SUPPRESS})
@@ -218,28 +247,41 @@ def _kind(name: str) -> tuple[type, bool]:
 def _converted(name: str, value: Any, source: Path | str) -> Any:
     """A value of a file as the setting's type: YAML reads 1e-3 as text, and 3 as no float."""
     if value is None:
-        return None
+        if DEFAULTS[name] is None:
+            return None
+        raise ValueError(f"{name} in {source} has no value; give one, or leave {name} out")
     kind, several = _kind(name)
     try:
-        if several:
-            return tuple(kind(entry) for entry in value)
-        if (
-            isinstance(value, bool) != (kind is bool)
-            or isinstance(value, list)
-            or isinstance(value, dict) != (kind is dict)
-        ):
-            raise TypeError
-        converted = kind(value)
-        if kind is int and converted != float(value):
-            raise TypeError
-    except (TypeError, ValueError):
-        wanted = f"a list of {kind.__name__}" if several else kind.__name__
-        raise ValueError(f"{name} in {source} must be {wanted}, not {value!r}") from None
+        if not several:
+            return _entry(kind, value)
+        if isinstance(value, (list, tuple)):
+            return tuple(_entry(kind, entry) for entry in value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    wanted = f"a list of {kind.__name__}" if several else kind.__name__
+    raise ValueError(f"{name} in {source} must be {wanted}, not {value!r}")
+
+
+def _entry(kind: type, value: Any) -> Any:
+    """A value that is not a list as this type.
+
+    Raises:
+        TypeError, ValueError, OverflowError: It is of another type.
+    """
+    if isinstance(value, bool) != (kind is bool) or isinstance(value, dict) != (kind is dict):
+        raise TypeError
+    if value is None or isinstance(value, (list, tuple, set)):
+        raise TypeError
+    converted = kind(value)
+    if kind is int and not isinstance(value, int) and converted != float(value):
+        raise TypeError
     return converted
 
 
-def _check_known(what: str, names: Iterable[str], known: Collection[str], path: Path) -> None:
+def _check_known(what: str, names: Iterable[Any], known: Collection[str], path: Path) -> None:
     for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{what} in {path} must be one of {', '.join(known)}, not {name!r}")
         if name not in known:
             raise ValueError(f"unknown {what} {name!r} in {path}{_near(name, known)}")
 

@@ -12,6 +12,7 @@ from timm.optim import list_optimizers
 from imixer.imlp_options import IMLP_OPTIONS, choices, complete
 from imixer.training.global_batch import cut_into_batches
 from imixer.training.keyword_arguments import plain
+from imixer.training.ranges import check_ranges
 
 SCHEDULERS = ("cosine", "tanh", "poly", "step", "multistep", "constant")
 AMP_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # torch's names and accelerate's
@@ -264,7 +265,7 @@ class TrainingConfig:
                 object.__setattr__(self, item.name, self._checked_kwargs(item, value))
         imlp_options: Any = {name: getattr(self, name) for name in IMLP_OPTIONS if getattr(self, name) is not None}
         complete(imlp_options)  # raises for values that are not valid
-        self._check_numbers()
+        check_ranges(vars(self))
         self._check_names()
         if self.warmup_epochs > self.epochs:
             raise ValueError(
@@ -345,39 +346,6 @@ class TrainingConfig:
                 flag = flags[name].replace("_", "-")
                 raise ValueError(f"{item.name} sets {name} to {value!r}, which has a flag of its own: use {flag}")
         return {name: plain(value, f"{name} in {item.name}") for name, value in kwargs.items()}
-
-    def _check_numbers(self) -> None:
-        at_least_1 = ("num_classes", "img_size", "patch_size", "num_blocks", "embed_dim", "epochs")
-        for name in (
-            *at_least_1,
-            "batch_size",
-            "validation_batch_size",
-            "grad_accum_steps",
-            "global_batch",
-            "lr_base_size",
-            "log_interval",
-            "report_interval",
-            "max_nonfinite",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        not_negative = ("workers", "cache_mb", "seed", "weight_decay", "clip_grad", "warmup_epochs", "cooldown_epochs")
-        for name in (*not_negative, "warmup_lr", "min_lr", "mixup", "cutmix"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative, but is {value}")
-        for name in ("smoothing", "drop", "drop_path", "model_ema_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {value}")
-        for name in ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability, from 0 to 1, not {getattr(self, name)}")
-        for name in ("lr", "lr_base"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, not {value}")
 
     def _check_names(self) -> None:
         choices: dict[str, Collection[str]] = {

@@ -123,13 +123,16 @@ def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any],
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Give an optimizer the state that `whole_state` took, also from another number of processes.
 
-    Its settings stay: a run may go on with others.
+    Its settings stay: a run may go on with others, and with other groups of parameters, as timm makes them without
+    weight decay.
     """
     if not state:
         return
     options = StateDictOptions(full_state_dict=True)
     groups: Any = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
-    for group, saved in zip(groups, state["param_groups"], strict=True):
+    before = {parameter: group for group in state["param_groups"] for parameter in group["params"]}
+    for group in groups:
+        saved = before[group["params"][0]] if group["params"] else {}
         # What is no setting is state that some optimizers keep here.
         group.update({name: saved[name] for name in group if name in saved and name not in OPTIMIZER_SETTINGS})
     set_optimizer_state_dict(model, optimizer, {**state, "param_groups": groups}, options=options)

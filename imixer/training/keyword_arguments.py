@@ -44,13 +44,22 @@ def plain(value: Any, name: str) -> Any:
     Raises:
         ValueError: It is none.
     """
+    try:
+        return _plain(value)
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deep, or contains itself") from None
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must consist of numbers, texts, True, False, None, lists, and dictionaries with texts as keys, "
+            f"which can be saved with the run, not {error}"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
-        return tuple(plain(entry, name) for entry in value)
+        return tuple(_plain(entry) for entry in value)
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: plain(entry, name) for key, entry in value.items()}
-    raise ValueError(
-        f"{name} must consist of numbers, texts, True, False, None, lists, and dictionaries with texts as keys, which "
-        f"can be saved with the run, not {value!r}"
-    )
+        return {key: _plain(entry) for key, entry in value.items()}
+    raise TypeError(repr(value))

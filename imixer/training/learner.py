@@ -50,7 +50,7 @@ class Learner:
         self.accelerator = accelerator
         self._data = data
         self._looked_into: nn.Module | None = None
-        self.plain = create_model(config, data).to(accelerator.device)
+        self.plain = create_model(config, data, resumed=checkpoint is not None).to(accelerator.device)
         if config.channels_last:
             self.plain = self.plain.to(memory_format=torch.channels_last)
         self.notes: list[str] = []
@@ -66,7 +66,11 @@ class Learner:
                 with restoring("averaged weights"):
                     self.ema.module.load_state_dict(checkpoint["state_dict_ema"])
         if config.torchcompile:
-            compile_blocks(self.plain, config.torchcompile, config.torchcompile_mode)
+            try:
+                compile_blocks(self.plain, config.torchcompile, config.torchcompile_mode)
+            except RuntimeError as error:  # an unknown backend or mode
+                given = f"torchcompile={config.torchcompile!r} and torchcompile_mode={config.torchcompile_mode!r}"
+                raise ValueError(f"cannot compile with {given}: {' '.join(str(error).split())}") from error
         self._model = accelerator.prepare_model(self.plain)
         self.optimizer = build_optimizer(config, self.plain, lr=lr)
         scaler = accelerator.scaler
@@ -124,7 +128,8 @@ class Learner:
         if not first:
             return None
         if self._looked_into is None:
-            self._looked_into = create_model(self.config, self._data).to(self.accelerator.device)
+            whole = create_model(self.config, self._data, resumed=True)
+            self._looked_into = whole.to(self.accelerator.device)
         self._looked_into.load_state_dict(self.plain.state_dict())
         return self._looked_into
 

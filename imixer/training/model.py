@@ -3,9 +3,10 @@
 import difflib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import timm
@@ -18,15 +19,30 @@ import imixer.imixer  # noqa: F401  registers the models
 from imixer.checkpoint import load_checkpoint
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig, arguments_of_group
+from imixer.training.keyword_arguments import plain
 from imixer.training.step import make_optimizer
 
 # A keyword argument that no model takes.
 _NOT_AN_ARGUMENT = "imixer_asks_what_the_model_takes"
+# Arguments of `timm.create_model` that say where the first weights come from. A checkpoint brings the weights itself.
+FIRST_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+# Arguments of timm's builder for something other than the whole classifier.
+_OTHER_MODELS = ("features_only", "feature_cls", "pruned")
+# Arguments that models of timm share, also those whose file does not name them.
+_SHARED_ARGUMENTS = {"num_classes", "in_chans", "img_size", "global_pool", "drop_rate", "drop_path_rate"}
 
 
 def check_model_name(name: str) -> None:
-    """Raise a ValueError that lists what exists if timm knows no model of this name."""
+    """Raise a ValueError that lists what exists if timm knows no model, or no weights of it, of this name."""
     if timm.is_model(name):
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            model = name.partition(".")[0]
+            known = ", ".join(timm.list_pretrained(f"{model}.*")[:8])
+            raise ValueError(
+                f"timm has no weights of the name {name!r}; give {model}{f', or one of {known}' if known else ''}"
+            ) from error
         return
     near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.7)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -87,7 +103,7 @@ def settings_for_model(
 
 
 def model_arguments(config: TrainingConfig, data: ImageData) -> dict[str, Any]:
-    """Return the arguments of `timm.create_model` that `config` sets or `data` demands."""
+    """Return the arguments of `timm.create_model` that `config` sets or `data` demands, except `FIRST_WEIGHTS`."""
     arguments = {"num_classes": len(data.classes), "in_chans": data.in_chans} | config.model_arguments
     if config.data_dir is None and not config.dataset:
         # Digits are smaller than any model's own size, and its own patches would leave few tokens.
@@ -98,28 +114,51 @@ def model_arguments(config: TrainingConfig, data: ImageData) -> dict[str, Any]:
         arguments.pop("img_size", None)
         if config.patch_size is None:
             arguments.pop("patch_size", None)
-    return arguments
+    return {name: value for name, value in arguments.items() if name not in FIRST_WEIGHTS}
 
 
 def check_model_arguments(source: Path | str, name: str, arguments: Mapping[str, Any]) -> None:
     """Check what a checkpoint says of its model before a model is built by it.
 
     `timm.create_model` also takes arguments that name files and addresses to load weights from. A checkpoint may give
-    only plain values, and only for what the constructor of the model's class takes.
+    only plain values, and only for what the file that defines the model takes.
 
     Raises:
         ValueError: There is no such model, or an argument is of another kind.
     """
     check_model_name(name)
-    kind = inspect.signature(timm.model_entrypoint(name)).return_annotation
-    taken = {parameter for cls in getattr(kind, "__mro__", ()) for parameter in inspect.signature(cls).parameters}
     for argument, value in arguments.items():
-        entries = value if isinstance(value, (list, tuple)) else [value]
-        if argument not in taken or not all(isinstance(entry, (int, float, str, NoneType)) for entry in entries):
+        if not _may_be_saved(name, argument, value):
             raise ValueError(
                 f"{source} asks for {name} with {argument}={str(value)[:80]!r}, which is not taken from a checkpoint; "
                 "give it yourself, by --model-kwargs or timm.create_model"
             )
+
+
+def _may_be_saved(model: str, argument: str, value: Any) -> bool:
+    """Whether a checkpoint may give this argument of a model."""
+    try:
+        plain(value, argument)
+    except ValueError:
+        return False
+    return argument in _SHARED_ARGUMENTS | _taken_arguments(model)
+
+
+def _taken_arguments(model: str) -> set[str]:
+    """What the modules and builders in the file that defines a model take, except what is for creation only."""
+    entrypoint = timm.model_entrypoint(model)
+    file = [owner for owner in vars(sys.modules[entrypoint.__module__]).values() if callable(owner)]
+    owners = [owner for owner in file if getattr(owner, "__module__", None) == entrypoint.__module__]
+    owners += getattr(inspect.signature(entrypoint).return_annotation, "__mro__", ())  # from another file perhaps
+    builders = [owner for owner in owners if inspect.isfunction(owner) and "pretrained" in _parameters(owner)]
+    classes = [owner for owner in owners if inspect.isclass(owner)]
+    modules = [owner for owner in classes if issubclass(owner, nn.Module) or is_dataclass(owner)]
+    taken = {name for owner in (*builders, *modules) for name in _parameters(owner)}
+    return taken - {*_parameters(timm.create_model), *_parameters(timm.models.build_model_with_cfg), *_OTHER_MODELS}
+
+
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    return inspect.signature(function).parameters
 
 
 def build_model(config: TrainingConfig, data: ImageData) -> nn.Module:
@@ -135,18 +174,32 @@ def build_model(config: TrainingConfig, data: ImageData) -> nn.Module:
     return model
 
 
-def create_model(config: TrainingConfig, data: ImageData) -> nn.Module:
-    """Create the model with fresh weights.
+def create_model(config: TrainingConfig, data: ImageData, *, resumed: bool = False) -> nn.Module:
+    """Create the model with the weights that it starts with.
+
+    Args:
+        config: The settings.
+        data: The images.
+        resumed: Whether other weights are loaded next, so that `FIRST_WEIGHTS` are not needed.
 
     Raises:
-        ValueError: The model does not exist, or does not take the arguments.
+        ValueError: The model does not exist, or does not take the arguments, or could not be built again by them.
     """
     check_model_name(config.model)
     arguments = model_arguments(config, data)
+    first = {} if resumed else {name: value for name, value in config.model_arguments.items() if name in FIRST_WEIGHTS}
     try:
-        return timm.create_model(config.model, **arguments)
+        model = timm.create_model(config.model, **arguments, **first)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"cannot build {config.model} with {_listed(arguments)}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot build {config.model} with {_listed(arguments | first)}: {reason}") from error
+    for name, value in (config.model_kwargs or {}).items():
+        if name in arguments and not _may_be_saved(config.model, name, value):
+            raise ValueError(
+                f"model_kwargs sets {name} to {value!r}, which is not taken from a checkpoint, so that the run could "
+                "be neither resumed nor validated; leave it out"
+            )
+    return model
 
 
 def build_optimizer(config: TrainingConfig, model: nn.Module, *, lr: float | None = None) -> torch.optim.Optimizer:
@@ -162,6 +215,7 @@ def build_optimizer(config: TrainingConfig, model: nn.Module, *, lr: float | Non
     """
     arguments = {**config.optimizer_arguments, **({} if lr is None else {"lr": lr})}
     try:
+        _check_optimizer_arguments(config)
         return make_optimizer(model, capturable=config.cuda_graph, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         takes = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
@@ -169,6 +223,17 @@ def build_optimizer(config: TrainingConfig, model: nn.Module, *, lr: float | Non
             f"cannot make the optimizer {config.opt} with {_listed(arguments)}: {error}; it takes "
             f"{', '.join(list(takes)[1:])}"
         ) from error
+
+
+def _check_optimizer_arguments(config: TrainingConfig) -> None:
+    """Check what optimizers notice in their first step only: the number of betas, and texts instead of numbers."""
+    parameters = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
+    for name, parameter in parameters.items():
+        value, default = config.optimizer_arguments.get(name), parameter.default
+        if isinstance(value, str) and isinstance(default, (int, float)):
+            raise ValueError(f"{name} must be {type(default).__name__}, not {value!r}")
+        if isinstance(value, tuple) and isinstance(default, tuple) and len(value) != len(default):
+            raise ValueError(f"{name} must be {len(default)} numbers, not {len(value)}")
 
 
 def _listed(arguments: Mapping[str, Any]) -> str:

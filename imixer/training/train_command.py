@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the run's folder keeps its last checkpoint", file=sys.stderr)
         return 130
-    except (ValueError, OSError, NonFiniteError, LoaderError) as error:
+    except (ValueError, OSError, ImportError, NonFiniteError, LoaderError) as error:
         print(f"error: {error}" if rank == 0 else f"error in process {rank}: {error}", file=sys.stderr)
         return 2
     return 0
