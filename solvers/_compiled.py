@@ -146,7 +146,7 @@ def series(
         parts, num_products = _compiled(_series_graph.series, key)(task, w, tolerance, max_rate, max_steps)
         return parts, int(num_products)
 
-    return _unless_refused(key, call)
+    return _unless_refused(key, call, "The linear solve of the gradient")
 
 
 def _is_large(state: Tensor) -> bool:
@@ -157,7 +157,7 @@ def _is_large(state: Tensor) -> bool:
     return is_large and state.device.type == "cpu"
 
 
-def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], T]) -> T | None:
+def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], T], what: str = "The solve") -> T | None:
     """What a call of compiled code returns; None, with a warning the first time, if it cannot be compiled."""
     if key in _refused:
         return None
@@ -168,7 +168,7 @@ def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], T]) -> T | Non
         _refused.add(key)
         cause = str(error).strip().splitlines()
         warn_caller(
-            "The solve runs step by step although compile=True, because it could not be compiled: "
+            f"{what} runs step by step although compile=True, because it could not be compiled: "
             f"{type(error).__name__}: {cause[0] if cause else 'no message'}\nA map that is compiled must not decide in "
             "Python by the values of tensors; torch.compile(f, fullgraph=True) shows where it does. Python numbers are "
             "part of the graph: make those that take many values tensors.",

@@ -58,6 +58,8 @@ class _CompiledRichardson(Richardson):
         return dataclasses.replace(result, solver=result.solver or self.shown)
 
     def series(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor) -> Series:
+        if not b.numel():
+            return super().series(matvec, b, tolerance)
         max_rate = b.new_full((), MAX_RATE if self.max_rate is None else self.max_rate)
         max_steps = torch.full((), self.max_steps, dtype=torch.int64, device=b.device)
         done = compiled.series(self.task, b, tolerance, max_rate, max_steps)

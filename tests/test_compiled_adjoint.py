@@ -8,7 +8,7 @@ from tanh_map import TanhMap
 from torch._dynamo.utils import counters
 
 from implicit import FixedPointLayer, Implicit, fixed_point
-from solvers import NotCompiledWarning, _compiled, _compiled_adjoint
+from solvers import NotCompiledWarning, _compiled, _compiled_adjoint, _series_graph
 from solvers.linear import GMRES, Richardson
 
 pytestmark = [
@@ -67,12 +67,14 @@ def test_the_same_steps_where_the_rate_is_given():
     torch.testing.assert_close(one.residual, other.residual)
 
 
-def test_pytrees_one_coupled_problem_and_other_solvers():
+def test_pytrees_one_coupled_problem_other_solvers_and_nothing():
     def f(z, x, y):
         return {"a": 0.4 * torch.tanh(z["a"].flip(0)) + x, "b": 0.3 * z["a"].sum(dim=1) * y + 0.2 * z["b"]}
 
     z0 = {"a": torch.zeros(4, 3), "b": torch.zeros(4)}
     args = torch.randn(4, 3), torch.randn(4)
+    (compiled, _), _ = both(linear(torch.zeros(0, 3)), torch.zeros(0, 3), torch.zeros(0, 3), rtol=1e-9)
+    assert compiled[0].shape == (0, 3)
     for options in ({"batch_dims": 0}, {"batch_dims": 0, "linear_solver": GMRES()}):
         (compiled, _), (eager, _) = both(f, z0, *args, rtol=1e-9, **options)
         for one, other in zip(compiled, eager, strict=True):
@@ -118,6 +120,18 @@ def test_by_inductor(monkeypatch):
         (compiled, adjoint), (eager, _) = both(f, torch.zeros(size, 6), torch.randn(size, 6), rtol=1e-9)
         torch.testing.assert_close(compiled[0], eager[0], rtol=1e-8, atol=1e-9)
         assert adjoint.converged.all()
+
+
+def test_what_cannot_be_compiled_runs_step_by_step_and_says_so(monkeypatch):
+    def broken(*_):
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(_series_graph, "series", broken)
+    x = torch.randn(2, 3, requires_grad=True)
+    value = fixed_point(lambda z, x: 0.4 * z + x, torch.zeros(2, 3), x, compile=True, rtol=1e-9)
+    with pytest.warns(NotCompiledWarning, match="The linear solve of the gradient runs step by step"):
+        value.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((2, 3), 1 / 0.6))
 
 
 def test_only_its_own_class_is_compiled():
