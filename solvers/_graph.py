@@ -130,18 +130,23 @@ class Plan(LimitedTask):
         return map_
 
 
-def begin(plan: Plan, fz0: Tensor) -> tuple[Course, Tensor]:
+def begin(plan: Plan, fz0: Tensor, num_spares: int = NUM_SPARES) -> tuple[Course, Tensor]:
     """The solve from its first step, whose image is ``fz0`` (B, D), as far as :func:`advance` takes it, likewise."""
     z0 = Layout(plan.z0, plan.batch_dims).pack(plan.z0)
     state = plan.solver.fixed_shape(plan.solver.init(lambda _: fz0, z0), plan.room)
     samples = first(plan.limits, state, plan.max_growth)
     one = torch.ones_like(plan.limits.max_steps)
     before = plan.limits.entries_of(State(z0, fz0))
-    return advance(plan, Course(state, samples, before, one, torch.zeros_like(samples.active), one))
+    return advance(plan, Course(state, samples, before, one, torch.zeros_like(samples.active), one), num_spares)
 
 
-def advance(plan: Plan, course: Course) -> tuple[Course, Tensor]:
+def advance(plan: Plan, course: Course, num_spares: int = NUM_SPARES) -> tuple[Course, Tensor]:
     """The solve when all samples have stopped or something rare has to be done.
+
+    Args:
+        plan: What is solved, and how.
+        course: Where the solve stands.
+        num_spares: How many results the compiler may take out of the loop.
 
     Returns:
         The solve, and what the host has to know of it, (4,) int64: whether samples are lost, whether some are active,
@@ -151,7 +156,7 @@ def advance(plan: Plan, course: Course) -> tuple[Course, Tensor]:
     # No two inputs of a loop may be the same memory, and none may be written to that others hold.
     course = _copies(course)
     carry = _Carry(course, course.state.blocks if plan.in_place else ())
-    spare = spares(course.samples.error)
+    spare = spares(course.samples.error, num_spares)
 
     def goes_on(*values: Tensor) -> Tensor:
         now = carry.course(values)
@@ -174,7 +179,7 @@ def advance(plan: Plan, course: Course) -> tuple[Course, Tensor]:
 
 def complete(plan: Plan, fz0: Tensor) -> Course:
     """The whole solve from its first step, whose image is ``fz0`` (B, D), in a graph that has no host beside it."""
-    course, _ = begin(plan, fz0)
+    course, _ = begin(plan, fz0, num_spares=0)
     course = _copies(course)
     carry = _Carry(course, ())
 
@@ -184,15 +189,15 @@ def complete(plan: Plan, fz0: Tensor) -> Course:
     def go_on(*values: Tensor) -> tuple[Tensor, ...]:
         now = _copies(carry.course(values))
         now = recovered(plan, now, held_map(plan, now.samples), torch.while_loop)
-        now, _ = advance(plan, now)
+        now, _ = advance(plan, now, num_spares=0)
         return carry.tensors(_copies(now))
 
     return carry.course(torch.while_loop(goes_on, go_on, carry.tensors(course)))
 
 
-def spares(like: Tensor) -> list[Tensor]:
+def spares(like: Tensor, number: int = NUM_SPARES) -> list[Tensor]:
     """Tensors for what the compiler takes out of a loop, whose body has to :func:`take` them."""
-    return [like.new_ones(()) for _ in range(NUM_SPARES)]
+    return [like.new_ones(()) for _ in range(number)]
 
 
 def take(spares: list[Tensor]) -> None:

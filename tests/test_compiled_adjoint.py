@@ -53,6 +53,7 @@ def test_systems_of_all_rates():
     assert repr(adjoint.solver) == repr(Richardson())
 
 
+@pytest.mark.long
 def test_the_same_steps_where_the_rate_is_given():
     rates = RATES.unsqueeze(1).expand(7, 3)
     solver = Richardson(max_rate=0.7, max_steps=12)
@@ -67,6 +68,7 @@ def test_the_same_steps_where_the_rate_is_given():
     torch.testing.assert_close(one.residual, other.residual)
 
 
+@pytest.mark.long
 def test_pytrees_one_coupled_problem_other_solvers_and_nothing():
     def f(z, x, y):
         return {"a": 0.4 * torch.tanh(z["a"].flip(0)) + x, "b": 0.3 * z["a"].sum(dim=1) * y + 0.2 * z["b"]}
@@ -99,6 +101,7 @@ def test_layers(norm):
     assert graphs[0] == graphs[-1]
 
 
+@pytest.mark.long
 def test_second_derivatives_and_transforms():
     x = torch.randn(2, 3, requires_grad=True)
 

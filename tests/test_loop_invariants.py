@@ -59,7 +59,10 @@ def both(f, z0, solver, *args, **options):
     return counts, int(found[1].num_steps.max())
 
 
-@pytest.mark.parametrize("solver", ["picard", "anderson", pytest.param("broyden", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "solver",
+    [pytest.param("picard", marks=pytest.mark.long), "anderson", pytest.param("broyden", marks=pytest.mark.long)],
+)
 def test_computed_once(as_inductor, double, solver):
     def f(z, x, w):
         return torch.tanh(0.5 * counted(z, "z") + counted(torch.sin(x) @ w, "x"))
@@ -106,6 +109,7 @@ def test_same_values(as_inductor, double, f, solver):
     both(f, torch.zeros(4, 6), solver, torch.randn(4, 6), rtol=1e-9)
 
 
+@pytest.mark.long
 def test_random_numbers_are_drawn_in_every_step(as_inductor, double):
     def f(z, x):
         return 0.5 * z + counted(x + 0.01 * torch.rand_like(x), "x")

@@ -75,7 +75,7 @@ def test_solution_that_is_exact_has_converged_wherever_it_changed_last():
 @pytest.mark.parametrize(
     ("solver", "compile"),
     [
-        *((solver, False) for solver in SOLVERS),
+        *(pytest.param(name, False, marks=() if name in {"picard", "auto"} else pytest.mark.long) for name in SOLVERS),
         *(pytest.param(solver, True, marks=pytest.mark.long) for solver in ("picard", "anderson 5", "broyden")),
     ],
 )
