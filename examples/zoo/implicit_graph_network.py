@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from implicit import FixedPointLayer, Implicit
 from implicit.optima import project_l1_ball
 from solvers import Stopping
-from solvers.linear import Richardson
+from solvers.linear import GMRES, Richardson
 
 NUM_CLASSES, NUM_FEATURES, NUM_CHAINS = 2, 100, 20  # chains of each class
 
@@ -63,7 +63,8 @@ class ImplicitGraphNetwork(nn.Module):
         self.inject = nn.Linear(NUM_FEATURES, width, bias=False)
         # The nodes of the graph are one coupled problem. News travels down a chain link by link, in plain steps that
         # contract in the largest entry; there is no shortcut for a Krylov method or Anderson acceleration to find.
-        plain = Richardson(max_rate=0.999, max_steps=1000)
+        # Where a residual does not fall in the root mean square for a step, GMRES needs a basis for the whole chain.
+        plain = Richardson(max_rate=0.999, max_steps=1000, otherwise=GMRES(restart=200, max_steps=1000))
         self.map = GraphMap(width)
         self.equilibrium = FixedPointLayer(
             self.map,
