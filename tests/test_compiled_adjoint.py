@@ -1,5 +1,6 @@
 """compile=True: the linear problem of the implicit backward mode has the answers of one that runs step by step."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from implicit import FixedPointLayer, Implicit, fixed_point
 from solvers import NotCompiledWarning, _compiled, _compiled_adjoint, _series_graph
-from solvers.linear import GMRES, Richardson
+from solvers.linear import GMRES, LinearResult, LinearSolver, Richardson
 
 pytestmark = [
     pytest.mark.usefixtures("without_a_compiler", "double"),
@@ -135,6 +136,26 @@ def test_what_cannot_be_compiled_runs_step_by_step_and_says_so(monkeypatch):
     with pytest.warns(NotCompiledWarning, match="The linear solve of the gradient runs step by step"):
         value.sum().backward()
     torch.testing.assert_close(x.grad, torch.full((2, 3), 1 / 0.6))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inverse(LinearSolver):
+    """Multiplies by a matrix that it holds."""
+
+    matrix: torch.Tensor
+
+    def run(self, matvec, b, tolerance=None):
+        x = b @ self.matrix.T
+        error = (b - matvec(x)).norm(dim=1)
+        return LinearResult(x, (error > 1e-9).to(torch.int8), error, torch.ones_like(error).long(), error.unsqueeze(0))
+
+
+def test_a_solver_that_holds_tensors():
+    a, x = 0.3 * torch.randn(3, 3) + 0.95 * torch.eye(3), torch.randn(2, 3)
+    solver = Richardson(otherwise=Inverse(matrix=torch.linalg.inv(torch.eye(3) - a.T)))
+    (compiled, adjoint), (eager, _) = both(lambda z, x: z @ a.T + x, x, x, linear_solver=solver, max_steps=2)
+    torch.testing.assert_close(compiled, eager)
+    assert adjoint.converged.all()
 
 
 def test_only_its_own_class_is_compiled():

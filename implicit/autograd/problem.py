@@ -91,19 +91,20 @@ class Problem:
 
     def solve_adjoint(self, fz: Leaves, z: Leaves, w: Leaves, tensors: Leaves) -> list[Tensor]:
         """``u = (df/dz)' u + w``, with the graph of ``fz``, the map at z."""
+        solver = self._solver(tensors)
         traced = None if self.traced is None else self.traced(z, tensors)
-        problem = self
         if traced is not None:
-            compiled = compiled_adjoint_solver(self.adjoint_solver, *traced, batch_dims=self.batch_dims)
-            problem = dataclasses.replace(self, adjoint_solver=compiled)
-        return problem._solve_linear(
-            lambda u: vjp(fz, z, u), w, tensors, self.batch_dims, self.report, lambda v: jvp_of_graph(fz, z, v)
+            solver = compiled_adjoint_solver(solver, *traced, batch_dims=self.batch_dims)
+        return self._solve_linear(
+            lambda u: vjp(fz, z, u), w, solver, self.batch_dims, self.report, lambda v: jvp_of_graph(fz, z, v)
         )
 
     def solve_adjoint_by_transform(self, z: Leaves, tensors: Leaves, w: Leaves) -> list[Tensor]:
         """The same by ``torch.func``, which torch.compile traces; not differentiable."""
         _, pullback = torch.func.vjp(lambda *leaves: tuple(self.map(leaves, tensors)), *z)[:2]
-        return self._solve_linear(lambda u: list(pullback(tuple(u))), w, tensors, self.batch_dims, self.report)
+        return self._solve_linear(
+            lambda u: list(pullback(tuple(u))), w, self._solver(tensors), self.batch_dims, self.report
+        )
 
     def tangent(self, num_leaves: int) -> "Problem":
         """``v = (df/dz) v + t`` with the tensors (t, z, tensors of this problem)."""
@@ -136,22 +137,25 @@ class Problem:
         def product(u: Leaves) -> list[Tensor]:
             return [a - b for a, b in zip(map_(u, tensors), offset, strict=True)]
 
-        return self._solve_linear(product, offset, tensors, batch_dims, report)
+        return self._solve_linear(product, offset, self._solver(tensors), batch_dims, report)
+
+    def _solver(self, tensors: Leaves) -> LinearSolver:
+        """The linear solver, with its tensors, which are the last of those that the map depends on."""
+        if not self.num_solver_tensors:
+            return self.adjoint_solver
+        supply = iter(tensors[-self.num_solver_tensors :])
+        return with_tensors(self.adjoint_solver, lambda _: next(supply))
 
     def _solve_linear(
         self,
         product: Product,
         rhs: Leaves,
-        tensors: Leaves,
+        solver: LinearSolver,
         batch_dims: int,
         report: Report,
         transposed: Product | None = None,
     ) -> list[Tensor]:
         """Solve ``u - product(u) = rhs``, or ``-product(u) = rhs`` for a root."""
-        solver = self.adjoint_solver
-        if self.num_solver_tensors:
-            supply = iter(tensors[-self.num_solver_tensors :])
-            solver = with_tensors(solver, lambda _: next(supply))
 
         def operator(product: Product, u: Leaves) -> list[Tensor]:
             return [-b for b in product(u)] if self.root else [a - b for a, b in zip(u, product(u), strict=True)]
