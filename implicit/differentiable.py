@@ -16,7 +16,7 @@ from implicit.autograd.problem import Leaves, OneAtATime, Problem, vjp
 from implicit.autograd.torch_internals import cached_weights, current_loans, is_followed, transform_active
 from implicit.backward.implicit import for_leaves
 from solvers import Solution, Status, report_failure
-from solvers.linear import LinearSolver, get_linear_solver
+from solvers.linear import AutoLinear, LinearSolver, get_linear_solver
 from solvers.problem import (
     Layout,
     OnFailure,
@@ -28,9 +28,6 @@ from solvers.problem import (
     rms_norm,
     slope_inverse,
 )
-
-# Up to here the linear solver "auto" forms the Jacobian, too.
-_FEW_UNKNOWNS = 32
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -289,7 +286,7 @@ class _Answer:
         bound = self._atol + self._rtol * size
         met = estimate <= bound
         asked = (met & (estimate > 0)).nonzero().squeeze(1)
-        if 1 < flat.shape[1] <= _FEW_UNKNOWNS and len(asked):
+        if 1 < flat.shape[1] <= AutoLinear.max_unknowns and len(asked):
             units = torch.eye(flat.shape[1]).to(flat)
             jacobian = torch.stack([vjp([residual], [z], [unit.expand_as(z)])[0] for unit in units], dim=1)  # (B, D, D)
             eps = max(torch.finfo(dtype).eps for dtype in layout.dtypes)

@@ -235,7 +235,8 @@ def _compiled(function: Callable[..., T], key: tuple[Hashable, ...]) -> Callable
         from solvers._loop_invariants import InvariantsFirst  # loads PyTorch's compiler
 
         options["post_grad_custom_pre_pass"] = InvariantsFirst()
-        options["cpp_wrapper"] = key[0] == "cpu"
+        if key[0] == "cpu":
+            options["cpp_wrapper"] = True
     return torch.compile(own, fullgraph=True, backend=BACKEND, options=options)
 
 

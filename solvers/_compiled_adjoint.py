@@ -9,7 +9,8 @@ from torch import Tensor
 
 from solvers import _compiled as compiled
 from solvers._graph import Task
-from solvers.linear import FlatMatvec, LinearResult, LinearSolver, Richardson, Series
+from solvers.linear import FlatMatvec, LinearResult, LinearSolver
+from solvers.linear.richardson import Richardson, Series
 from solvers.problem import AutocastMode
 
 # The largest rate of a fast step: a compiled one costs so much less than one of GMRES.

@@ -11,7 +11,7 @@ from solvers._graph import Task, spares, take
 from solvers.problem import FlatMap, Layout, all_of, as_number, rms_norm
 
 # x, r, the error, which samples are running and which are slow, and their numbers of steps, all as attributes of
-# solvers.linear.Series.
+# solvers.linear.richardson.Series.
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 

@@ -4,8 +4,9 @@ That of a convex g with a strength t is ``argmin over z of |z - x|^2 / 2 + t g(z
 takes the step times the weight of g for t.
 """
 
-import torch
 from torch import Tensor
+
+from implicit.optima.projections import project_ball
 
 Number = float | Tensor
 
@@ -54,11 +55,4 @@ def prox_group_lasso(x: Tensor, strength: Number) -> Tensor:
         x: (..., D); each vector along the last dimension is a group.
         strength: t >= 0, a number or (...), one for each group.
     """
-    strength = torch.as_tensor(strength, dtype=x.dtype, device=x.device).unsqueeze(-1)
-    # Scaled by the largest entry, squares neither overflow nor vanish.
-    largest = x.detach().abs().amax(dim=-1, keepdim=True)
-    scaled = x / torch.where(largest > 0, largest, 1.0)
-    square = scaled.square().sum(dim=-1, keepdim=True)
-    outside = square.sqrt() * largest > strength
-    # The root of a number that is never 0, whose gradient is finite.
-    return torch.where(outside, x - scaled * (strength * torch.where(outside, square, 1.0).rsqrt()), 0.0)
+    return x - project_ball(x, strength)  # Moreau's decomposition

@@ -95,9 +95,8 @@ class WarmStart(nn.Module):
         pairs = self._pairs(state, "The state")
         index = self._checked(index, pairs)
         pairs = [(buffer, leaf.to(buffer)) for buffer, leaf in pairs]
-        finite = torch.stack([leaf.isfinite().unsqueeze(1).flatten(1).all(dim=1) for _, leaf in pairs]).all(
-            dim=0
-        )  # (B,)
+        of_leaves = [leaf.isfinite().unsqueeze(1).flatten(1).all(dim=1) for _, leaf in pairs]
+        finite = torch.stack(of_leaves).all(dim=0)  # (B,)
         for buffer, leaf in pairs:
             buffer[index] = torch.where(_column(finite, leaf), leaf, buffer[index])
         self.seen[index] |= finite

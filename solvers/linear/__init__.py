@@ -9,7 +9,7 @@ from solvers.linear.linear_solver import LinearResult, LinearSolver
 from solvers.linear.names import get_linear_solver
 from solvers.linear.neumann import NeumannSeries
 from solvers.linear.operator import FlatMatvec
-from solvers.linear.richardson import Richardson, Series
+from solvers.linear.richardson import Richardson
 
 __all__ = [
     "AutoLinear",
@@ -23,7 +23,6 @@ __all__ = [
     "NeumannSeries",
     "NormalCG",
     "Richardson",
-    "Series",
     "get_linear_solver",
     "linear_solve",
 ]

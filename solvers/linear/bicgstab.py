@@ -55,11 +55,11 @@ class BiCGStab(KrylovSolver):
             omega = inner(t, s) * inverse_or_zero(inner(t, t), 0.0)
             x = torch.where(running, x + alpha * direction + omega * correction, x)
             r = torch.where(running, s - omega * t, r)
-            error = rms_norm(r).unsqueeze(1)  # (B, 1)
-            history.append(relative(error.squeeze(1), limits.norm_b))
+            error = rms_norm(r)
+            history.append(relative(error, limits.norm_b))
 
             rho_next = inner(shadow, r)
-            short = running & (error > 0.9 * limits.tolerance.unsqueeze(1))
+            short = running & limits.short(error).unsqueeze(1)
             # Zero factors, or a residual orthogonal to the shadow: no direction is left in this cycle.
             stuck = (alpha == 0) | (omega == 0) | (rho_next.abs() <= eps * _norm(shadow) * _norm(r))
             broken = broken | (short & (alpha == 0) & (omega == 0))

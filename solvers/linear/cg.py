@@ -65,7 +65,7 @@ class CG(KrylovSolver):
             before = torch.where(running, rho, 0.0)
             error = rms_norm(r)
             history.append(relative(error, limits.norm_b))
-            running = running & ((error > 0.9 * limits.tolerance) & (steps.squeeze(1) < limits.left)).unsqueeze(1)
+            running = running & limits.goes_on(error, steps.squeeze(1)).unsqueeze(1)
             if not bool(running.any()):
                 break
         return x, broken.squeeze(1), steps.squeeze(1)
@@ -130,7 +130,7 @@ class NormalCG(KrylovSolver):
             before = torch.where(running, gamma, 0.0)
             error = rms_norm(r)
             history.append(relative(error, limits.norm_b))
-            running = running & ((error > 0.9 * limits.tolerance) & (steps.squeeze(1) < limits.left)).unsqueeze(1)
+            running = running & limits.goes_on(error, steps.squeeze(1)).unsqueeze(1)
             if not bool(running.any()):
                 break
         return x, broken.squeeze(1), steps.squeeze(1)

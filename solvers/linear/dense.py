@@ -15,9 +15,6 @@ from solvers.linear.richardson import Richardson
 from solvers.problem.hyperparameters import require_positive_int
 from solvers.problem.norms import FLOOR, relative, rms_norm
 
-# A matrix is singular where 32 rounding errors of the terms in A x are more than this part of b.
-_MOST_ROUNDING = 1.0
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense(LinearSolver):
@@ -48,7 +45,7 @@ class Dense(LinearSolver):
         require_tolerances(self, self.rtol, self.atol)
 
     def with_default_rtol(self, rtol: float) -> "Dense":
-        return self
+        return self  # whose default is what rounding allows
 
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
         num_samples, size = b.shape
@@ -76,13 +73,12 @@ class Dense(LinearSolver):
         r, error = b, norm_b
         finite = norm_b.isfinite() & matrix.isfinite().flatten(1).all(dim=1)
         correction = solve(b)
-        # Norms without squares, which may overflow. A product that is nan compares false.
+        # Singular to rounding is a matrix if 32 rounding errors of the terms in A x exceed b. In norms without squares,
+        # which may overflow; a product that is nan compares false.
         entry, largest, size_b = (t.flatten(1).abs().amax(dim=1) for t in (matrix, correction, b))
-        usable = entry * largest * (FLOOR * eps) <= _MOST_ROUNDING * size_b
+        usable = entry * largest * (FLOOR * eps) <= size_b
         singular = finite & (no_pivot | ~usable)
-        inverse = None
-        if bool(singular.any()):
-            inverse = torch.linalg.pinv(matrix[singular], rtol=FLOOR * eps / _MOST_ROUNDING)
+        inverse = torch.linalg.pinv(matrix[singular], rtol=FLOOR * eps) if bool(singular.any()) else None
         for _ in range(2):
             if inverse is not None:
                 correction[singular] = (inverse @ r[singular].unsqueeze(2)).squeeze(2)
@@ -92,10 +88,10 @@ class Dense(LinearSolver):
             improved = (new_error < error).unsqueeze(1)
             x, r = torch.where(improved, candidate, x), torch.where(improved, new_r, r)
             error = torch.where(improved.squeeze(1), new_error, error)
-            floor = FLOOR * eps * norm_b
+            terms = norm_b
             if is_rounding:
-                terms = (rms_norm(x) * torch.linalg.matrix_norm(matrix)).masked_fill(singular, 0.0)
-                floor = floor + FLOOR * eps * terms
+                terms = terms + (rms_norm(x) * torch.linalg.matrix_norm(matrix)).masked_fill(singular, 0.0)
+            floor = FLOOR * eps * terms
             met = (error <= torch.maximum(tolerance, floor.masked_fill(floor.isinf(), 0.0))) & norm_b.isfinite()
             if bool(met.all()):
                 break

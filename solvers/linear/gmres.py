@@ -94,8 +94,7 @@ class GMRES(KrylovSolver):
             estimate = (beta.squeeze(1) * rotation[:, j + 1, 0]).abs() * to_rms  # (B,)
             history.append(relative(estimate, limits.norm_b))
             exhausted = exhausted | (running & invariant & (unit.squeeze(1) == 0))
-            # A little below the tolerance, so that rounding in the true residual does not cost another cycle.
-            running = running & (estimate > 0.9 * limits.tolerance) & ~invariant & (steps < limits.left)
+            running = running & limits.goes_on(estimate, steps) & ~invariant
             if not bool(running.any()):
                 break
             # A stopped sample continues with a zero vector, whose column and unknown are zero.

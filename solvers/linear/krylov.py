@@ -32,6 +32,17 @@ class CycleLimits:
     left: Tensor
     most: int
 
+    def short(self, error: Tensor) -> Tensor:
+        """(B,) bool: whether a residual as a method estimates it, ``error`` (B,), is too large.
+
+        At a little below the tolerance, so that rounding in the true residual does not cost another cycle.
+        """
+        return error > 0.9 * self.tolerance
+
+    def goes_on(self, error: Tensor, steps: Tensor) -> Tensor:
+        """(B,) bool: whether a sample needs and has another step, after ``steps`` (B,) in this cycle."""
+        return self.short(error) & (steps < self.left)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KrylovSolver(LinearSolver):
@@ -72,7 +83,7 @@ class KrylovSolver(LinearSolver):
 
     @abc.abstractmethod
     def cycle(
-        self, matvec: FlatMatvec, r: Tensor, limits: "CycleLimits", history: list[Tensor]
+        self, matvec: FlatMatvec, r: Tensor, limits: CycleLimits, history: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Reduce the residual ``r`` (B, D) as far as ``limits`` say; of zero rows nothing is asked.
 

@@ -91,7 +91,8 @@ class Richardson(LinearSolver):
         running = (error > tolerance) & ~slow
         num_steps = torch.zeros_like(error, dtype=torch.int64)
         max_rate = MAX_RATE if self.max_rate is None else self.max_rate
-        norm_b, history = error, list[Tensor]()
+        norm_b = error
+        history: list[Tensor] = []
         all_running = len(b) > 0 and bool(running.all())
         while len(history) < self.max_steps and (all_running or bool(running.any())):
             next_r = r - matvec(r)
