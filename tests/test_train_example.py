@@ -286,6 +286,8 @@ def test_unknown_flags_and_abbreviations_are_refused(
         (["--lr", "1e30", "--clip-grad", "0"], "error: the loss or its gradient was not finite in 10 updates in a row"),
         (["--dataset", "torch/cifar10"], "error: dataset torch/cifar10 needs the folder that holds it: give DATA_DIR"),
         (["shapes", "--num-classes", "4"], "error: num_classes is 4, and shapes has 3 classes; leave it out"),
+        (["--config", "nowhere.yaml"], "error: cannot read the settings in nowhere.yaml: No such file or directory"),
+        (["--config", "shapes"], "error: cannot read the settings in shapes: Is a directory; give a YAML file"),
         (["--resume", "nowhere"], "error: there is no run or checkpoint at nowhere; give a run's folder"),
         (["--new-head"], "error: new_head and new_token_mixing leave out parts of --initial-checkpoint; give that too"),
         (["--resume", "auto"], "error: --resume auto needs --output, the folder in which the run begins and goes on"),

@@ -180,11 +180,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Read a YAML file of settings, by the names of `TrainingConfig` or of the flags.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is no mapping, or a name or a value is unfit.
+        ValueError: It cannot be read, is no mapping, or a name or a value is unfit.
     """
     try:
         found = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the settings in {path}: {error.strerror}; give a YAML file") from error
     except (yaml.YAMLError, ValueError) as error:  # the latter for text that is not UTF-8, and days such as 2026-13-01
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
