@@ -43,7 +43,7 @@ def cells(setup: Setup) -> list[Cell]:
             labels={"problem": problem, "solver": solver},
             run=functools.partial(compare, problem, solver, setup),
             rank=8,
-            seconds=3.0,
+            seconds=2.0,
         )
         for problem in setup.some(PROBLEMS)
         for solver in SOLVERS

@@ -1,4 +1,7 @@
-"""Whole solves on the device: with ``compile=True`` beside step by step, and a million roots beside a loop by hand."""
+"""Whole solves on the device: with ``compile=True`` beside step by step, and a million roots beside a loop by hand.
+
+In toy sizes nothing is compiled, for that takes long.
+"""
 
 import functools
 import time
@@ -6,18 +9,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.compiled_gradients import Map
 from benchmarks.kepler import RTOL, by_hand, kepler
 from benchmarks.on_gpu.cells import Cell, WrongResultError
 from benchmarks.on_gpu.correctness import moved
 from benchmarks.on_gpu.setup import Setup
 from benchmarks.on_gpu.timing import median_seconds
-from implicit import root
+from implicit import FixedPointLayer, root
 from solvers import Anderson, Broyden, Picard, Solver, solve
 from solvers.testing import BANK
 
 SOLVERS: dict[str, Solver] = {"picard": Picard(), "anderson 5": Anderson(), "broyden": Broyden()}
 PROBLEMS = ("linear 0.9", "tanh", "imlp")
+RATES = (0.5, 0.9)
 
 
 def compiled(problem: str, solver: str, setup: Setup) -> Mapping[str, float]:
@@ -29,7 +35,7 @@ def compiled(problem: str, solver: str, setup: Setup) -> Mapping[str, float]:
         with torch.no_grad():
             return solve(there.f, there.z0, SOLVERS[solver], compile=compile, **options).num_evals
 
-    if setup.toy:  # compiling takes long
+    if setup.toy:
         return {"calls": run(False), "ms": 1e3 * median_seconds(functools.partial(run, False), setup)}
     start = time.perf_counter()
     calls = run(True)
@@ -55,8 +61,33 @@ def roots(samples: int, setup: Setup) -> Mapping[str, float]:
         "root": lambda: root(kepler, start, eccentricity, mean, rtol=RTOL),
         "backward": lambda: torch.autograd.grad(value.sum(), leaf, retain_graph=True),
     }
+    if not setup.toy:
+        rows["compiled root"] = lambda: root(kepler, start, eccentricity, mean, rtol=RTOL, compile=True)
     values = {f"{name}, ms": 1e3 * median_seconds(run, setup) for name, run in rows.items()}
     return {**values, "root over by hand": values["root, ms"] / values["by hand, ms"]}
+
+
+def gradients(rate: float, setup: Setup) -> Mapping[str, float]:
+    """Milliseconds of a layer's solve and backward pass, 64 x 256 in float32 by Anderson(5), in both forms."""
+    torch.manual_seed(0)
+    samples, unknowns = (2, 4) if setup.toy else (64, 256)
+    f, x = Map(unknowns, rate).to(setup.device), torch.randn(samples, unknowns, device=setup.device)
+    values: dict[str, float] = {}
+    found = []
+    for name, compile in (("", False),) if setup.toy else (("", False), ("compiled ", True)):
+        layer = FixedPointLayer(f, solver="anderson", rtol=1e-5, compile=compile)
+
+        def run(layer: FixedPointLayer = layer) -> list[Tensor]:
+            return list(torch.autograd.grad(layer(x).sum(), list(f.parameters())))
+
+        found.append(torch.cat([gradient.flatten() for gradient in run()]))
+        values[f"{name}ms"] = 1e3 * median_seconds(run, setup)
+    error = float((found[-1] - found[0]).norm() / found[0].norm())
+    if not error < 1e-3:
+        raise WrongResultError(f"the compiled gradient is {error:.1e} away")
+    if not setup.toy:
+        values |= {"compiled faster": values["ms"] / values["compiled ms"], "apart": error}
+    return values
 
 
 def cells(setup: Setup) -> list[Cell]:
@@ -67,7 +98,7 @@ def cells(setup: Setup) -> list[Cell]:
             labels={"problem": problem, "solver": solver},
             run=functools.partial(compiled, problem, solver, setup),
             rank=5,
-            seconds=15.0,
+            seconds=11.0,
         )
         for problem in setup.some(PROBLEMS)
         for solver in SOLVERS
@@ -83,4 +114,15 @@ def cells(setup: Setup) -> list[Cell]:
         )
         for count in samples
     ]
-    return solves + found
+    layers = [
+        Cell(
+            section="compiled",
+            table="A layer's solve and gradient in float32, step by step and with compile=True",
+            labels={"state": "64 x 256", "rate": rate},
+            run=functools.partial(gradients, rate, setup),
+            rank=5,
+            seconds=25.0,
+        )
+        for rate in RATES
+    ]
+    return solves + layers + found
