@@ -152,6 +152,29 @@ def test_only_what_the_code_names_counts():
     assert references_of(net.zero_grad) == [net]
 
 
+class Plain:
+    """Not a module: what its method reads of it counts."""
+
+    def __init__(self) -> None:
+        self.weight, self.other = torch.ones(1), torch.ones(1)
+
+    def after_a_store(self, z):
+        return [y := torch.tanh(z), self.weight * y][1]
+
+    def after_another_variable(self, z):
+        return z * self.weight
+
+    def within_a_comprehension(self, z):
+        return sum(self.weight * part for part in [z])
+
+
+@pytest.mark.parametrize("name", ["after_a_store", "after_another_variable", "within_a_comprehension"])
+def test_what_a_method_reads_of_its_owner_counts(name):
+    """Versions of Python differ in which instructions load a variable."""
+    plain = Plain()
+    assert references_of(getattr(plain, name)) == [plain.weight]
+
+
 def test_functions_of_other_files_are_not_looked_into():
     module = types.ModuleType("elsewhere")
     exec("weight = None\ndef product(z):\n    return z * weight", vars(module))

@@ -105,21 +105,24 @@ def _paths(code: types.CodeType, *, outermost: bool = True) -> tuple[tuple[str, 
     """The variables that code reads from outside, and its first argument, each with the attributes read from it."""
     paths: list[list[str]] = []
     path: list[str] | None = None
+    first = code.co_varnames[0] if outermost and code.co_argcount else None
     for instruction in dis.get_instructions(code):
-        kind = instruction.opname
+        kind, names = instruction.opname, instruction.argval
         if kind in ("LOAD_ATTR", "LOAD_METHOD"):
             if path is not None:
-                path.append(instruction.argval)
+                path.append(names)
             continue
         path = None
         if kind in ("LOAD_GLOBAL", "LOAD_DEREF"):
-            path = [instruction.argval]
-        elif kind.startswith("LOAD_FAST") and outermost and code.co_argcount:
-            # Newer versions of Python load two variables by one instruction.
-            last = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
-            path = [_FIRST] if last == code.co_varnames[0] else None
-        if path is not None:
+            path = [names]
             paths.append(path)
+        elif "LOAD_FAST" in kind:
+            # Newer versions of Python load two variables, or store one and load one, by one instruction.
+            loaded = names if isinstance(names, tuple) else (names,)
+            for name in loaded[kind.startswith("STORE") :]:
+                path = [_FIRST] if name == first else None
+                if path is not None:
+                    paths.append(path)
     inner = [_paths(constant, outermost=False) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return tuple(dict.fromkeys([*map(tuple, paths), *(path for paths_of in inner for path in paths_of)]))
 
