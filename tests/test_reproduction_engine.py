@@ -20,6 +20,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from PIL import Image
 from tiny_trials import tiny_tasks, tiny_trial
 
 from imixer.reproduction import (
@@ -335,16 +336,19 @@ def test_everything_runs_at_smoke_scale(tmp_path: Path) -> None:
 
 
 def test_images_may_move_and_other_images_are_refused(tmp_path: Path) -> None:
-    def folder(name: str, *classes: str) -> Path:
+    def folder(name: str, *, side: int = 8) -> Path:
         for split in ("train", "test"):
-            for label in classes:
+            for label in ("cat", "dog"):
                 (tmp_path / name / "pets" / split / label).mkdir(parents=True)
+                Image.new("RGB", (side, side)).save(tmp_path / name / "pets" / split / label / "0.bmp")
         return tmp_path / name
 
     output = tmp_path / "out"
-    Sweep(output=output, scale="cpu", names=("depth",), data_dir=folder("here", "cat", "dog")).save()
-    moved = Sweep(output=output, scale="cpu", names=("table1",), data_dir=folder("there", "cat", "dog"))
+    Sweep(output=output, scale="cpu", names=("depth",), data_dir=folder("here")).save()
+    moved = Sweep(output=output, scale="cpu", names=("table1",), data_dir=folder("there"))
     moved.save()
+    with pytest.raises(ValueError, match="holds results on other images than those of pets in .*elsewhere; choose"):
+        Sweep(output=output, scale="cpu", names=("table1",), data_dir=folder("elsewhere", side=9)).save()
     found = read_sweep(output)
     assert found is not None
     assert (found.names, found.data_dir) == (("table1", "depth"), moved.data_dir)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from imixer.data import TEST_FOLDERS
+from imixer.data import TEST_FOLDERS, TimmTransforms, load_dataset
 
 # What torchvision unpacks below a folder -> its name for timm. The paper's data sets come first.
 TORCHVISION_FOLDERS = {
@@ -30,6 +30,20 @@ class DataSet:
     name: str
     reading: Mapping[str, Any] = field(default_factory=dict)
     data_dir: str | None = None
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What tells its images from others, wherever they are; see :meth:`imixer.data.ImageData.fingerprint`.
+
+        Raises:
+            ValueError, OSError: The images cannot be read.
+        """
+        if self.data_dir is None:
+            return {}
+        name = self.reading.get("dataset", "")
+        # With transforms images are read when they are asked for.
+        found = load_dataset(name, self.data_dir, img_size=32, transforms=TimmTransforms(no_aug=True)).fingerprint()
+        del found["name"]  # that of the folder
+        return found
 
 
 DIGITS = DataSet(name="digits")

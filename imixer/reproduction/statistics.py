@@ -34,8 +34,13 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float], *, size: float | None = None) -> Estimate:
     """The mean of values that were drawn independently, as those of different seeds are.
+
+    Args:
+        values: The values.
+        size: The largest of the numbers that they were computed from, whose rounding is no deviation; None for the
+            values themselves.
 
     Raises:
         ValueError: There are no values.
@@ -47,6 +52,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     if count == 1:
         return Estimate(mean=mean, deviation=math.nan, low=math.nan, high=math.nan, count=1)
     deviation = float(sample.std(ddof=1))
+    if deviation <= 4 * np.finfo(np.float64).eps * (np.abs(sample).max() if size is None else size):
+        deviation = 0.0
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count)
     return Estimate(mean=mean, deviation=deviation, low=mean - half, high=mean + half, count=count)
 
@@ -59,4 +66,7 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
         baseline: Another one.
     """
     seeds = sorted(values.keys() & baseline.keys())
-    return estimate([values[seed] - baseline[seed] for seed in seeds]) if seeds else None
+    if not seeds:
+        return None
+    size = max(abs(result[seed]) for result in (values, baseline) for seed in seeds)
+    return estimate([values[seed] - baseline[seed] for seed in seeds], size=size)

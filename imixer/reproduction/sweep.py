@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,8 @@ class Sweep:
         """Note in the output folder what belongs to it, together with the experiments that were run there before.
 
         Raises:
-            ValueError: The folder holds results at another scale or on other data sets.
+            ValueError: The folder holds results at another scale, on other data sets or on other images.
+            OSError: The images cannot be read.
         """
         before = read_settings(self.output)
         names = self.names
@@ -122,10 +123,24 @@ class Sweep:
                         f"{self.output} holds results with {what} {before[what]}, not {value}; choose another --output"
                     )
             names = tuple(name for name in EXPERIMENTS if name in {*before["names"], *self.names})
-        content = asdict(self) | here | {"names": names}
+        content = asdict(self) | here | {"names": names, "images": self._images(before or {})}
         content["data_dir"] = None if self.data_dir is None else str(self.data_dir)
         del content["output"], content["identifier"]
         replace_file(self.output / SETTINGS, json.dumps(content, indent=1).encode() + b"\n")
+
+    def _images(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """What tells the images of each data set from others; looked at once, and again where they were moved."""
+        known = before.get("images", {})
+        moved = before.get("data_dir") != (None if self.data_dir is None else str(self.data_dir))
+        used = {arm.data.name: arm.data for experiment in self.experiments() for arm in experiment.arms}
+        found = {name: data.fingerprint() for name, data in used.items() if moved or name not in known}
+        for name, images in found.items():
+            if known.get(name, images) != images:
+                raise ValueError(
+                    f"{self.output} holds results on other images than those of {name} in {self.data_dir}; choose "
+                    "another --output"
+                )
+        return {**known, **found}
 
 
 def read_sweep(output: Path) -> Sweep | None:
@@ -136,6 +151,7 @@ def read_sweep(output: Path) -> Sweep | None:
     content["data_dir"] = None if content["data_dir"] is None else Path(content["data_dir"])
     content["names"] = tuple(content["names"])
     del content["data_sets"]
+    content.pop("images", None)
     return Sweep(**content, output=output)
 
 
