@@ -122,8 +122,13 @@ def differentiable(
 
         @functools.wraps(function)
         def decorated(*args: P.args, **options: P.kwargs) -> R:
-            found: R = answer.under_transform(args, options) if transform_active() else answer(args, options)
-            return found
+            find: Callable[..., R] = answer.under_transform if transform_active() else answer
+            if not torch.compiler.is_compiling():
+                return find(args, options)
+            from solvers.problem import untraced
+
+            apart: R = untraced.answer(find, args, options)
+            return apart
 
         return decorated
 

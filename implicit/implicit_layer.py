@@ -1,7 +1,7 @@
 """What the modules share whose forward pass solves a fixed-point problem."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -129,15 +129,22 @@ class ImplicitLayer(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-def _name_in_running_model(module: nn.Module) -> str:
-    """The name of ``module`` in the outermost module whose method is running, found in the frames of the stack."""
-    found = ""
+def running_modules() -> Iterator[nn.Module]:
+    """The modules that have been called and are running in this thread, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
-    seen: set[int] = set()
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and owner is not module and id(owner) not in seen:
-            seen.add(id(owner))
-            found = next((name for name, child in owner.named_modules() if child is module), found)
+        # Before Python 3.13 a frame of which the variables were read keeps them: so only those of PyTorch's own calls.
+        if frame.f_globals is vars(torch.nn.modules.module) and isinstance(
+            owner := frame.f_locals.get("self"), nn.Module
+        ):
+            yield owner
         frame = frame.f_back
+
+
+def _name_in_running_model(module: nn.Module) -> str:
+    """The name of ``module`` in the outermost module that is running."""
+    found = ""
+    for owner in dict.fromkeys(running_modules()):
+        if owner is not module:
+            found = next((name for name, child in owner.named_modules() if child is module), found)
     return found

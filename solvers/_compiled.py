@@ -58,37 +58,43 @@ _LIBRARIES = (
 T = TypeVar("T")
 
 
-class _NumbersAreConstant:
-    """A context in which every Python number of a map becomes part of its graph, in all threads.
+# Settings of ``torch.compile`` for solves. Every Python number of a map becomes part of its graph: otherwise one that
+# differs in a second solve is made an input of the graph, and of its loops. Floats among these Inductor does not take
+# (PyTorch 2.11 to 2.14), ints not every derivative (2.11). And a module with hooks is not taken for one without.
+_SETTINGS = {"specialize_float": True, "specialize_int": True, "skip_nnmodule_hook_guards": False}
 
-    Otherwise ``torch.compile`` makes a number that differs in a second solve an input of the graph, and of its loops.
-    Floats among these Inductor does not take (PyTorch 2.11 to 2.14), ints not every derivative (2.11).
-    """
+
+class _Configured:
+    """A context in which ``torch.compile`` has the settings of solves, in all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_inside = 0
-        self._before = False, False
+        self._before: dict[str, bool] = {}
 
     def __enter__(self) -> None:
         from torch._dynamo import config  # which takes a second to import
 
         with self._lock:
             if not self._num_inside:
-                self._before = config.specialize_float, config.specialize_int
-                config.specialize_float = config.specialize_int = True
+                self._before = {name: getattr(config, name) for name in _SETTINGS}
+                self._set(_SETTINGS)
             self._num_inside += 1
 
     def __exit__(self, *_: object) -> None:
-        from torch._dynamo import config
-
         with self._lock:
             self._num_inside -= 1
             if not self._num_inside:
-                config.specialize_float, config.specialize_int = self._before
+                self._set(self._before)
+
+    def _set(self, settings: dict[str, bool]) -> None:
+        from torch._dynamo import config
+
+        for name, value in settings.items():
+            setattr(config, name, value)
 
 
-_NUMBERS_ARE_CONSTANT = _NumbersAreConstant()
+_CONFIGURED = _Configured()
 
 
 class NotCompiledWarning(UserWarning):
@@ -162,7 +168,7 @@ def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], T], what: str 
     if key in _refused:
         return None
     try:
-        with torch.no_grad(), _NUMBERS_ARE_CONSTANT:  # a loop must not write where gradients are recorded
+        with torch.no_grad(), _CONFIGURED:  # a loop must not write where gradients are recorded
             return call()
     except Exception as error:
         _refused.add(key)
@@ -258,4 +264,7 @@ def _kind_of(f: Any) -> Hashable:
         return f
     if isinstance(f, Traced):
         return (type(f), *map(_kind_of, filter(callable, vars(f).values())))
-    return (type(f),)
+    forward = getattr(f, "forward", None)  # which a module may have been given in place of its class's
+    if forward is None:
+        return (type(f),)
+    return (type(f), forward.__func__ if getattr(forward, "__self__", None) is f else _kind_of(forward))

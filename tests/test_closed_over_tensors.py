@@ -59,6 +59,59 @@ def closing_over(experts):
     return lambda z, x: routed(z, x, experts)
 
 
+class Closing(nn.Module):
+    """A module that does not have the experts itself: what its class, a list of it and its forward refer to counts."""
+
+    shared = GLOBAL.leaves
+
+    def __init__(self, experts=None):
+        super().__init__()
+        self.listed = experts
+
+    @property
+    def of_class(self):
+        return self.shared
+
+    def helper(self, z, x):
+        return routed(z, x, self.of_class)
+
+    def forward(self, z, x):
+        return self.helper(z, x) if self.listed is None else routed(z, x, self.listed)
+
+
+class Inheriting(Closing):
+    def forward(self, z, x):
+        return super().forward(z, x)
+
+
+class GlobalForward(nn.Module):
+    def forward(self, z, x):
+        return by_another_function(z, x)
+
+
+class Inherited(Experts):
+    def __init__(self, experts):
+        vars(self).update(vars(experts))
+
+    def __call__(self, z, x):
+        return super().__call__(z, x)
+
+
+def with_forward(forward):
+    module = nn.Identity()
+    module.forward = forward
+    return module
+
+
+def closing_over_module(module):
+    return lambda z, x: module(z, x)
+
+
+def nested_in(f):
+    inner = FixedPointLayer(f, init=torch.zeros_like, **OPTIONS)
+    return lambda z, x: 0.2 * inner(z) + x
+
+
 # A map of the experts, by how it refers to them; the last ones to tensors.
 REFERENCES = {
     "closure": lambda e: closing_over(e.both),
@@ -72,6 +125,14 @@ REFERENCES = {
     "method": lambda e: e.route,
     "object": lambda e: e,
     "attribute": lambda e: lambda z, x: e.route(z, x),
+    "super": lambda e: Inherited(e),
+    "module, global": lambda e: GlobalForward(),
+    "module, list": lambda e: Closing(list(e.both)),
+    "module in a function": lambda e: closing_over_module(Closing(list(e.both))),
+    "module, forward of its own": lambda e: with_forward(closing_over(list(e.both))),
+    "module, super": lambda e: Inheriting(e.leaves),
+    "module, class": lambda e: Closing(),
+    "nested layer": lambda e: nested_in(closing_over(list(e.both))),
     "leaves": lambda e: closing_over(e.leaves),
     "results": lambda e: closing_over(e.results),
     "one result": lambda e: closing_over([e.leaves[0], e.results[1]]),
@@ -90,7 +151,7 @@ def gradients(f, experts, x, **options):
 @pytest.mark.parametrize("backward", ["implicit", "neumann"])
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_tensors_that_are_used_away_from_the_start_only_get_their_gradients(reference, backward):
-    experts = GLOBAL if reference in ("global", "function") else Experts()
+    experts = GLOBAL if reference in ("global", "function", "module, global", "module, class") else Experts()
     x = torch.rand(4, 3) + 1
     f = REFERENCES[reference](experts)
     expected, _ = gradients(f, experts, x, backward="unrolled")

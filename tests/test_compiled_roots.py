@@ -137,11 +137,11 @@ def power(z, exponent, factor):
 
 def test_python_numbers_are_taken_for_what_they_are():
     """Those of every solve, not those of the first one; and the way in which PyTorch takes them elsewhere stays."""
-    before = torch._dynamo.config.specialize_float
+    before = {name: getattr(torch._dynamo.config, name) for name in _compiled._SETTINGS}
     for exponent, factor in ((2, 2.0), (2, 3.0), (3, 3.0), (2, 5)):
         _, compiled = both(power, torch.ones(3), (exponent, factor))
         torch.testing.assert_close(compiled.value, torch.full((3,), factor ** (1 / exponent)))
-    assert torch._dynamo.config.specialize_float == before
+    assert {name: getattr(torch._dynamo.config, name) for name in before} == before
 
 
 class Equation(nn.Module):

@@ -278,6 +278,24 @@ def test_singular_and_mixing_conditions():
         mixing(x)[0].backward()
 
 
+# PyTorch's own, while it compiles.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+def test_inside_torch_compile():
+    """Such a call stays out of the graphs around it."""
+    answer = differentiable(optimality=lambda z, x: z**2 - x)(torch.sqrt)
+    scale = torch.full((2,), 2.0, requires_grad=True)
+
+    def function(x):
+        return answer(scale * x).sum() * 3
+
+    compiled = torch.compile(function, backend="aot_eager")
+    x = torch.tensor([2.0, 8.0])
+    (expected,), (found,) = (torch.autograd.grad(f(x), scale) for f in (function, compiled))
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), function(x))
+
+
 def test_refusals():
     with pytest.raises(TypeError, match="needs one condition"):
         differentiable()

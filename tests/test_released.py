@@ -177,3 +177,15 @@ def test_weights_in_the_cache_of_pytorch_go_with_it():
     z.sum().backward()
     assert watched.alive() == []
     assert z.grad_fn is not None
+
+
+@all_modes
+def test_the_variables_of_callers_go_when_they_are_deleted(mode):
+    """Also those that have nothing to do with the layer, which looks for its name in the model that calls it."""
+    watched = Watched()
+    layer = FixedPointLayer(Cell(), solver="broyden", backward=MODES[mode], init=lambda inputs: torch.zeros(3, 4))
+    model = nn.ModuleDict({"layer": layer})
+    unrelated = watched("unrelated", torch.ones(3))
+    model["layer"]({"x": torch.ones(3, 4), "y": [torch.ones(3, 4)]}).sum().backward()
+    del unrelated
+    assert watched.alive() == []

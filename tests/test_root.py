@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
-from implicit import Implicit, root
+from implicit import Implicit, fixed_point, root
 from solvers import Anderson, Broyden, Newton, NewtonKrylov, Status, solve
 from solvers.linear import GMRES, Dense
 from solvers.testing import NONLINEAR
@@ -304,6 +305,31 @@ def test_threads_do_not_disturb_each_other():
     for k in range(8):
         work(k)
         assert all(torch.equal(a, b) for a, b in zip(together[k], results[k], strict=True))
+
+
+def test_forward_mode_in_one_thread_is_not_seen_in_another():
+    """Newton's method differentiates in forward mode, whose level PyTorch keeps for all threads at once."""
+    inside, done = threading.Event(), threading.Event()
+
+    def waiting(z):
+        if forward_ad._current_level >= 0 and not done.is_set():
+            inside.set()
+            assert done.wait(60)
+        return z**2 - 2
+
+    thread = threading.Thread(target=lambda: root(waiting, torch.ones(3, 2)))
+    thread.start()
+    try:
+        assert inside.wait(60)
+        weight = torch.full((2,), 0.5, requires_grad=True)
+        for backward in ("implicit", "checkpointed"):
+            z = fixed_point(lambda z: torch.cos(weight * z), torch.zeros(3, 2), backward=backward, max_steps=50)
+            weight.grad = None
+            z.sum().backward()
+            assert weight.grad.abs().min() > 0
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_nothing_outlives_its_use():

@@ -2,6 +2,7 @@
 
 import dis
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+# What may hold tensors, apart from callables.
+_HOLDERS = (Tensor, nn.Module, list, tuple, dict)
 # Attributes of a tensor that do not depend on its values.
 _ATTRIBUTES_OF_SHAPE = {"device", "dim", "dtype", "ndim", "shape", "size"}
 
@@ -22,8 +25,9 @@ def modules_used_by(f: Callable[..., Any]) -> list[nn.Module]:
 def references_of(f: Callable[..., Any]) -> list[nn.Module | Tensor]:
     """The modules and tensors that a callable is, is bound to or refers to, each once.
 
-    References are variables of closures and of the file, their attributes, defaults, arguments of partials, and the
-    entries of lists, tuples and dicts. They are followed into other functions, except imported ones.
+    References are variables of closures and of the file, their attributes, defaults, arguments of partials, the entries
+    of lists, tuples and dicts, and what the ``forward`` of modules refers to beside their own parameters. They are
+    followed into other functions, except imported ones.
     Of a module it is the submodule that counts if the code names it, as in ``net.cell(z)``.
     """
     found: list[nn.Module | Tensor] = []
@@ -33,8 +37,13 @@ def references_of(f: Callable[..., Any]) -> list[nn.Module | Tensor]:
         if id(thing) in seen:
             continue
         seen.add(id(thing))
-        if isinstance(thing, (nn.Module, Tensor)):
+        if isinstance(thing, Tensor):
             found.append(thing)
+        elif isinstance(thing, nn.Module):
+            found.append(thing)
+            for module in thing.modules():
+                seen.add(id(module))
+                queue.extend(_beside_parameters(module))
         elif isinstance(thing, (list, tuple)):
             queue.extend(thing)
         elif isinstance(thing, dict):
@@ -42,31 +51,102 @@ def references_of(f: Callable[..., Any]) -> list[nn.Module | Tensor]:
         elif isinstance(thing, functools.partial):
             queue.extend((thing.func, *thing.args, *thing.keywords.values()))
         elif isinstance(thing, types.FunctionType):
-            queue.extend((*_variables(thing), thing.__defaults__, thing.__kwdefaults__))
+            queue.extend(_variables(thing))
         elif isinstance(thing, types.MethodType):
-            function, owner = thing.__func__, thing.__self__
-            if isinstance(owner, nn.Module):
-                queue.append(owner)
-            if isinstance(function, types.FunctionType):
-                queue.extend(_variables(function, None if isinstance(owner, nn.Module) else owner))
+            if isinstance(thing.__self__, nn.Module):
+                queue.append(thing.__self__)
+            queue.extend(_variables(thing, thing.__self__))
         elif callable(thing) and isinstance(type(thing).__call__, types.FunctionType):
             queue.append(types.MethodType(type(thing).__call__, thing))
     return found
 
 
-def _variables(function: types.FunctionType, bound: object = None) -> Iterator[Any]:
-    """The values that a function reads from outside; ``bound`` is its first argument, if that is known."""
-    code = function.__code__
+def _beside_parameters(module: nn.Module) -> Iterator[Any]:
+    """The values that the ``forward`` of a module reads, apart from its submodules, parameters and buffers."""
+    own = vars(module)
+    if "forward" in own:  # in place of that of its class
+        yield own["forward"]
+    kind: Any = type(module)
+    attributes, functions = _read_by_forward(kind)
+    for (name, *path), of_class in attributes.items():
+        value = own.get(name, of_class)
+        if value is not None:
+            yield _attribute(value, path)
+    for function in functions:
+        yield from _variables(function)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_by_forward(kind: type[nn.Module]) -> tuple[dict[tuple[str, ...], Any], list[types.FunctionType]]:
+    """What ``forward``, and the methods and functions of its file that it calls, read in modules of this class.
+
+    Returns:
+        The paths of attributes, each with the value that the class has for the first; those of the functions that refer
+        to something else.
+    """
+    attributes: dict[tuple[str, ...], Any] = {}
+    functions: dict[types.FunctionType, None] = {}
+    queue: list[tuple[Any, bool]] = [(kind.forward, True)]
+    for function, is_method in queue:  # which grows
+        function = inspect.unwrap(function)
+        if function in functions or _is_torchs(function):
+            continue
+        functions[function] = None
+        code = function.__code__
+        for name, *path in _paths(code):
+            value = function.__globals__.get(name)
+            if name == "super":
+                inherited = (vars(base).get(function.__name__) for base in kind.__mro__)
+                queue.extend((method, True) for method in inherited if isinstance(method, types.FunctionType))
+            elif isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
+                queue.append((value, False))
+            elif is_method and path and name in (_FIRST, code.co_varnames[0]):
+                value = _of_class(kind, path[0])
+                if isinstance(value, types.FunctionType):
+                    queue.append((value, True))
+                else:
+                    attributes[tuple(path)] = value if isinstance(value, _HOLDERS) else None
+    return attributes, [function for function in functions if _refers(function)]
+
+
+def _refers(function: types.FunctionType) -> bool:
+    """Whether a function refers to something beside its arguments that may hold tensors."""
+    if {*function.__code__.co_freevars} - {"__class__"}:
+        return True
+    values = [function.__globals__.get(name) for name, *_ in _paths(function.__code__)]
+    values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    without = (type, types.FunctionType, types.BuiltinFunctionType)
+    return any(isinstance(value, _HOLDERS) or (callable(value) and not isinstance(value, without)) for value in values)
+
+
+def _of_class(kind: type, name: str) -> Any:
+    """What the class has by this name; of a property, the function that computes it."""
+    value = inspect.getattr_static(kind, name, None)
+    return value.fget if isinstance(value, property) else value
+
+
+def _is_torchs(function: types.FunctionType) -> bool:
+    """Whether it is PyTorch's own, whose globals lead to all of PyTorch."""
+    return str(function.__globals__.get("__name__")).startswith("torch.")
+
+
+def _variables(function: Callable[..., Any], owner: object = None) -> Iterator[Any]:
+    """The values that a function reads from outside; ``owner`` is what its first argument is, if that is known."""
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, types.FunctionType):
+        return
+    if hasattr(function, "__wrapped__"):  # by a decorator
+        yield from _variables(function.__wrapped__, owner)
+    code, own_file = function.__code__, not _is_torchs(function)
     near: dict[str, Any] = {}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         try:
             near[name] = cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    if bound is not None:
-        near[_FIRST] = near[code.co_varnames[0]] = bound
-    # The globals of PyTorch's wrappers lead to all of PyTorch.
-    own_file = not str(function.__globals__.get("__name__")).startswith("torch.")
+    if owner is not None and own_file:
+        near[_FIRST] = near[code.co_varnames[0]] = owner
+    yield from (function.__defaults__, function.__kwdefaults__)
     for name, *attributes in _paths(code):
         if name in near:
             yield _attribute(near[name], attributes)
@@ -74,6 +154,8 @@ def _variables(function: types.FunctionType, bound: object = None) -> Iterator[A
             value = _attribute(function.__globals__[name], attributes)
             if not isinstance(value, types.FunctionType) or value.__globals__ is function.__globals__:
                 yield value
+        elif name == "super" and "__class__" in near and isinstance(owner, near["__class__"]):
+            yield getattr(super(near["__class__"], owner), function.__name__, None)
 
 
 def _attribute(value: Any, names: list[str]) -> Any:
@@ -87,12 +169,13 @@ def _attribute(value: Any, names: list[str]) -> Any:
         store = next((store for store in stores if name in store), None)
         if store is not None:
             value = store[name]
-        elif isinstance(value, nn.Module):
-            return value  # a method or property of it may use all of it
-        elif isinstance(function := getattr(type(value), name, None), types.FunctionType):
-            return types.MethodType(function, value)
-        else:
+            continue
+        of_class = _of_class(type(value), name)
+        if isinstance(of_class, types.FunctionType):
+            return types.MethodType(of_class, value)
+        if not isinstance(of_class, _HOLDERS):
             return value
+        value = of_class
     return value
 
 

@@ -36,6 +36,8 @@ from torch.nn.utils import parametrize, stateless
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.weak import WeakIdKeyDictionary
 
+from solvers.problem.forward_mode import FORWARD_MODE
+
 # Transforms: torch.func and forward-mode AD.
 
 
@@ -43,7 +45,11 @@ def transform_active() -> bool:
     """Whether a torch.func transform or forward-mode AD is tracing: tensors may be wrapped, modules swapped."""
     # Not "is not None", which torch.compile takes to be true of the None that it finds there.
     interpreter = torch._C._functorch.peek_interpreter_stack()
-    return isinstance(interpreter, torch._C._functorch.CInterpreter) or forward_ad._current_level >= 0
+    if isinstance(interpreter, torch._C._functorch.CInterpreter):
+        return True
+    if torch.compiler.is_compiling():
+        return forward_ad._current_level >= 0
+    return bool(FORWARD_MODE.unless_elsewhere(lambda: forward_ad._current_level >= 0))
 
 
 def transform_level() -> int:

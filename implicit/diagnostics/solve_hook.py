@@ -3,16 +3,14 @@
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Hashable, Iterator
-from types import FrameType
 from typing import Any
 
 from torch import nn
 
 from implicit.backward import Backward, SolveOptions
 from implicit.functional import Solve, solve_in_force, solve_unobserved
-from implicit.implicit_layer import ImplicitLayer
+from implicit.implicit_layer import ImplicitLayer, running_modules
 from solvers import Solution
 
 
@@ -112,15 +110,8 @@ class SolveNames:
         )
 
     def _running(self) -> str | None:
-        """The name of the innermost module of the model whose method is running in this thread."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module) and owner in self._modules:
-                found: str = self._modules[owner]
-                return found
-            frame = frame.f_back
-        return None
+        """The name of the innermost module of the model that is running in this thread."""
+        return next((self._modules[owner] for owner in running_modules() if owner in self._modules), None)
 
     def _name_of_call(self, module: str, f: object, root: bool) -> str:
         function, text = self._described(f)

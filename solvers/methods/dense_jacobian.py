@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from solvers.methods.jacobian_product import FORWARD_MODE, JacobianProduct, Way, derivatives_allowed
+from solvers.methods.jacobian_product import JacobianProduct, Way, derivatives_allowed
 from solvers.methods.solver import FlatMapping
+from solvers.problem.forward_mode import FORWARD_MODE
 
 
 def with_jacobian(f: FlatMapping, z: Tensor, way: Way = "forward mode") -> tuple[Tensor, Tensor, Way]:

@@ -1,7 +1,6 @@
 """Products of a map's Jacobian with vectors, by the first way that the map supports."""
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -9,15 +8,12 @@ import torch
 from torch import Tensor
 
 from solvers.methods.solver import FlatMapping
+from solvers.problem.forward_mode import FORWARD_MODE
 from solvers.problem.norms import rms_norm
 from solvers.problem.small_systems import inverse_or_zero
 
 # The ways to form a product, the best first.
 Way = Literal["forward mode", "double backward", "finite differences"]
-
-# PyTorch (2.11 to 2.14) keeps the level of forward mode in global variables, so that two threads in it disturb each
-# other: derivatives vanish, or an error says that there is no level.
-FORWARD_MODE = threading.RLock()
 
 
 class JacobianProduct:
