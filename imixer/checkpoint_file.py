@@ -28,7 +28,7 @@ class CheckpointError(ValueError):
     """A file is damaged, or not the checkpoint that is needed."""
 
 
-def serialize(checkpoint: dict[str, Any]) -> memoryview:
+def serialize(checkpoint: dict[str, Any]) -> bytes:
     """Return the bytes of a checkpoint, its digest included.
 
     Args:
@@ -39,9 +39,9 @@ def serialize(checkpoint: dict[str, Any]) -> memoryview:
     torch.save({"format": FORMAT, **checkpoint}, buffer)
     buffer.seek(-2, os.SEEK_END)  # the length of the archive's comment
     buffer.write(struct.pack("<H", _COMMENT_SIZE) + _MARK)
-    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     buffer.write(digest.encode())
-    return buffer.getbuffer()
+    return buffer.getvalue()
 
 
 def read_file(path: Path) -> Any:

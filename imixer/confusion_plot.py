@@ -51,4 +51,4 @@ def plot_confusion(confusion: Tensor, classes: Sequence[str], image: Path, *, ti
     figure.colorbar(picture, ax=axes, shrink=0.8, label="% of the true class", ticks=[0, 1, 5, 10, 20, 50, 100])
     content = io.BytesIO()
     figure.savefig(content, dpi=150, format="png")
-    write_atomically(image, content.getbuffer())
+    write_atomically(image, content.getvalue())

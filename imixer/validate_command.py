@@ -37,6 +37,7 @@ examples:
   %(prog)s published.pth.tar --model imixer_s16_224 --h_ratio 2 --dataset torch/cifar10 --data-dir path/to/cifar10
       weights alone, such as those of the published code: what the model is must be said
 """
+N_ITERS = (1, 2, 4, 8)
 CHANGES = ("data_dir", "dataset", "val_split", "img_size", "model", "h_ratio", "workers", "device")
 
 
@@ -55,8 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = load_data(config, progress=True)
         model = load_trained_model(checkpoint, run, config, data, use_ema=not options.no_ema)
         n_iters: list[int | None] = [None]
+        unfit = [f"--{name}" for name in ("n_iter", "solver", "rtol") if getattr(options, name) is not None]
+        if unfit and not isinstance(model, IMixer):
+            raise ValueError(f"{config.model} has no solver, and takes no {', '.join(unfit)}; leave that out")
         if isinstance(model, IMixer):
-            n_iters = list(options.n_iter)
+            n_iters = list(options.n_iter or N_ITERS)
             if options.solver is not None:
                 # The solver may be one that the backward mode of the training cannot go with.
                 model.set_solver(solver=options.solver, backward="unrolled")
@@ -118,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", type=path, metavar="RUN", help="a run's folder, or a checkpoint")
     solving = parser.add_argument_group("solving")
     solving.add_argument(
-        "--n_iter", type=positive, nargs="+", default=[1, 2, 4, 8], metavar="N", help="solver steps [1 2 4 8]"
+        "--n_iter", type=positive, nargs="+", metavar="N", help=f"solver steps [{' '.join(map(str, N_ITERS))}]"
     )
     solving.add_argument("--solver", metavar="NAME", help="fixed-point solver [the model's]")
     solving.add_argument("--rtol", type=float, metavar="TOL", help="relative tolerance that ends a solve early")

@@ -90,6 +90,19 @@ def test_folder_gives_the_images_in_it(tmp_path: Path, test: str) -> None:
         torch.testing.assert_close(channel, torch.tensor(written[f"{test}/1/002.png"]).float(), atol=1e-3, rtol=0)
 
 
+def test_images_of_all_formats_are_found_by_their_names(tmp_path: Path) -> None:
+    """Those that docs/runs.md lists, whose names may be in capitals."""
+    names = ["a.png", "b.GIF", "c.jpg", "d.JPEG", "e.webp", "f.bmp", "g.tif", "h.tiff", "i.ppm", "j.pgm", "k.jfif"]
+    for split in ("train", "test"):
+        folder = tmp_path / split / "one"
+        folder.mkdir(parents=True)
+        for name in names:
+            Image.new("L" if name == "j.pgm" else "RGB", (8, 8)).save(folder / name)
+        (folder / "notes.txt").write_text("no image")
+    data = load_image_folder(tmp_path, img_size=8)
+    assert len(data.train) == len(data.test) == len(names)
+
+
 def test_folder_of_test_and_val_tests_on_test(tmp_path: Path) -> None:
     write_digit_tree(tmp_path, test="val", num_test=4)
     write_digit_tree(tmp_path / "more", num_test=2)

@@ -20,9 +20,10 @@ MODELS = {
     "eight steps": {"n_iter": 8},
     "anderson": {"n_iter": 4, "solver": "anderson"},
     "broyden": {"n_iter": 4, "solver": "broyden"},
+    "certified": {"contraction": "certified"},
     "implicit": {"n_iter": 4, "backward": Implicit(linear_solver=NeumannSeries(terms=6))},
 }
-ON_ONNX = ("eight steps", "anderson", "broyden")
+ON_ONNX = ("eight steps", "anderson", "broyden", "certified")
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from timm.models import MlpMixer
 from training_runs import TINY
 
+from imixer import validate_command
 from imixer.imlp_options import IMLP_OPTIONS, IMLPOptions, choices
 from imixer.training import TrainingConfig, build_model, load_checkpoint, load_data, parse, train
 from imixer.training.command_line import read_settings, write_settings
@@ -156,7 +157,9 @@ def test_timm_builds_every_model_with_what_is_left_of_a_preset() -> None:
             timm.create_model(name, **left, no_such_argument=1)
 
 
-def test_the_baseline_trains_with_the_preset_and_is_validated(tmp_path: Path) -> None:
+def test_the_baseline_trains_with_the_preset_and_is_validated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_digit_tree(tmp_path / "shapes")
     smaller = (
         "--num-classes 3 --img-size 32 --global-batch 24 --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --no-amp"
@@ -173,6 +176,10 @@ def test_the_baseline_trains_with_the_preset_and_is_validated(tmp_path: Path) ->
     tested = load_trained_model(Path("run/last.pt"), run, settings_of(run, {}), data).eval()
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(tested(images), result.model(images))
+    for flags in (["--solver", "anderson"], ["--rtol", "1e-3"], ["--n_iter", "2"]):
+        assert validate_command.main(["run", *flags]) == 2
+        assert f"has no solver, and takes no {flags[0]}; leave that out" in capsys.readouterr().err
+    assert validate_command.main(["run", "--device", "cpu"]) == 0
 
 
 def test_images_of_any_size_for_models_that_do_not_ask() -> None:

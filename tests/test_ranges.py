@@ -77,6 +77,12 @@ def test_no_gradient_is_clipped_by_an_infinite_norm() -> None:
         ({"opt": "adan", "opt_betas": (0.9, 0.9)}, "betas must be 3 numbers, not 2"),
         ({"opt_kwargs": {"amsgrad": "["}}, r"amsgrad must be bool, not '\['"),
         ({"opt": "sgd", "opt_kwargs": {"dampening": "x"}}, "dampening must be int, not 'x'|must be float, not 'x'"),
+        ({"opt": "adahessian"}, "the optimizer adahessian takes second derivatives, which are not computed; choose"),
+        (
+            {"opt": "adafactorbv"},
+            "the optimizer adafactorbv keeps momentum_dtype=torch.bfloat16, .* not be saved",
+        ),
+        ({"opt": "fusedadam"}, "the optimizer fusedadam cannot be used here: APEX and CUDA required|fusedadam .*APEX"),
     ],
 )
 def test_arguments_that_an_optimizer_notices_late_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -84,6 +90,37 @@ def test_arguments_that_an_optimizer_notices_late_are_refused(changes: dict[str,
     model = build_model(TINY, load_data(TINY))
     with pytest.raises(ValueError, match=message):
         build_optimizer(config, model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({}, []),
+        ({"amp": True, "amp_dtype": "bfloat16", "model_ema": True, "model_ema_decay": 0.9}, []),
+        ({"amp_dtype": "bfloat16"}, ["amp_dtype has no effect without amp"]),
+        ({"bce_target_thresh": 0.2}, ["bce_target_thresh has no effect without bce_loss"]),
+        ({"model_ema_warmup": True}, ["model_ema_warmup has no effect without model_ema"]),
+        ({"torchcompile_mode": "max-autotune"}, ["torchcompile_mode has no effect without torchcompile"]),
+        (
+            {"no_aug": True, "cache_mb": 0, "aa": "rand-m9", "hflip": 0.0, "crop_pct": 0.9},
+            ["hflip has no effect with no_aug", "aa has no effect with no_aug"],
+        ),
+    ],
+)
+def test_what_has_no_effect_is_said(changes: dict[str, Any], lines: list[str]) -> None:
+    assert replace(TINY, **changes).without_effect == lines
+
+
+def test_a_run_says_what_has_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY_FLAGS, "--epochs", "1", "--amp-dtype", "bfloat16"]) == 0
+    assert "amp_dtype has no effect without amp" in capsys.readouterr().out
+
+
+def test_digits_have_no_splits() -> None:
+    changed: list[dict[str, Any]] = [{"val_split": "test"}, {"train_split": "all"}]
+    for changes in changed:
+        with pytest.raises(ValueError, match="--train-split and --val-split name splits of DATA_DIR; digits have none"):
+            load_data(replace(TINY, **changes))
 
 
 def test_names_of_weights_that_do_not_exist_are_refused() -> None:

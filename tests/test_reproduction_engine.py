@@ -118,6 +118,27 @@ def test_an_unknown_setting_fails_its_trial_by_name(tmp_path: Path) -> None:
     assert "h_ration" in folder_of(task.trial, tmp_path).read(FAILED)["reason"]
 
 
+def test_damaged_files_of_one_trial_leave_the_others_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a loss of power leaves them; a note of a failure is done without, a result is named in the tables."""
+    call = ["depth", "--scale", "smoke", "--output", str(tmp_path), "--seeds", "1"]
+    assert main(call) == 0
+    trials = sorted((tmp_path / "trials").iterdir())
+    for content in ("", "{}"):
+        (trials[0] / TRAINED).unlink()
+        (trials[0] / FAILED).write_text(content)
+        assert main(call) == 0
+        assert not (trials[0] / FAILED).exists()
+        kept = (trials[1] / TRAINED).read_bytes()
+        (trials[1] / TRAINED).write_text(content)
+        capsys.readouterr()
+        main(call)
+        assert capsys.readouterr().out.count("training.json is damaged") == 1
+        (trials[1] / TRAINED).write_bytes(kept)
+    (tmp_path / "sweep.json").write_text("{}")
+    assert main(call) == 2
+    assert "sweep.json is damaged (it has no 'scale'); remove it, and give" in capsys.readouterr().err
+
+
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     (task,) = tiny_tasks(1)
     folder = folder_of(task.trial, tmp_path)

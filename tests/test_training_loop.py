@@ -307,3 +307,20 @@ def test_one_model_is_kept_for_the_report(digits: ImageData, tmp_path: Path, mon
     assert len(set(map(id, looked))) == 1
     assert looked[0] is not result.model
     assert difference(looked[0].state_dict(), result.model.state_dict()) == []
+
+
+def test_weights_that_are_not_finite_end_the_run(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which updates of finite gradients can make them, as by Adam with an epsilon of 0."""
+    end_epoch = Learner.end_epoch
+
+    def spoiling(self: Learner) -> None:
+        end_epoch(self)
+        if (tmp_path / "last.pt").exists():
+            next(self.plain.parameters()).data.view(-1)[0] = math.inf
+
+    monkeypatch.setattr(Learner, "end_epoch", spoiling)
+    with pytest.raises(NonFiniteError, match=r"after epoch 2 1 weights are not finite, among them stem.proj.weight"):
+        train(replace(TINY, output=str(tmp_path)), digits, progress=False)
+    assert load_checkpoint(tmp_path)[0]["epoch"] == 1

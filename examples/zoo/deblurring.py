@@ -106,7 +106,7 @@ def wiener(blurred: Tensor, training: Tensor) -> Tensor:
 
 def train(model: Deblurring, images: Tensor, epochs: int, batch_size: int = 64) -> None:
     optimizer = torch.optim.Adam(model.parameters())
-    steps = epochs * math.ceil(len(images) / batch_size)
+    steps = max(1, epochs * math.ceil(len(images) / batch_size))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(batch_size):

@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import Image
 
+from imixer.data.decoding import FORMATS
 from imixer.data.sources import ImageFiles
 
+# How the names of images end.
+SUFFIXES = tuple(sorted(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS))
 TEST_FOLDERS = ("test", "val", "validation")
 
 
@@ -69,7 +72,7 @@ def list_images(split: Path) -> ImageFiles:
     if empty:
         class_folder = split / empty[0]
         raise FileNotFoundError(
-            f"class folder {class_folder} has no images (files that end in {', '.join(IMG_EXTENSIONS)}); "
+            f"class folder {class_folder} has no images (files that end in {', '.join(SUFFIXES)}); "
             f"it {holds(class_folder)}" + (f"; so it is with {listed(empty[1:])}" if empty[1:] else "")
         )
     return ImageFiles(samples, classes)
@@ -83,7 +86,7 @@ def _images_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[s
         raise ValueError(f"{folder} is a link that leads back to a folder above it; remove it")
     with os.scandir(folder) as entries:
         for entry in entries:
-            image = entry.name.lower().endswith(IMG_EXTENSIONS)
+            image = entry.name.lower().endswith(SUFFIXES)
             try:
                 if image and not entry.is_file():
                     raise ValueError(f"{entry.path} is named like an image but is not a regular file; remove it")

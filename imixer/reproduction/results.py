@@ -53,11 +53,15 @@ def read_results(experiment: Experiment, output: Path, seeds: range, place: Mapp
         measured: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in experiment.measurements}
         for seed, trial in arm.trials(seeds, place).items():
             folder = folder_of(trial, output)
-            training, failure = folder.read(TRAINED), folder.read(FAILED)
+            try:
+                training, failure = folder.read(TRAINED, "metrics"), folder.read(FAILED, "reason")
+                results = {name: folder.read(measurement_file(name)) for name in experiment.measurements}
+            except ValueError as error:
+                failures[seed] = str(error)
+                continue
             if training is not None:
                 curves[seed] = training["metrics"]
-            for name in experiment.measurements:
-                result = folder.read(measurement_file(name))
+            for name, result in results.items():
                 if result is not None:
                     measured[name][seed] = result
             if folder.missing(experiment.measurements):

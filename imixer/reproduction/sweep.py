@@ -12,7 +12,7 @@ from imixer.reproduction.data_sets import find_data_sets
 from imixer.reproduction.experiments import Experiment
 from imixer.reproduction.run_trial import Task
 from imixer.reproduction.scales import SCALES, Scale
-from imixer.reproduction.trial import Trial, replace_file
+from imixer.reproduction.trial import Trial, read_json, replace_file
 
 EXPERIMENTS = {
     "table1": paper.table1,
@@ -161,14 +161,9 @@ def read_settings(output: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: The file is damaged.
     """
-    path = output / SETTINGS
-    try:
-        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and give the data and the scale again") from error
-    return content
+    names = ("scale", "names", "data_dir", "num_seeds", "device", "workers", "data_sets")
+    found: dict[str, Any] | None = read_json(output / SETTINGS, *names, then="give the data and the scale again")
+    return found
 
 
 def names_of(words: Sequence[str]) -> tuple[str, ...]:

@@ -70,19 +70,13 @@ class TrialFolder:
         """Folder of the training run."""
         return self.path / "run"
 
-    def read(self, name: str) -> Any:
-        """Content of a JSON file; None if it is not there.
+    def read(self, name: str, *keys: str) -> Any:
+        """Content of a JSON file, with these keys; None if it is not there.
 
         Raises:
             ValueError: The file is damaged.
         """
-        path = self.path / name
-        try:
-            return json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            return None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it, and run the trial again") from error
+        return read_json(self.path / name, *keys, then="run the trial again")
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""
@@ -90,7 +84,10 @@ class TrialFolder:
 
     def failed_in(self, sweep: str) -> bool:
         """Whether the trial failed in this sweep."""
-        failure = self.read(FAILED)
+        try:
+            failure = self.read(FAILED, "sweep")
+        except ValueError:  # it is tried again
+            return False
         return failure is not None and failure["sweep"] == sweep
 
     def missing(self, measurements: tuple[str, ...]) -> list[str]:
@@ -108,12 +105,38 @@ def folder_of(trial: Trial, output: Path) -> TrialFolder:
     return TrialFolder(output / "trials" / trial.name)
 
 
+def read_json(path: Path, *keys: str, then: str) -> Any:
+    """Content of a JSON file, an object with these keys; None if it is not there.
+
+    Args:
+        path: The file.
+        keys: What has to be in it.
+        then: What to do when a damaged one is removed.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        missing = [key for key in keys if key not in content]
+        if missing:
+            raise ValueError(f"it has no {missing[0]!r}")
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and {then}") from error
+    return content
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that readers, and a crash at any moment, see the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ from imixer.training.config import TrainingConfig
 from imixer.training.evaluation import Evaluation, evaluate
 from imixer.training.images import load_data
 from imixer.training.interruption import TrainingInterruptedError
-from imixer.training.loop import NonFiniteError, TrainingResult, train
+from imixer.training.learner import NonFiniteError
+from imixer.training.loop import TrainingResult, train
 from imixer.training.model import build_model
 from imixer.training.presets import PRESETS
 from imixer.training.run_folder import EpochMetrics

@@ -20,8 +20,15 @@ AUGMENT_ON = ("workers", "device")
 DEVICES = ("auto", "cpu", "cuda")
 LR_SCALES = ("linear", "sqrt")
 TRACKERS = tuple(str(name) for name in LoggerType.list() if str(name) != "all")
-# Settings of timm's transforms, which images that are decoded once do not go through.
-READ_EVERY_EPOCH = (
+# Settings that are nothing without another one.
+NEEDS = {
+    "amp_dtype": "amp",
+    "bce_target_thresh": "bce_loss",
+    "model_ema_decay": "model_ema",
+    "model_ema_warmup": "model_ema",
+    "torchcompile_mode": "torchcompile",
+}
+AUGMENTATIONS = (
     "train_crop_mode",
     "scale",
     "ratio",
@@ -34,12 +41,9 @@ READ_EVERY_EPOCH = (
     "reprob",
     "remode",
     "recount",
-    "train_interpolation",
-    "interpolation",
-    "crop_pct",
-    "mean",
-    "std",
 )
+# Settings of timm's transforms, which images that are decoded once do not go through.
+READ_EVERY_EPOCH = (*AUGMENTATIONS, "train_interpolation", "interpolation", "crop_pct", "mean", "std")
 
 
 def setting(default: Any, group: str, text: str, **options: Any) -> Any:
@@ -273,8 +277,7 @@ class TrainingConfig:
             )
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size must be even for mixup and cutmix, which mix pairs, not {self.batch_size}")
-        changed = [item.name for item in fields(self) if item.name in (*READ_EVERY_EPOCH, "augment_on")]
-        changed = [name for name in changed if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        changed = [name for name in self._changed if name in (*READ_EVERY_EPOCH, "augment_on")]
         if self.cache_mb and changed:
             raise ValueError(
                 f"{', '.join(changed)}: for images that are read in every epoch, not for those that are decoded once; "
@@ -283,6 +286,19 @@ class TrainingConfig:
         if (self.new_head or self.new_token_mixing) and not self.initial_checkpoint:
             raise ValueError("new_head and new_token_mixing leave out parts of --initial-checkpoint; give that too")
         self.checkpoint_every  # noqa: B018  raises for what it cannot read
+
+    @property
+    def _changed(self) -> list[str]:
+        """The settings that are not what they are by default."""
+        return [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+
+    @property
+    def without_effect(self) -> list[str]:
+        """A line for each setting that changes nothing beside the others."""
+        useless = {name: f"without {switch}" for name, switch in NEEDS.items() if not getattr(self, switch)}
+        if self.no_aug:
+            useless |= dict.fromkeys((*AUGMENTATIONS, "hflip"), "with no_aug")
+        return [f"{name} has no effect {useless[name]}" for name in self._changed if name in useless]
 
     @property
     def mixes(self) -> bool:

@@ -129,6 +129,8 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
     if not state:
         return
     options = StateDictOptions(full_state_dict=True)
+    # To have a state, PyTorch takes a step with zero gradients and rate, in which some optimizers move the weights.
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
     groups: Any = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
     before = {parameter: group for group in state["param_groups"] for parameter in group["params"]}
     for group in groups:
@@ -136,3 +138,6 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
         # What is no setting is state that some optimizers keep here.
         group.update({name: saved[name] for name in group if name in saved and name not in OPTIMIZER_SETTINGS})
     set_optimizer_state_dict(model, optimizer, {**state, "param_groups": groups}, options=options)
+    with torch.no_grad():
+        for parameter, weight in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(weight)

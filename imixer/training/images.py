@@ -26,6 +26,8 @@ def load_data(config: TrainingConfig, *, progress: bool = False) -> ImageData:
     check_model_name(config.model)
     accelerator = make_accelerator(config)
     if config.data_dir is None and not config.dataset:
+        if (config.train_split, config.val_split) != (TrainingConfig.train_split, TrainingConfig.val_split):
+            raise ValueError("--train-split and --val-split name splits of DATA_DIR; digits have none, leave them out")
         data = load_digits(img_size=config.img_size or 8, augment=not config.no_aug)
     else:
         if config.data_dir is None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from imixer.training.model import build_optimizer, catch_up_norms, create_model,
 from imixer.training.objective import make_loss
 from imixer.training.resuming import restoring
 from imixer.training.step import TrainingStep, compile_blocks
+
+
+class NonFiniteError(RuntimeError):
+    """The training loss or its gradient was NaN or infinite in too many updates in a row, or a weight is."""
 
 
 class Learner:
@@ -108,6 +113,16 @@ class Learner:
         if self.accelerator.num_processes > 1:
             for model in [self.plain] if self.ema is None else [self.plain, self.ema.module]:
                 distribute_bn(model, self.accelerator.num_processes, reduce=True)
+
+    def check_weights(self, epoch: int, folder: Path) -> None:
+        """Raise if the updates of an epoch, of gradients that were finite, have made weights infinite or NaN."""
+        broken = [name for name, weight in self.plain.named_parameters() if not weight.isfinite().all()]
+        if broken:
+            raise NonFiniteError(
+                f"after epoch {epoch + 1} {len(broken)} weights are not finite, among them {broken[0]}, although all "
+                f"gradients were. Try a smaller --lr, a larger --opt-eps, or another --opt; what {folder} "
+                "has saved is from before"
+            )
 
     def averaged(self) -> nn.Module | None:
         """The model with averaged weights, ready to be tested; None if there is none."""

@@ -26,7 +26,7 @@ from imixer.training.distributed import make_accelerator
 from imixer.training.evaluation import evaluate
 from imixer.training.imlp_report import look_at_imlps
 from imixer.training.interruption import StopSignals, TrainingInterruptedError
-from imixer.training.learner import Learner
+from imixer.training.learner import Learner, NonFiniteError
 from imixer.training.objective import make_mixup, seed_step
 from imixer.training.plots import plot_curves
 from imixer.training.progress import Progress, write_results
@@ -40,10 +40,6 @@ from implicit.diagnostics import OnItsWay, SolveMonitor
 IMLP_IMAGES = 16  # test images that the iMLPs are looked at on
 # Updates that are under way before the first one's loss is looked at, by the kind of device.
 UPDATES_AHEAD = {"cuda": 1}
-
-
-class NonFiniteError(RuntimeError):
-    """The training loss or its gradient was NaN or infinite in too many updates in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +83,8 @@ def train(
             another model, batch or data set.
         OSError: A file cannot be read or written, or another process runs in the folder; what was saved before is
             still there.
-        NonFiniteError: The loss or the gradient was not finite in `config.max_nonfinite` updates in a row.
+        NonFiniteError: The loss or the gradient was not finite in `config.max_nonfinite` updates in a row, or the
+            weights are not.
         TrainingInterruptedError: SIGINT, SIGTERM, SIGHUP or SIGUSR1 came; the run was saved.
     """
     check_trackers(config)
@@ -151,7 +148,7 @@ def _train(
             described={**this_run, "mean": list(data.mean), "std": list(data.std), "environment": about},
         )
         report.say(f"{data.description}\n{_describe(config, learner, schedule, lr)}; {folder}")
-        for note in (*start.notes, *learner.notes):
+        for note in (*start.notes, *learner.notes, *config.without_effect):
             report.say(note)
         if checkpoint is not None:
             changes = describe_changes(checkpoint, config)
@@ -168,6 +165,7 @@ def _train(
                     ema_top1 = evaluate(averaged, test_loader, accelerator).top1 if averaged is not None else None
             except (UnreadableImageError, LoaderError) as error:
                 run.give_up(error)
+            learner.check_weights(epoch, folder)
             imlps = []
             if (epoch + 1) % config.report_interval == 0 or epoch + 1 == schedule.num_epochs:
                 with report.timing("report"):

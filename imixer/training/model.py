@@ -215,19 +215,30 @@ def build_optimizer(config: TrainingConfig, model: nn.Module, *, lr: float | Non
     """
     arguments = {**config.optimizer_arguments, **({} if lr is None else {"lr": lr})}
     try:
-        _check_optimizer_arguments(config)
-        return make_optimizer(model, capturable=config.cuda_graph, **arguments)
+        parameters = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
+    except (AssertionError, ImportError) as error:
+        raise ValueError(f"the optimizer {config.opt} cannot be used here: {error}") from error
+    try:
+        _check_optimizer_arguments(config, parameters)
+        optimizer = make_optimizer(model, capturable=config.cuda_graph, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        takes = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
         raise ValueError(
             f"cannot make the optimizer {config.opt} with {_listed(arguments)}: {error}; it takes "
-            f"{', '.join(list(takes)[1:])}"
+            f"{', '.join(list(parameters)[1:])}"
         ) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"the optimizer {config.opt} takes second derivatives, which are not computed; choose another")
+    for name, value in optimizer.defaults.items():
+        if isinstance(value, torch.dtype):
+            raise ValueError(
+                f"the optimizer {config.opt} keeps {name}={value}, which PyTorch's state dicts of several processes "
+                "cannot hold, so that the run could not be saved; choose another"
+            )
+    return optimizer
 
 
-def _check_optimizer_arguments(config: TrainingConfig) -> None:
+def _check_optimizer_arguments(config: TrainingConfig, parameters: Mapping[str, inspect.Parameter]) -> None:
     """Check what optimizers notice in their first step only: the number of betas, and texts instead of numbers."""
-    parameters = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
     for name, parameter in parameters.items():
         value, default = config.optimizer_arguments.get(name), parameter.default
         if isinstance(value, str) and isinstance(default, (int, float)):

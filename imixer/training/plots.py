@@ -61,4 +61,4 @@ def plot_curves(curves: Path, image: Path, *, title: str) -> None:
 
     content = io.BytesIO()
     figure.savefig(content, dpi=150, format="png")
-    write_atomically(image, content.getbuffer())
+    write_atomically(image, content.getvalue())

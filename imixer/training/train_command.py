@@ -16,7 +16,8 @@ from imixer.training.distributed import join_slurm_step
 from imixer.training.images import load_data
 from imixer.training.imlp_report import iterates
 from imixer.training.interruption import TrainingInterruptedError
-from imixer.training.loop import NonFiniteError, TrainingResult, train
+from imixer.training.learner import NonFiniteError
+from imixer.training.loop import TrainingResult, train
 
 EPILOG = """\
 examples:

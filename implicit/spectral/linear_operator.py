@@ -125,7 +125,7 @@ class LinearOperator:
         matrices, excess = self._symbol(wide)
         # A generous bound on the rounding errors in the sums of H.
         slack: Tensor = 64 * self.taps * torch.finfo(torch.float64).eps * torch.linalg.vector_norm(wide)
-        return (largest(matrices).amax() + slack) * excess
+        return (largest(matrices).flatten().amax(dim=0) + slack) * excess
 
     @property
     def taps(self) -> int:
