@@ -130,9 +130,7 @@ class Measure:
         """The sizes of the parts at the start z (B, D), given the plain norms of f(z)."""
         sizes = self.parts(z)
         starts = torch.maximum(sizes, scales)
-        if self._unit_of is None:
-            return starts
-        # The first step towards a root may be too long to tell anything.
+        # A first step that leads far away tells nothing of the solution, such as that of z + a / z near zero.
         return torch.where(sizes > 0, torch.minimum(starts, 10 * sizes), starts)
 
     def slack(self, errors: Tensor, bound: Tensor) -> Tensor | None:
