@@ -27,7 +27,7 @@ torch.manual_seed(0)
 x = torch.rand(500, 2) * 2 - 1
 label = (x[:, 0] * x[:, 1] > 0).long()  # no linear classifier can tell these apart
 
-layer = FixedPointLayer(Cell(2, 16), init=lambda x: x.new_zeros(len(x), 16))
+layer = FixedPointLayer(Cell(2, 16), init=lambda x: x.new_zeros(x.shape[0], 16))
 head = nn.Linear(16, 2)
 optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=0.02)
 for _ in range(150):

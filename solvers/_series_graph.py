@@ -33,7 +33,8 @@ def series(task: Task, w: Tensor, tolerance: Tensor, max_rate: Tensor, max_steps
 
 
 def _series(task: Task, w: Tensor, tolerance: Tensor, max_rate: Tensor, max_steps: Tensor) -> tuple[Parts, Tensor]:
-    z = Layout(task.z0, task.batch_dims).pack(task.z0).contiguous()
+    # A copy, because no two inputs of a loop may be the same memory.
+    z = Layout(task.z0, task.batch_dims).pack(task.z0).clone(memory_format=torch.contiguous_format)
     error, spare = rms_norm(w), spares(tolerance)
     slow = ~error.isfinite()
     running = (error > tolerance) & ~slow

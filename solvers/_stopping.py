@@ -47,8 +47,8 @@ class Stopping(Hyperparameters):
             it means that nothing is tested, as in :class:`Steps`.
         atol: Absolute tolerance, in the units of the state; likewise. If it is not given, it is
             ``rtol * sqrt(eps) * size``, where eps is the rounding unit of the solver's dtype and size the larger one of
-            ``norm(z0)`` and ``norm(f(z0))``, but at most ten times ``norm(z0)`` if that is not 0. So the test does not depend on the units of the state, and solutions at
-            zero are found as well.
+            ``norm(z0)`` and ``norm(f(z0))``, but at most ten times ``norm(z0)`` if that is not 0. So the test does not
+            depend on the units of the state, and solutions at zero are found as well.
         norm: "rms", the root mean square over the entries, so that ``atol`` does not depend on their number; "max", the
             largest absolute entry; or "l2", the Euclidean norm.
         max_steps: The largest number of steps. The call of ``f`` at ``z0`` is the first.

@@ -226,3 +226,12 @@ def test_dense_takes_a_tolerance_at_its_word():
     )
     assert without.statuses() == ["CONVERGED"]
     assert strict.statuses() == ["STAGNATED" if strict.residual > 1e-9 else "CONVERGED"]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-19, 1e19, 1e30])
+def test_matrices_whose_squares_vanish_or_overflow(size):
+    """Dense solves them in float32 as well, and a right-hand side of zero in any case."""
+    a = size * torch.tensor([[2.0, 1.0], [0.0, 3.0]], dtype=torch.float32)
+    b = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float32)
+    solution = linear_solve(lambda x: x @ a.T, b, "dense", on_failure="raise")
+    torch.testing.assert_close(solution.value * size, b / 3, rtol=1e-5, atol=0.0)

@@ -99,3 +99,27 @@ def test_sizes_whose_squares_vanish_or_overflow(without_a_compiler, solver, comp
             assert (residual <= 1.1e-4 * scale)[solution.converged].all()
             if start and f is not maps[-1]:
                 assert (solution.status[usual] == solution.status[len(size) // 2]).float().mean() > 0.9
+
+
+# Maps whose first step from a start of this size leads far away, with their solution.
+FAR_STEPS = {
+    "square root": (lambda z: 0.5 * (z + 2 / z), [1e-4, 1e-6, 1e-8, 1e-10], 2**0.5),
+    "exponential": (lambda z: torch.exp(-z), [-10.0, -20.0, -30.0, -40.0], 0.5671432904),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("solver", "compile"), [*((name, False) for name in SOLVERS), pytest.param("picard", True, marks=pytest.mark.long)]
+)
+@pytest.mark.parametrize("name", FAR_STEPS)
+def test_a_first_step_that_leads_far_away_is_no_measure_of_the_solution(
+    without_a_compiler, name, solver, compile, dtype
+):
+    f, starts, solution = FAR_STEPS[name]
+    z0 = torch.tensor(starts, dtype=dtype).unsqueeze(1)
+    with torch.no_grad():
+        found = solve(f, z0, SOLVERS[solver], max_steps=100, compile=compile, on_failure="ignore")
+    value = found.value[found.converged].abs()  # minus the square root is one too
+    torch.testing.assert_close(value, torch.full_like(value, solution), rtol=1e-3, atol=0.0)
+    assert len(value) or name != "square root" or solver == "newton_krylov"

@@ -98,6 +98,9 @@ class _Estimate(LinearSolver):
     inverses: list[Any]
     factors: list[Any] = dataclasses.field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return repr(self.shine)
+
     def with_default_rtol(self, rtol: float) -> "_Estimate":
         if self.shine.fallback is None:
             return self

@@ -76,6 +76,7 @@ class Dense(LinearSolver):
         # Singular to rounding is a matrix if 32 rounding errors of the terms in A x exceed b. In norms without squares,
         # which may overflow; a product that is nan compares false.
         entry, largest, size_b = (t.flatten(1).abs().amax(dim=1) for t in (matrix, correction, b))
+        size_of_matrix = entry * torch.linalg.matrix_norm(matrix / torch.where(entry > 0, entry, 1.0).view(-1, 1, 1))
         usable = entry * largest * (FLOOR * eps) <= size_b
         singular = finite & (no_pivot | ~usable)
         inverse = torch.linalg.pinv(matrix[singular], rtol=FLOOR * eps) if bool(singular.any()) else None
@@ -90,7 +91,7 @@ class Dense(LinearSolver):
             error = torch.where(improved.squeeze(1), new_error, error)
             terms = norm_b
             if is_rounding:
-                terms = terms + (rms_norm(x) * torch.linalg.matrix_norm(matrix)).masked_fill(singular, 0.0)
+                terms = terms + (rms_norm(x) * size_of_matrix).masked_fill(singular, 0.0)
             floor = FLOOR * eps * terms
             met = (error <= torch.maximum(tolerance, floor.masked_fill(floor.isinf(), 0.0))) & norm_b.isfinite()
             if bool(met.all()):
