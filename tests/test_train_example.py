@@ -173,7 +173,11 @@ def test_presets_are_whole(preset: str) -> None:
         ("decay_milestones: [90, null]", "error: decay_milestones in mine.yaml must be a list of int, not [90, None]"),
         ("log_with: wandb", "error: log_with in mine.yaml must be a list of str, not 'wandb'"),
         ("scale: [true, 1]", "error: scale in mine.yaml must be a list of float, not [True, 1]"),
-        ("h-ratio: 1\nh_ratio: 2", "error: mine.yaml sets h_ratio twice, once with - and once with _; leave one"),
+        (
+            "h-ratio: 1\nh_ratio: 2",
+            "error: mine.yaml sets h_ratio twice; leave one of the lines out, also where one has",
+        ),
+        ("epochs: 1\nseed: 2\nepochs: 3", "error: mine.yaml sets epochs twice; leave one of the lines out"),
         ("model: \udcff", "error: mine.yaml is not YAML: 'utf-8' codec can't decode byte 0xff in position 7"),
         ("aa: 2026-13-01", "error: mine.yaml is not YAML: month must be in 1..12"),
     ],

@@ -61,6 +61,8 @@ class Sweep:
             raise ValueError(f"unknown scale {self.scale!r}; known are {', '.join(SCALES)}")
         if self.num_seeds is not None and self.num_seeds < 1:
             raise ValueError(f"the number of seeds must be at least 1, not {self.num_seeds}")
+        if self.workers < 0:
+            raise ValueError(f"the number of workers must not be negative, but is {self.workers}")
 
     @property
     def sizes(self) -> Scale:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import types
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
@@ -183,7 +184,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         ValueError: It cannot be read, is no mapping, or a name or a value is unfit.
     """
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        found, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise ValueError(f"cannot read the settings in {path}: {error.strerror}; give a YAML file") from error
     except (yaml.YAMLError, ValueError) as error:  # the latter for text that is not UTF-8, and days such as 2026-13-01
@@ -193,12 +195,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         what = "is empty" if found is None else f"holds a {type(found).__name__}"
         raise ValueError(f"{path} must hold settings as `name: value` lines, but {what}")
+    written = Counter(str(key.value).replace("-", "_") for key, _ in tree.value)
+    twice = [name for name, number in written.items() if number > 1]
+    if twice:
+        raise ValueError(f"{path} sets {twice[0]} twice; leave one of the lines out, also where one has - for _")
     settings: dict[str, Any] = {}
-    for written, value in found.items():
-        name = str(written).replace("-", "_")
+    for key, value in found.items():
+        name = str(key).replace("-", "_")
         _check_known("setting", [name], {*TYPES, "preset"}, path)
-        if name in settings:
-            raise ValueError(f"{path} sets {name} twice, once with - and once with _; leave one of the lines out")
         settings[name] = value if name == "preset" else _converted(name, value, path)
     return settings
 

@@ -375,7 +375,10 @@ class TrainingConfig:
                 raise ValueError(f"{name} {value!r} is unknown; known are {', '.join(near or known)}")
         for name in self.log_with:
             if name not in TRACKERS and self.log_with != ("none",):
-                raise ValueError(f"log_with {name!r} is unknown; known are {', '.join(TRACKERS)}, or none alone")
+                raise ValueError(
+                    f"log_with {name!r} is unknown; known are {', '.join(TRACKERS)}, or none alone; a DATA_DIR comes "
+                    "before this flag"
+                )
 
 
 def arguments_of_group(group: str) -> dict[str, "Field[Any]"]:
