@@ -2,6 +2,7 @@
 
 import functools
 import types
+import warnings
 
 import pytest
 import torch
@@ -81,7 +82,27 @@ class Closing(nn.Module):
 
 class Inheriting(Closing):
     def forward(self, z, x):
-        return super().forward(z, x)
+        return super().helper(z, x) if self.listed is None else super().forward(z, x)
+
+
+class Static(nn.Module):
+    @staticmethod
+    def expert(z, x):
+        return by_another_function(z, x)
+
+    @classmethod
+    def of_class(cls, z, x):
+        return cls.expert(z, x)
+
+    def forward(self, z, x):
+        return self.expert(z, x)
+
+
+class Slots:
+    __slots__ = ("both", "other")
+
+    def __init__(self, both):
+        self.both = both
 
 
 class GlobalForward(nn.Module):
@@ -107,6 +128,10 @@ def closing_over_module(module):
     return lambda z, x: module(z, x)
 
 
+def with_slots(held):
+    return lambda z, x: routed(z, x, list(held.both))
+
+
 def nested_in(f):
     inner = FixedPointLayer(f, init=torch.zeros_like, **OPTIONS)
     return lambda z, x: 0.2 * inner(z) + x
@@ -126,6 +151,11 @@ REFERENCES = {
     "object": lambda e: e,
     "attribute": lambda e: lambda z, x: e.route(z, x),
     "super": lambda e: Inherited(e),
+    "slots": lambda e: with_slots(Slots(e.both)),
+    "static method": lambda e: lambda z, x: Static.expert(z, x),
+    "class method": lambda e: lambda z, x: Static.of_class(z, x),
+    "module, static method": lambda e: Static(),
+    "module, method of the base": lambda e: Inheriting(),
     "module, global": lambda e: GlobalForward(),
     "module, list": lambda e: Closing(list(e.both)),
     "module in a function": lambda e: closing_over_module(Closing(list(e.both))),
@@ -137,6 +167,10 @@ REFERENCES = {
     "results": lambda e: closing_over(e.results),
     "one result": lambda e: closing_over([e.leaves[0], e.results[1]]),
 }
+
+
+OF_THE_FILE = {"global", "function", "static method", "class method"}
+OF_THE_FILE |= {"module, global", "module, class", "module, static method", "module, method of the base"}
 
 
 def gradients(f, experts, x, **options):
@@ -151,7 +185,7 @@ def gradients(f, experts, x, **options):
 @pytest.mark.parametrize("backward", ["implicit", "neumann"])
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_tensors_that_are_used_away_from_the_start_only_get_their_gradients(reference, backward):
-    experts = GLOBAL if reference in ("global", "function", "module, global", "module, class") else Experts()
+    experts = GLOBAL if reference in OF_THE_FILE else Experts()
     x = torch.rand(4, 3) + 1
     f = REFERENCES[reference](experts)
     expected, _ = gradients(f, experts, x, backward="unrolled")
@@ -234,6 +268,45 @@ def test_what_a_method_reads_of_its_owner_counts(name):
     """Versions of Python differ in which instructions load a variable."""
     plain = Plain()
     assert references_of(getattr(plain, name)) == [plain.weight]
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("backward", ["implicit", "neumann", "auto", "shine", "jfb", "phantom", "checkpointed"])
+def test_hooks_of_tensors_run_once(backward, create_graph):
+    """Those of leaves and of intermediate results, and what is retained of these."""
+
+    def run(mode, hooked):
+        torch.manual_seed(0)
+        net, h = nn.Linear(3, 3), torch.full((2, 3), 0.1, requires_grad=True)
+        h = 2 * h
+        h.retain_grad()
+        seen = []
+        if hooked:
+            for tensor in (net.weight, h):
+                tensor.register_hook(lambda gradient: seen.append(gradient.clone()) or 2 * gradient)
+        options = {"solver": "broyden" if mode == "shine" else "picard", "rtol": 1e-12, "max_steps": 60}
+        z = fixed_point(lambda z: 0.3 * torch.tanh(net(z)) + h, torch.zeros(2, 3), backward=mode, **options)
+        z.square().sum().backward(create_graph=create_graph)
+        return [net.weight.grad.detach(), net.bias.grad.detach(), h.grad.detach()], seen
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")  # PyTorch's
+        plain, _ = run(backward, False)
+        hooked, seen = run(backward, True)
+    torch.testing.assert_close(hooked, [2 * plain[0], plain[1], 2 * plain[2]])
+    assert len(seen) == 2
+    torch.testing.assert_close(sorted(seen, key=len), sorted([plain[0], plain[2]], key=len))
+
+
+@pytest.mark.parametrize("backward", ["implicit", "neumann", "auto", "jfb", "phantom", "unrolled"])
+def test_parameters_may_be_frozen_before_the_backward_pass(backward):
+    net, x = nn.Linear(3, 3), torch.ones(2, 3, requires_grad=True)
+    gradients = []
+    for freeze in (False, True):
+        z = fixed_point(lambda z, x: 0.3 * torch.tanh(net(z)) + x, torch.zeros(2, 3), x, backward=backward, **OPTIONS)
+        net.requires_grad_(not freeze)
+        gradients += torch.autograd.grad(z.sum(), x)
+    torch.testing.assert_close(*gradients)
 
 
 def test_functions_of_other_files_are_not_looked_into():

@@ -21,6 +21,7 @@ from implicit.autograd.torch_internals import (
     forward_mode_enabled,
     one_vector_at_a_time,
     transform_active,
+    without_hooks,
     without_tangent,
 )
 
@@ -165,11 +166,16 @@ def _gradients(
     if not dependent or not sources:
         return [None] * len(sources)
     outs, us = zip(*dependent, strict=True)
-    gradients = torch.autograd.grad(
-        outs, list(sources), us, retain_graph=True, create_graph=differentiable, allow_unused=True
-    )
+    # What has been frozen since the forward pass needs none.
+    needing = [source for source in sources if source.requires_grad]
+    with without_hooks(captured):
+        computed = torch.autograd.grad(
+            outs, needing, us, retain_graph=True, create_graph=differentiable, allow_unused=True
+        )
+    supply = iter(computed)
+    gradients = [next(supply) if source.requires_grad else None for source in sources]
     if not differentiable:
-        return list(gradients)
+        return gradients
     return _attach(gradients, (*copies, *cotangents_copy), (*originals, *cotangents), captured)
 
 

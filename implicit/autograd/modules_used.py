@@ -50,6 +50,8 @@ def references_of(f: Callable[..., Any]) -> list[nn.Module | Tensor]:
             queue.extend(thing.values())
         elif isinstance(thing, functools.partial):
             queue.extend((thing.func, *thing.args, *thing.keywords.values()))
+        elif isinstance(thing, staticmethod):
+            queue.append(thing.__func__)
         elif isinstance(thing, types.FunctionType):
             queue.extend(_variables(thing))
         elif isinstance(thing, types.MethodType):
@@ -96,7 +98,7 @@ def _read_by_forward(kind: type[nn.Module]) -> tuple[dict[tuple[str, ...], Any],
         for name, *path in _paths(code):
             value = function.__globals__.get(name)
             if name == "super":
-                inherited = (vars(base).get(function.__name__) for base in kind.__mro__)
+                inherited = (vars(base).get(name) for base in kind.__mro__ for name in code.co_names)
                 queue.extend((method, True) for method in inherited if isinstance(method, types.FunctionType))
             elif isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
                 queue.append((value, False))
@@ -104,6 +106,8 @@ def _read_by_forward(kind: type[nn.Module]) -> tuple[dict[tuple[str, ...], Any],
                 value = _of_class(kind, path[0])
                 if isinstance(value, types.FunctionType):
                     queue.append((value, True))
+                elif isinstance(value, (staticmethod, classmethod)):
+                    queue.append((value.__func__, isinstance(value, classmethod)))
                 else:
                     attributes[tuple(path)] = value if isinstance(value, _HOLDERS) else None
     return attributes, [function for function in functions if _refers(function)]
@@ -155,7 +159,7 @@ def _variables(function: Callable[..., Any], owner: object = None) -> Iterator[A
             if not isinstance(value, types.FunctionType) or value.__globals__ is function.__globals__:
                 yield value
         elif name == "super" and "__class__" in near and isinstance(owner, near["__class__"]):
-            yield getattr(super(near["__class__"], owner), function.__name__, None)
+            yield from (getattr(super(near["__class__"], owner), name, None) for name in code.co_names)
 
 
 def _attribute(value: Any, names: list[str]) -> Any:
@@ -168,11 +172,20 @@ def _attribute(value: Any, names: list[str]) -> Any:
             stores += [value._modules, value._parameters, value._buffers]
         store = next((store for store in stores if name in store), None)
         if store is not None:
-            value = store[name]
+            owner, value = value, store[name]
+            if isinstance(value, classmethod):
+                value = types.MethodType(value.__func__, owner)
             continue
         of_class = _of_class(type(value), name)
         if isinstance(of_class, types.FunctionType):
             return types.MethodType(of_class, value)
+        if isinstance(of_class, classmethod):
+            return types.MethodType(of_class.__func__, type(value))
+        if isinstance(of_class, staticmethod):
+            return of_class
+        if isinstance(of_class, types.MemberDescriptorType):  # of a class with slots
+            value = getattr(value, name, None)
+            continue
         if not isinstance(of_class, _HOLDERS):
             return value
         value = of_class

@@ -14,6 +14,7 @@ name                                                                tried on tor
 ``torch._C._current_graph_task_id``                                 2.11 to 2.14
 ``torch._C._autograd._get_current_graph_task_keep_graph``           2.14
 ``torch._C._vmapmode_increment_nesting`` and its neighbors          2.11 to 2.14
+``torch.Tensor._backward_hooks``                                    2.11 to 2.14
 ``torch.nn.utils.parametrize._cache``                               2.11 to 2.14
 ``torch.nn.utils.parametrize.ParametrizationList.forward``          2.14
 ``torch.nn.utils.stateless._functional_call``                       2.14
@@ -115,6 +116,25 @@ def in_backward_pass() -> bool:
 def backward_pass_keeps_graph() -> bool:
     """Whether the running backward pass was asked to keep the graph, by ``retain_graph`` or ``create_graph``."""
     return torch.compiler.is_compiling() or bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+@contextlib.contextmanager
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """A context in which gradients to these tensors run none of their hooks and are not retained.
+
+    A gradient that is computed inside a backward pass, and returned to it, would run them twice.
+    """
+    hooks = [(tensor._backward_hooks, dict(tensor._backward_hooks)) for tensor in tensors if tensor._backward_hooks]
+    retained = [(tensor, tensor.grad) for tensor in tensors if tensor.retains_grad]
+    for held, _ in hooks:
+        held.clear()
+    try:
+        yield
+    finally:
+        for held, before in hooks:
+            held.update({**before, **held})
+        for tensor, gradient in retained:
+            tensor.grad = gradient
 
 
 Derivative = Callable[..., tuple[Tensor | None, ...]]
