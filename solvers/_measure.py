@@ -25,7 +25,8 @@ class Measure:
             None where the problem is no root: then it is 1. The map of a root is ``z - c F(z)`` with a c that is right
             at the start only, so that the error that the last step shows has to be within the bound as well.
         newton_step: Gives Newton's step (B, D) at iterates of a root (B, D), which has to be within the bound too: the
-            last step tells nothing of the error in other directions. None where that is known, or expensive.
+            last step tells nothing of the error in other directions. None where that is expensive.
+        asks_newton_step: Whether that costs something: not where the steps are Newton's own.
     """
 
     def __init__(
@@ -34,9 +35,12 @@ class Measure:
         layout: Layout,
         unit_of: Callable[[], Tensor | None] | None = None,
         newton_step: Callable[[Tensor], Tensor] | None = None,
+        *,
+        asks_newton_step: bool = True,
     ) -> None:
         self._unit_of = unit_of
         self._newton_step = newton_step
+        self.asks_newton_step = newton_step is not None and asks_newton_step
         self._ord = math.inf if stopping.norm == "max" else 2
         size = sum(layout.sizes)
         self._unit = math.sqrt(max(size, 1)) if stopping.norm == "rms" else 1.0
@@ -58,11 +62,6 @@ class Measure:
         # The smallest relative tolerance of the whole sample; none is known where leaves have their own.
         self.least_rtol = self._rtol if isinstance(self._rtol, float) else 0.0
         self._of_start: float | Tensor | None = self._rtol * math.sqrt(eps) if derived else None
-
-    @property
-    def asks_newton_step(self) -> bool:
-        """Whether a root has to be confirmed by Newton's step."""
-        return self._newton_step is not None
 
     @property
     def is_of_whole(self) -> bool:

@@ -195,11 +195,13 @@ class Iteration(Generic[S]):
         self.tested = isinstance(rule, Stopping)
         if isinstance(rule, Stopping):
             self._check_every = rule.check_every
+            newton = isinstance(self._solver, Newton)
             self._measure = Measure(
                 rule,
                 self._layout,
                 (lambda: self._map.unit) if root else None,
-                self._newton_step if root and self._asks_newton_step else None,
+                self._newton_step if root and (newton or sum(self._layout.sizes) <= FEW_UNKNOWNS) else None,
+                asks_newton_step=not newton,
             )
             remembers = type(self._solver).restarted is not Solver.restarted
             self._progress = ToleranceTest(
@@ -367,13 +369,11 @@ class Iteration(Generic[S]):
         else:
             self._map.freeze(progress.active, progress.held())
 
-    @property
-    def _asks_newton_step(self) -> bool:
-        """Whether Newton's step is to confirm roots: where the solver does not test it, and it is not expensive."""
-        return not isinstance(self._solver, Newton) and sum(self._layout.sizes) <= FEW_UNKNOWNS
-
     def _newton_step(self, z: Tensor) -> Tensor:
         assert isinstance(self._map, RootMap)
+        # The residuals of Newton's method are its steps already, except where there was none.
+        if isinstance(self.state, NewtonState) and not self.state.num_stuck:
+            return torch.zeros_like(z)
         return newton_step(self._map, z)
 
     def _advice(self) -> str:

@@ -73,3 +73,25 @@ def test_newton_krylov_goes_on_where_the_scaled_residual_is_small(name, factor):
     )
     assert solution.converged.all()
     assert problem.F(z).norm() <= 1e-7
+
+
+# Systems without a root, whose matrix is singular where the residual is smallest; it is 1e-4 of the unknowns there.
+WITHOUT_ROOT = {
+    "inconsistent": (2, lambda z: torch.stack([z.sum(1) - 1000, z.sum(1) - 1000.2], 1)),
+    "relu": (1, lambda z: torch.relu(z + 5000) + 1),
+    "clamp": (1, lambda z: z.clamp(-1000, 1000) - 1000.2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", WITHOUT_ROOT)
+def test_a_singular_matrix_is_no_sign_of_a_root(name, dtype):
+    size, f = WITHOUT_ROOT[name]
+    _, solution = root(f, torch.zeros(2, size, dtype=dtype), rtol=1e-3, on_failure="ignore", return_solution=True)
+    assert not solution.converged.any()
+
+
+def test_a_continuum_of_roots_is_found():
+    z, solution = root(lambda z: torch.stack([z.sum(1) - 2, z.sum(1) - 2], 1), torch.zeros(3, 2), return_solution=True)
+    assert solution.converged.all()
+    torch.testing.assert_close(z.sum(1), torch.full((3,), 2.0))
