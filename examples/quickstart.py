@@ -39,4 +39,5 @@ for _ in range(150):
 
 print(f"accuracy {(head(z).argmax(1) == label).float().mean():.0%}")
 print(f"solved {int(solution.converged.sum())} of {len(x)} samples in {solution.num_evals} calls of the map")
-print(f"linear solve of the gradient: {solution.adjoint}")
+assert solution.adjoint is not None  # the backward pass has filled it in
+print(f"linear solve of the gradient: {int(solution.adjoint.converged.sum())} of {len(x)} samples")

@@ -137,14 +137,20 @@ def _timm() -> Any:
 
 def _weights(path: Path) -> dict[str, Tensor]:
     """The state dict in a file; nothing in the file is executed."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    found = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # damaged files make the readers raise errors of any kind
+        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
     if isinstance(found, dict):
         found = next((found[key] for key in _WEIGHTS if isinstance(found.get(key), dict)), found)
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
+    if not named or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path} holds no state dict, at its top or under {', '.join(_WEIGHTS)}.")
     return {name.removeprefix("module."): value for name, value in found.items()}
 

@@ -135,3 +135,23 @@ def test_runs_as_a_module():
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0
     assert "--checkpoint" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.pt", b"", "empty.pt cannot be read"),
+        ("cut.pt", b"PK\x03\x04", "cut.pt cannot be read"),
+        ("cut.safetensors", b"\x10", "cut.safetensors cannot be read"),
+    ],
+)
+def test_damaged_checkpoints_are_wrong_arguments(nets, capsys, name, content, message):
+    Path(name).write_bytes(content)
+    assert main(["doctor", "--model", "my_nets:Net", "--checkpoint", name, "--shape", "3"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_numbers_for_names_is_a_wrong_argument(nets, capsys):
+    torch.save({0: torch.ones(1)}, "numbers.pt")
+    assert main(["doctor", "--model", "my_nets:Net", "--checkpoint", "numbers.pt", "--shape", "3"]) == 2
+    assert "numbers.pt holds no state dict" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from implicit import FixedPointLayer, monitor_solves
+from implicit import FixedPointLayer, monitor_solves, record_solutions
 from implicit.diagnostics import solve_monitor
 from solvers import ConvergenceWarning
 
@@ -207,3 +207,20 @@ def test_unfit_arguments_are_refused():
         pass
     with pytest.raises(TypeError, match="must be a torch.nn.Module"), monitor_solves(torch.cos):
         pass
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00"])
+def test_a_file_of_another_kind_is_left_as_it_is(tmp_path, content):
+    file = tmp_path / "data.csv"
+    file.write_bytes(content)
+    monitored = monitor_solves(FixedPointLayer(lambda z, x: 0.5 * z + x), csv_file=file, start=2)
+    with pytest.raises(ValueError, match="data.csv holds something other than the lines of monitor_solves"), monitored:
+        pass
+    assert file.read_bytes() == content
+
+
+def test_records_may_be_nested():
+    layer = FixedPointLayer(lambda z, x: 0.5 * z + x)
+    with record_solutions(layer) as outer, record_solutions(layer) as inner:
+        layer(torch.ones(1, 2))
+    assert len(outer[""]) == len(inner[""]) == 1

@@ -189,3 +189,9 @@ def test_refusals():
         lipschitz_bound(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
     with pytest.raises(TypeError, match="does not know the module a ConvTranspose2d"):
         lipschitz_bound(nn.ConvTranspose2d(2, 2, 3))
+
+
+def test_a_layer_that_is_used_twice_counts_twice():
+    layer = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(layer.weight).data.mul_(3.0)
+    assert abs(float(lipschitz_bound(nn.Sequential(layer, nn.Tanh(), layer)).detach()) - 9.0) < 1e-6

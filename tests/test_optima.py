@@ -140,3 +140,23 @@ def test_refusals():
         proximal_gradient(torch.sum, prox_l1, 0)
     with pytest.raises(TypeError, match="The objective must return a tensor, got a float"):
         stationary(lambda z: 1.0)(torch.ones(2))
+
+
+@pytest.mark.parametrize("prox", [prox_l1, lambda x, t: prox_elastic_net(x, t, 0.5), prox_group_lasso])
+def test_a_strength_of_zero_is_the_identity_also_at_zero(prox):
+    x = torch.tensor([[0.0, 0.0], [1.0, -2.0]], requires_grad=True)
+    z = prox(x, 0.0)
+    assert torch.equal(z, x)
+    assert torch.equal(torch.autograd.grad(z.sum(), x)[0], torch.ones(2, 2))
+
+
+def test_at_a_bound_the_derivative_is_that_of_one_side():
+    x = torch.tensor([0.0, 1.0, 0.5], requires_grad=True)
+    assert torch.autograd.grad(project_box(x, 0.0, 1.0).sum(), x)[0].tolist() == [0.0, 0.0, 1.0]
+    assert torch.autograd.grad(project_box(x, 0.5, 0.5).sum(), x)[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_integers_are_refused():
+    for project in (project_box, project_simplex, project_ball, project_l1_ball):
+        with pytest.raises(TypeError, match="projections need a floating-point tensor, got torch.int64; convert it"):
+            project(torch.tensor([3, 1]))

@@ -1,5 +1,6 @@
 """When power iterations advance: once a training step, alone or together, also under gradient checkpointing."""
 
+import contextlib
 import copy
 
 import pytest
@@ -181,3 +182,26 @@ def test_batched_on_a_gpu_as_one_by_one_on_a_cpu():
     expected = after_step(model, FORWARDS["forward"])
     found = after_step(model.cuda(), lambda model: model(IMAGES.cuda()))
     assert_same({name: value.cpu() for name, value in found.items()}, expected, 1e-3)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-10, 1e-7, 1e30])
+@pytest.mark.parametrize("together", [False, True])
+def test_weights_that_start_at_zero_or_at_any_size_are_normalized_later(batched, size, together):
+    """The singular vectors stay unit vectors, and follow the weight once it has a size."""
+    net = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(2)])
+    for layer in net:
+        nn.init.eye_(layer.weight).data.mul_(size)
+        spectral_norm(layer, coeff=0.9)
+    for later in (False, True):
+        for layer in net if later else ():
+            layer.parametrizations.weight.original.data.copy_(3 * torch.eye(4) + 0.1 * torch.ones(4, 4))
+        for _ in range(30):
+            with power_iterations_advanced(net) if together else contextlib.nullcontext():
+                net(torch.ones(1, 4))
+        for layer in net:
+            norm = layer.parametrizations.weight[0]
+            assert abs(norm.u.norm() - 1) < 1e-5
+            assert abs(norm.v.norm() - 1) < 1e-5
+    net.eval()
+    for layer in net:
+        assert abs(torch.linalg.matrix_norm(layer.weight, 2) - 0.9) < 1e-3

@@ -5,7 +5,15 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from implicit.optima import project_ball, project_l1_ball, project_simplex, prox_group_lasso
+from implicit.optima import (
+    project_affine,
+    project_ball,
+    project_halfspace,
+    project_hyperplane,
+    project_l1_ball,
+    project_simplex,
+    prox_group_lasso,
+)
 
 SIZES = {
     project_simplex: lambda z: z.sum(-1),
@@ -71,3 +79,22 @@ def test_block_soft_thresholding_is_what_the_ball_leaves(dtype, power, ratio, se
     assert (z[torch.linalg.vector_norm(x.double(), dim=-1) <= size * (1 - 1e-6)] == 0).all()
     (gradient,) = torch.autograd.grad(z.sin().sum(), x)
     assert gradient.isfinite().all()
+
+
+def test_half_precision():
+    """Sums of many numbers overflow there, and are rounded to multiples of more than 1."""
+    x = (100 * torch.randn(1000, generator=torch.Generator().manual_seed(0))).half()
+    torch.testing.assert_close(project_simplex(x), project_simplex(x.float()).half())
+    torch.testing.assert_close(project_l1_ball(x, 5.0), project_l1_ball(x.float(), 5.0).half())
+    a = torch.tensor([[1.0, 2.0, 3.0]])
+    torch.testing.assert_close(
+        project_affine(x[:3], a.half(), torch.ones(1).half()), project_affine(x[:3].float(), a, torch.ones(1)).half()
+    )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1.0, 1e25, 1e30])
+def test_normals_of_any_size(size):
+    x, normal = torch.tensor([1.0, 1.0, 1.0]), size * torch.tensor([1.0, 0.0, 0.0])
+    for project in (project_hyperplane, project_halfspace):
+        torch.testing.assert_close(project(x, normal, 0.0), torch.tensor([0.0, 1.0, 1.0]))
+        torch.testing.assert_close(project(x, normal, 0.5 * size), torch.tensor([0.5, 1.0, 1.0]))

@@ -1,13 +1,15 @@
 """Recording the solution of every implicit layer in a model."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
 from implicit.implicit_layer import ImplicitLayer
 from solvers import Solution
+
+Observer = Callable[[Solution[Any]], None]
 
 
 @contextlib.contextmanager
@@ -36,9 +38,20 @@ def record_solutions(model: nn.Module) -> Iterator[dict[str, list[Solution[Any]]
     record: dict[str, list[Solution[Any]]] = {name: [] for name in layers}
     before = {name: layer._observer for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer._observer = record[name].append
+        layer._observer = _both(record[name].append, before[name])
     try:
         yield record
     finally:
         for name, layer in layers.items():
             layer._observer = before[name]
+
+
+def _both(first: Observer, second: Observer | None) -> Observer:
+    """Both of them: records may be nested."""
+
+    def observe(solution: Solution[Any]) -> None:
+        first(solution)
+        if second is not None:
+            second(solution)
+
+    return observe

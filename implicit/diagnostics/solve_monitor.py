@@ -234,9 +234,14 @@ def _lines_before(start: int, path: Path) -> list[list[str]]:
     """The lines of the training steps before ``start`` in a file, without one that was cut off by a kill."""
     if not start or not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if len(row) == len(HEADER) and row[0].isdecimal()]
-    return [row for row in rows if int(row[0]) < start]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = [*csv.reader(file)] or [HEADER]
+    except (UnicodeDecodeError, csv.Error):
+        header, rows = [], []
+    if header != [*HEADER]:
+        raise ValueError(f"{path} holds something other than the lines of monitor_solves; give another csv_file.")
+    return [row for row in rows if len(row) == len(HEADER) and row[0].isdecimal() and int(row[0]) < start]
 
 
 @torch.no_grad()

@@ -20,10 +20,14 @@ def project_box(x: Tensor, low: Number | None = None, high: Number | None = None
         >>> project_box(torch.tensor([-1.0, 0.5, 3.0]), 0.0, 1.0)
         tensor([0.0000, 0.5000, 1.0000])
     """
+    _require_floating(x)
+    # At a bound the derivative is that from outside.
     if low is not None:
-        x = torch.maximum(x, torch.as_tensor(low, dtype=x.dtype, device=x.device))
+        low = torch.as_tensor(low, dtype=x.dtype, device=x.device)
+        x = torch.where(x <= low, low, x)
     if high is not None:
-        x = torch.minimum(x, torch.as_tensor(high, dtype=x.dtype, device=x.device))
+        high = torch.as_tensor(high, dtype=x.dtype, device=x.device)
+        x = torch.where(x >= high, high, x)
     return x
 
 
@@ -43,6 +47,9 @@ def project_simplex(x: Tensor, total: Number = 1.0) -> Tensor:
         >>> project_simplex(torch.tensor([0.9, 0.5, -2.0]))
         tensor([0.7000, 0.3000, 0.0000])
     """
+    _require_floating(x)
+    if x.dtype.itemsize == 2:  # whose sums overflow, and count to 2048 at most
+        return project_simplex(x.float(), total).to(x.dtype)
     total = torch.as_tensor(total, dtype=x.dtype, device=x.device).unsqueeze(-1)
     # The projection does not depend on a common shift. After this one, the positive entries are within `total` of 0.
     x = x - x.detach().amax(dim=-1, keepdim=True)
@@ -61,14 +68,15 @@ def project_ball(x: Tensor, radius: Number = 1.0) -> Tensor:
         x: (..., D).
         radius: A number > 0 or (...).
     """
+    _require_floating(x)
     radius = torch.as_tensor(radius, dtype=x.dtype, device=x.device).unsqueeze(-1)
     # Scaled by the largest entry, squares neither overflow nor vanish.
     largest = x.detach().abs().amax(dim=-1, keepdim=True)
     scaled = x / torch.where(largest > 0, largest, 1.0)
     square = scaled.square().sum(dim=-1, keepdim=True)
-    outside = square.sqrt() * largest > radius
+    outside = (square.sqrt() * largest > radius) | (radius == 0)
     # The root of a number that is never 0, whose gradient is finite.
-    return torch.where(outside, scaled * (radius * torch.where(outside, square, 1.0).rsqrt()), x)
+    return torch.where(outside, scaled * (radius * torch.where(outside & (square > 0), square, 1.0).rsqrt()), x)
 
 
 def project_l1_ball(x: Tensor, radius: Number = 1.0) -> Tensor:
@@ -82,6 +90,9 @@ def project_l1_ball(x: Tensor, radius: Number = 1.0) -> Tensor:
         Duchi, Shalev-Shwartz, Singer and Chandra, "Efficient projections onto the l1-ball for learning in high
         dimensions", ICML (2008).
     """
+    _require_floating(x)
+    if x.dtype.itemsize == 2:
+        return project_l1_ball(x.float(), radius).to(x.dtype)
     inside = x.abs().sum(dim=-1) <= torch.as_tensor(radius, dtype=x.dtype, device=x.device)
     return torch.where(inside.unsqueeze(-1), x, x.sign() * project_simplex(x.abs(), radius))
 
@@ -94,8 +105,8 @@ def project_hyperplane(x: Tensor, normal: Tensor, offset: Number = 0.0) -> Tenso
         normal: (..., D), not zero.
         offset: A number or (...).
     """
-    excess = (normal * x).sum(dim=-1) - offset
-    return x - (excess / normal.square().sum(dim=-1)).unsqueeze(-1) * normal
+    way, excess = _beyond(x, normal, offset)
+    return x - excess.unsqueeze(-1) * way
 
 
 def project_halfspace(x: Tensor, normal: Tensor, offset: Number = 0.0) -> Tensor:
@@ -106,8 +117,8 @@ def project_halfspace(x: Tensor, normal: Tensor, offset: Number = 0.0) -> Tensor
         normal: (..., D), not zero.
         offset: A number or (...).
     """
-    excess = ((normal * x).sum(dim=-1) - offset).clamp_min(0.0)
-    return x - (excess / normal.square().sum(dim=-1)).unsqueeze(-1) * normal
+    way, excess = _beyond(x, normal, offset)
+    return x - excess.clamp_min(0.0).unsqueeze(-1) * way
 
 
 def project_affine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -118,6 +129,23 @@ def project_affine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         a: (..., M, D) of full rank M <= D.
         b: (..., M).
     """
+    _require_floating(x)
+    if x.dtype.itemsize == 2:
+        return project_affine(x.float(), a.float(), b.float()).to(x.dtype)
     excess = (a @ x.unsqueeze(-1)) - b.unsqueeze(-1)
     correction: Tensor = a.mT @ torch.linalg.solve(a @ a.mT, excess)
     return x - correction.squeeze(-1)
+
+
+def _beyond(x: Tensor, normal: Tensor, offset: Number) -> tuple[Tensor, Tensor]:
+    """The normal (..., D) with entries of at most 1, and how many times it (...) the point is beyond the plane."""
+    _require_floating(x)
+    # Scaled by the largest entry, squares neither overflow nor vanish.
+    largest = normal.detach().abs().amax(dim=-1, keepdim=True)
+    way = normal / largest
+    return way, ((way * x).sum(dim=-1) - offset / largest.squeeze(-1)) / way.square().sum(dim=-1)
+
+
+def _require_floating(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"projections need a floating-point tensor, got {x.dtype}; convert it, as by x.float().")

@@ -6,7 +6,7 @@ takes the step times the weight of g for t.
 
 from torch import Tensor
 
-from implicit.optima.projections import project_ball
+from implicit.optima.projections import project_ball, project_box
 
 Number = float | Tensor
 
@@ -24,7 +24,7 @@ def prox_l1(x: Tensor, strength: Number) -> Tensor:
         >>> prox_l1(torch.tensor([-2.0, 0.5, 3.0]), 1.0)
         tensor([-1.,  0.,  2.])
     """
-    return (x - strength).clamp_min(0.0) - (-x - strength).clamp_min(0.0)
+    return x - project_box(x, -strength, strength)
 
 
 def prox_elastic_net(x: Tensor, strength: Number, ridge: Number) -> Tensor:

@@ -61,7 +61,7 @@ def lipschitz_bound(module: nn.Module, *, known: Mapping[type[nn.Module], Consta
 def _bound(module: nn.Module, known: Mapping[type[nn.Module], Constant], name: str) -> Tensor:
     constant = _find(module, known)
     if constant is None and isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        bounds = [_bound(child, known, f"{name}.{key}".lstrip(".")) for key, child in module.named_children()]
+        bounds = [_bound(child, known, f"{name}.{key}".lstrip(".")) for key, child in enumerate(module)]
         return math.prod(bounds, start=torch.ones((), dtype=torch.float64))
     if constant is None:
         where = f" {name!r}," if name else ""

@@ -89,7 +89,8 @@ class PowerIteration(SpectralNorm):
         """Compute the singular vectors of ``weight`` from a random start."""
         if weight.is_meta:
             return
-        self.u.normal_()
+        self.u.copy_(_unit(self.u.normal_()))
+        self.v.copy_(_unit(torch.ones_like(self.v)))  # which stays where the weight is zero
         self._advance(weight, _SETTLING_ITERATIONS)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class PowerIteration(SpectralNorm):
                 u = _unit(self.operator(weight, v))
             v = _unit(v)
         # Rounded to the dtype of the buffers, so that a later computation from the buffers uses the same vectors.
-        u, v = u.to(self.u.dtype), v.to(self.v.dtype)
+        u, v = _or_before(u.to(self.u.dtype), self.u), _or_before(v.to(self.v.dtype), self.v)
         self.u.copy_(u)
         self.v.copy_(v)
         return u, v
@@ -216,15 +217,22 @@ def _advanced_together(group: list[tuple[PowerIteration, Tensor]]) -> dict[Power
             v = u @ weight
             # rms_norm is one kernel, and the length does not matter before the end.
             u = F.rms_norm(v @ weight.mT, u.shape[-1:], eps=1e-30)
-        u = F.normalize(u.squeeze(1), dim=1).to(first.u.dtype)
-        v = F.normalize(v.squeeze(1), dim=1).to(first.v.dtype)
+        u, v = (x.squeeze(1) / torch.linalg.vector_norm(x, dim=2) for x in (u, v))
+        u = _or_before(u.to(first.u.dtype), torch.stack([norm.u for norm in norms]))
+        v = _or_before(v.to(first.v.dtype), torch.stack([norm.v for norm in norms]))
     torch._foreach_copy_([norm.u for norm in norms], u.unbind())
     torch._foreach_copy_([norm.v for norm in norms], v.unbind())
     return dict(zip(norms, zip(u.unbind(), v.unbind(), strict=True), strict=True))
 
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x.flatten(), dim=0).view_as(x)
+    length: Tensor = torch.linalg.vector_norm(x)
+    return x / length
+
+
+def _or_before(x: Tensor, before: Tensor) -> Tensor:
+    """A singular vector, or that before it where the weight is zero, or too large for anything to be left of it."""
+    return torch.where(x.isfinite(), x, before)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

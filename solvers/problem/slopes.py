@@ -21,5 +21,5 @@ def slope_inverse(direction: Tensor, product: Tensor) -> Tensor:
     """
     size: Tensor = torch.linalg.vector_norm(product, dim=1, keepdim=True)
     cosine = (direction * (product / size)).sum(dim=1, keepdim=True)
-    least = torch.where(cosine < 0, -0.1, 0.1)
+    least = torch.where(cosine < 0, -0.1, 0.1).to(cosine)
     return torch.where(cosine.abs() < 0.1, least, cosine) / size
