@@ -309,6 +309,47 @@ def test_parameters_may_be_frozen_before_the_backward_pass(backward):
     torch.testing.assert_close(*gradients)
 
 
+class Odd(nn.Module):
+    """What cannot be looked into is left alone: a forward that is no function or takes anything, and properties."""
+
+    forward = functools.partialmethod(lambda self, factor, z, x: factor * torch.tanh(self.read * z) + x, 0.5)
+
+    @property
+    def read(self):
+        return getattr(self, "value", 1.0)
+
+    def __getattr__(self, name):
+        raise AttributeError(name)
+
+
+class WithoutSelf(nn.Module):
+    def forward(*args):
+        return 0.5 * torch.tanh(args[1]) + args[2]
+
+
+class SuperProperty(WithoutSelf):
+    @property
+    def broken(self):
+        raise RuntimeError
+
+    def forward(self, z, x):
+        return super().forward(z, x) + (super().broken if z is None else 0)
+
+
+@pytest.mark.parametrize("make", [Odd, WithoutSelf, SuperProperty, lambda: torch.jit.script(nn.Tanh())])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_modules_that_cannot_be_looked_into(make):
+    module, x = make(), torch.ones(2, 3, requires_grad=True)
+
+    def f(z, x):
+        return 0.5 * module(z) + x if isinstance(module, torch.jit.ScriptModule) else module(z, x)
+
+    z = fixed_point(f, torch.zeros(2, 3), x, **OPTIONS)
+    expected = fixed_point(f, torch.zeros(2, 3), x, backward="unrolled", **OPTIONS)
+    gradients = [torch.autograd.grad(value.sum(), x)[0] for value in (z, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
 def test_functions_of_other_files_are_not_looked_into():
     module = types.ModuleType("elsewhere")
     exec("weight = None\ndef product(z):\n    return z * weight", vars(module))

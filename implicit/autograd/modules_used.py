@@ -4,7 +4,7 @@ import dis
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -88,21 +88,20 @@ def _read_by_forward(kind: type[nn.Module]) -> tuple[dict[tuple[str, ...], Any],
     """
     attributes: dict[tuple[str, ...], Any] = {}
     functions: dict[types.FunctionType, None] = {}
-    queue: list[tuple[Any, bool]] = [(kind.forward, True)]
+    queue: list[tuple[Any, bool]] = [(_of_class(kind, "forward"), True)]
     for function, is_method in queue:  # which grows
-        function = inspect.unwrap(function)
-        if function in functions or _is_torchs(function):
+        function = inspect.unwrap(function) if callable(function) else function
+        if not isinstance(function, types.FunctionType) or function in functions or _is_torchs(function):
             continue
         functions[function] = None
         code = function.__code__
         for name, *path in _paths(code):
             value = function.__globals__.get(name)
             if name == "super":
-                inherited = (vars(base).get(name) for base in kind.__mro__ for name in code.co_names)
-                queue.extend((method, True) for method in inherited if isinstance(method, types.FunctionType))
+                queue.extend((method, True) for method in _inherited(kind.__mro__, code))
             elif isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
                 queue.append((value, False))
-            elif is_method and path and name in (_FIRST, code.co_varnames[0]):
+            elif is_method and path and name in (_FIRST, *code.co_varnames[:1]):
                 value = _of_class(kind, path[0])
                 if isinstance(value, types.FunctionType):
                     queue.append((value, True))
@@ -149,7 +148,7 @@ def _variables(function: Callable[..., Any], owner: object = None) -> Iterator[A
         except ValueError:  # not assigned yet
             continue
     if owner is not None and own_file:
-        near[_FIRST] = near[code.co_varnames[0]] = owner
+        near |= dict.fromkeys((_FIRST, *code.co_varnames[:1]), owner)
     yield from (function.__defaults__, function.__kwdefaults__)
     for name, *attributes in _paths(code):
         if name in near:
@@ -159,7 +158,15 @@ def _variables(function: Callable[..., Any], owner: object = None) -> Iterator[A
             if not isinstance(value, types.FunctionType) or value.__globals__ is function.__globals__:
                 yield value
         elif name == "super" and "__class__" in near and isinstance(owner, near["__class__"]):
-            yield from (getattr(super(near["__class__"], owner), name, None) for name in code.co_names)
+            bases = type(owner).__mro__
+            methods = _inherited(bases[bases.index(near["__class__"]) + 1 :], code)
+            yield from (types.MethodType(method, owner) for method in methods)
+
+
+def _inherited(bases: Sequence[type], code: types.CodeType) -> list[types.FunctionType]:
+    """The methods of these classes whose names code reads."""
+    named = (vars(base).get(name) for base in bases for name in code.co_names)
+    return [method for method in named if isinstance(method, types.FunctionType)]
 
 
 def _attribute(value: Any, names: list[str]) -> Any:
