@@ -71,7 +71,7 @@ def test_units(name, sign):
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_right_hand_sides_whose_squares_vanish_or_overflow(name, dtype):
-    """The small ones are solved as others are; of the large ones, none is claimed that is not solved."""
+    """They are solved as others are."""
     a, b = (x.to(dtype) for x in systems(name))
     c = torch.linspace(0.3, 0.95, 6).unsqueeze(1) * -math.log10(torch.finfo(dtype).tiny)
     small, large = 10**-c, 10**c
@@ -79,9 +79,8 @@ def test_right_hand_sides_whose_squares_vanish_or_overflow(name, dtype):
         solution = linear_solve(product(a), (scale * b).to(dtype), ROWS[name], rtol=1e-4, on_failure="ignore")
         residual = scale * b.double() - product(a.double())(solution.value.double())
         relative = (residual / scale).norm(dim=1) / b.norm(dim=1)
-        assert (relative[solution.converged] < 2e-4).all()
-        assert solution.converged.all() or scale is large
-        assert set(solution.status[~solution.converged].tolist()) <= {Status.NONFINITE, Status.BREAKDOWN}
+        assert (relative < 2e-4).all()
+        assert solution.converged.all()
 
 
 @pytest.mark.parametrize("solver", [GMRES(atol=1e-100), AutoLinear(max_unknowns=4, otherwise=GMRES(atol=1e-100))])

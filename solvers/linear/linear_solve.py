@@ -112,6 +112,9 @@ def _has_absolute_tolerance(solver: LinearSolver) -> bool:
 
 
 def _unit(b: Tensor) -> Tensor:
-    """(B, 1) what to divide each system by so that squares of residuals do not vanish: 1 but where they would."""
+    """(B, 1) what to divide each system by so that squares of residuals neither vanish nor overflow: 1 but there."""
     norm: Tensor = torch.linalg.vector_norm(b, dim=1, keepdim=True)
-    return (norm / math.sqrt(underflow(b))).clamp(torch.finfo(b.dtype).tiny ** 0.75, 1.0)
+    limits = torch.finfo(b.dtype)
+    small = (norm / math.sqrt(underflow(b))).clamp(limits.tiny**0.75, 1.0)
+    # A power of two, by which nothing is rounded.
+    return torch.where(norm > limits.max**0.375, 2.0 ** int(0.75 * math.log2(limits.max)), small)
