@@ -130,14 +130,18 @@ class ImplicitLayer(nn.Module):
 
 
 def running_modules() -> Iterator[nn.Module]:
-    """The modules that have been called and are running in this thread, the innermost first."""
+    """The modules of which a method runs in this thread, inside of a call of a module, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
+    # Before Python 3.13 a frame of which the variables were read keeps them for as long as it runs. So only those are
+    # read that end with the call of a module.
+    inside: list[FrameType] = []
     while frame is not None:
-        # Before Python 3.13 a frame of which the variables were read keeps them: so only those of PyTorch's own calls.
-        if frame.f_globals is vars(torch.nn.modules.module) and isinstance(
-            owner := frame.f_locals.get("self"), nn.Module
-        ):
-            yield owner
+        if frame.f_code.co_varnames[:1] == ("self",):
+            inside.append(frame)
+        if frame.f_globals is vars(torch.nn.modules.module):
+            owners = [method.f_locals.get("self") for method in inside]
+            yield from (owner for owner in owners if isinstance(owner, nn.Module))
+            inside = []
         frame = frame.f_back
 
 
