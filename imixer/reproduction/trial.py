@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from imixer.training import TrainingConfig
+from imixer.training.checkpoints import write_atomically
 
 TRAINED, FAILED, STARTED = "training.json", "failure.json", "started.json"
 
@@ -129,15 +129,6 @@ def read_json(path: Path, *keys: str, then: str) -> Any:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that readers, and a crash at any moment, see the old content or the new one."""
+    """Write a file in one step, and make the folder that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_atomically(path, content)

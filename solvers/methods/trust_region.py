@@ -154,9 +154,8 @@ def descend(
         grows = good & (ratio > _GOOD) & (trial_radius < full) & ~shrunk
         shrinks = rows & ~good & ~found
         found, shrunk = found | good, shrunk | shrinks
-        shorter = torch.where(trial.error.isfinite(), 0.25, 0.1).to(step.length) * torch.minimum(
-            trial_radius, step.length
-        )
+        factor = torch.where(trial.error.isfinite(), 0.25, 0.1).to(step.length)
+        shorter = factor * torch.minimum(trial_radius, step.length)
         trial_radius = torch.where(grows, torch.minimum(2 * trial_radius, full), trial_radius)
         trial_radius = torch.where(shrinks, shorter, trial_radius)
         rows = grows | shrinks
