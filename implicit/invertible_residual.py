@@ -26,8 +26,7 @@ from solvers import (
     Tolerance,
     stop_rule,
 )
-from solvers.problem import InDims, Layout, OnFailure
-
+from solvers.problem import InDims, Layout, OnFailure, check_not_written, version_of
 
 class InvertibleResidual(ImplicitLayer):
     """A residual block ``y = x + g(x)`` that is invertible because g is a contraction.
@@ -135,9 +134,11 @@ class InvertibleResidual(ImplicitLayer):
         """
         if return_log_det:
             return self._with_log_det(x, inputs, self.estimator, generator)
-        layout = self._layout(x)
+        layout, version = self._layout(x), version_of(x)
         with constant_weights():
-            return x + _checked(self.g, layout, x, inputs)
+            gx = _checked(self.g, layout, x, inputs)
+        check_not_written(x, version, "g changed its argument x in place, so x + g(x) is lost.")
+        return x + gx
 
     def log_det(
         self,

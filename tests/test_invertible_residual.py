@@ -360,6 +360,10 @@ def test_refusals():
     for call in (narrow, narrow.inverse, narrow.log_det):
         with pytest.raises(ValueError, match="g must return the shape of the state: got (.*) for a state of shape"):
             call(x)
+    in_place = InvertibleResidual(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)))
+    for call in (in_place, in_place.inverse):
+        with pytest.raises(RuntimeError, match="changed its argument . in place, so .* is lost"):
+            call(torch.randn(2, 3))
     with pytest.raises(TypeError, match="must be given a callable, got 3"):
         InvertibleResidual(3)
     with pytest.raises(TypeError, match="estimator must be ExactLogDet.. or PowerSeriesLogDet....., got 'exact'"):

@@ -2,7 +2,7 @@
 
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.compile_option import check_compile
-from solvers.problem.flat_map import FlatMap, InDims
+from solvers.problem.flat_map import FlatMap, InDims, check_not_written, version_of
 from solvers.problem.foreign_names import names_options
 from solvers.problem.hyperparameters import (
     Hyperparameters,
@@ -41,6 +41,7 @@ __all__ = [
     "as_number",
     "back_substitute",
     "check_compile",
+    "check_not_written",
     "check_on_failure",
     "check_structure",
     "checked_batch_dims",
@@ -60,6 +61,7 @@ __all__ = [
     "rms_norm",
     "slope_inverse",
     "store",
+    "version_of",
     "with_tensors",
     "without_autocast",
 ]

@@ -14,6 +14,20 @@ from solvers.problem.layout import Layout
 InDims = int | None | tuple[int | None, ...]
 
 
+def version_of(z: Tensor) -> int | None:
+    """How often z has been written to in place; None where PyTorch does not say."""
+    return None if torch.compiler.is_compiling() or z.is_inference() else z._version
+
+
+def check_not_written(z: Tensor, version: int | None, what_happened: str) -> None:
+    """Raise a RuntimeError that begins with ``what_happened`` if z is no longer at :func:`version_of` then."""
+    if version is not None and z._version != version:
+        raise RuntimeError(
+            f"{what_happened} Write out of place: z = z + ... instead of z += ..., torch.relu(z) instead of "
+            "torch.relu_(z)."
+        )
+
+
 class FlatMap:
     """The user's map as the solvers see it: (B, D) -> (B, D), counted, checked, and frozen for finished samples.
 
@@ -111,14 +125,9 @@ class FlatMap:
         if self._active is not None and self._value is not None:
             z = torch.where(self._active, z, self._value)
         self.num_evals += 1
-        versioned = not (torch.compiler.is_compiling() or z.is_inference())
-        version = z._version if versioned else 0
+        version = version_of(z)
         output = self._evaluated(z)
-        if versioned and z._version != version:
-            raise RuntimeError(
-                f"{self.called} changed its argument z in place, so the iterate is lost. Write out of place: z = z "
-                "+ ... instead of z += ..., torch.relu(z) instead of torch.relu_(z)."
-            )
+        check_not_written(z, version, f"{self.called} changed its argument z in place, so the iterate is lost.")
         return output
 
     def image(self, z: Tensor) -> Tensor:
