@@ -28,6 +28,7 @@ from solvers import (
 )
 from solvers.problem import InDims, Layout, OnFailure, check_not_written, version_of
 
+
 class InvertibleResidual(ImplicitLayer):
     """A residual block ``y = x + g(x)`` that is invertible because g is a contraction.
 

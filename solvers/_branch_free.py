@@ -69,11 +69,11 @@ class Limits:
         return None if self.check_every == 1 else (step % self.check_every == 0) | (step >= self.max_steps)
 
 
-def first(limits: Limits, state: State, max_growth: float) -> Samples:
-    """What is known of each sample after the first step."""
+def first(limits: Limits, state: State, max_growth: float, unit: Tensor | None) -> Samples:
+    """What is known of each sample after the first step; ``unit`` as in :meth:`Measure.absolute`."""
     measure = limits.measure
     errors, scales = measure.parts(state.displacement), measure.parts(state.fz)
-    samples = Samples.at_start(state, measure, scales, errors, max_growth)
+    samples = Samples.at_start(state, measure, scales, errors, max_growth, unit)
     news = samples.news(measure, errors, scales, limits.eps, None)
     within = _rules.within_at_start(news, state, measure)
     news.of_samples = news.of_samples._replace(within=within)

@@ -136,7 +136,7 @@ class FullSteps:
     ) -> None:
         self._f, self._reached, self._in_dims, self._compact = f, reached, in_dims, compact
         self._max_steps = stopping.max_steps
-        self._measure = Measure(stopping, layout, self._unit)
+        self._measure = Measure(stopping, layout, root=True)
         self._way: Way = "forward mode"
         # The samples that are left, None for all, and the iterates of all.
         self._rows: Tensor | None = None
@@ -157,16 +157,13 @@ class FullSteps:
                 break
             self._step(step)
 
-    def _unit(self) -> Tensor | None:
-        """(n,) the size of a state that belongs to an absolute tolerance of 1, asked at the start."""
-        self._f.set_scaling_by_matrix(self._z, self._residual, self._matrix)
-        return self._f.unit
-
     def _start(self) -> None:
         measure, error = self._measure, self._take_step()
         scale, size = measure.parts(self._fz), torch.linalg.vector_norm(self._residual, dim=1)
         self._start_size = measure.sizes_at_start(self._z, scale)
-        self._absolute = measure.absolute(self._start_size)
+        if measure.needs_unit:
+            self._f.set_scaling_by_matrix(self._z, self._residual, self._matrix)
+        self._absolute = measure.absolute(self._start_size, self._f.unit)
         rounded = torch.add(error, scale, alpha=self._f.eps / 2)
         self._pace = Pace(size, rounded, torch.minimum(self._start_size, scale))
         met, allowed = at_start(measure, error, scale, size, self._start_size, self._absolute)

@@ -134,7 +134,7 @@ def begin(plan: Plan, fz0: Tensor, num_spares: int = NUM_SPARES) -> tuple[Course
     """The solve from its first step, whose image is ``fz0`` (B, D), as far as :func:`advance` takes it, likewise."""
     z0 = Layout(plan.z0, plan.batch_dims).pack(plan.z0)
     state = plan.solver.fixed_shape(plan.solver.init(lambda _: fz0, z0), plan.room)
-    samples = first(plan.limits, state, plan.max_growth)
+    samples = first(plan.limits, state, plan.max_growth, plan.map().unit)
     one = torch.ones_like(plan.limits.max_steps)
     before = plan.limits.entries_of(State(z0, fz0))
     return advance(plan, Course(state, samples, before, one, torch.zeros_like(samples.active), one), num_spares)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -21,26 +21,12 @@ class Measure:
     Args:
         stopping: The tolerances.
         layout: The layout of the state.
-        unit_of: Gives the size (B,) of a state that belongs to an absolute tolerance of 1, when the first step is done;
-            None where the problem is no root: then it is 1. The map of a root is ``z - c F(z)`` with a c that is right
-            at the start only, so that the error that the last step shows has to be within the bound as well.
-        newton_step: Gives Newton's step (B, D) at iterates of a root (B, D), which has to be within the bound too: the
-            last step tells nothing of the error in other directions. None where that is expensive.
-        asks_newton_step: Whether that costs something: not where the steps are Newton's own.
+        root: Whether the state is a root. The map is then ``z - c F(z)`` with a c that is right at the start only, so
+            that the error that the last step shows has to be within the bound as well.
     """
 
-    def __init__(
-        self,
-        stopping: Stopping,
-        layout: Layout,
-        unit_of: Callable[[], Tensor | None] | None = None,
-        newton_step: Callable[[Tensor], Tensor] | None = None,
-        *,
-        asks_newton_step: bool = True,
-    ) -> None:
-        self._unit_of = unit_of
-        self._newton_step = newton_step
-        self.asks_newton_step = newton_step is not None and asks_newton_step
+    def __init__(self, stopping: Stopping, layout: Layout, *, root: bool = False) -> None:
+        self._root = root
         self._ord = math.inf if stopping.norm == "max" else 2
         size = sum(layout.sizes)
         self._unit = math.sqrt(max(size, 1)) if stopping.norm == "rms" else 1.0
@@ -80,13 +66,12 @@ class Measure:
     @property
     def kind(self) -> Hashable:
         """What two measures share, apart from their tolerances, that compute alike."""
-        return self._ord, self._unit, self._sizes is None, self._of_start is None, self._unit_of is None
+        return self._ord, self._unit, self._sizes is None, self._of_start is None, self._root
 
-    def for_unit(self, unit: Tensor | None) -> "Measure":
-        """The same for a root whose absolute tolerance of 1 belongs to states of the size ``unit`` (B,)."""
-        other = copy.copy(self)
-        other._unit_of = None if unit is None else (lambda: unit)
-        return other
+    @property
+    def needs_unit(self) -> bool:
+        """Whether :meth:`absolute` depends on the unit of a root."""
+        return self._root and self._of_start is None
 
     def parts(self, x: Tensor) -> Tensor:
         """(B, D) -> plain norms of the parts."""
@@ -111,13 +96,14 @@ class Measure:
         """Plain norms of the whole -> those of the user's choice."""
         return norms / self._unit
 
-    def absolute(self, start: Tensor, unit: Tensor | None = None) -> Tensor:
-        """The absolute tolerance of each part, given the plain norms of the parts at the start.
+    def absolute(self, start: Tensor, unit: Tensor | None) -> Tensor:
+        """The absolute tolerance of each part.
 
-        A ``unit`` (B,) stands for what the constructor's function gives, where a graph cannot ask for that.
+        Args:
+            start: Plain norms of the parts at the start.
+            unit: (B,) the size of a state that belongs to an absolute tolerance of 1; None where that is 1.
         """
         if self._of_start is None:
-            unit = self._unit_of() if unit is None and self._unit_of is not None else unit
             return torch.zeros_like(start) + (self._atol if unit is None else self._in_state(unit))
         return self._of_start * start
 
@@ -134,26 +120,10 @@ class Measure:
 
     def slack(self, errors: Tensor, bound: Tensor) -> Tensor | None:
         """(B,) how many times the error of each part fits into its bound at least; None for what is no root."""
-        if self._unit_of is None:
+        if not self._root:
             return None
         slack = bound / errors
         return slack if self._sizes is None else slack.amin(dim=1)
-
-    def confirmed(self, met: Tensor, z: Tensor, scale: Tensor, start: Tensor, absolute: Tensor) -> Tensor:
-        """(B,) bool: which of the samples ``met`` (B,) have converged by Newton's step as well, if it is asked.
-
-        Args:
-            met: The samples that have converged by all other tests.
-            z: (B, D) the iterates.
-            scale: Plain norms of the parts of f(z).
-            start: (B, D) where the others are, which are of no interest.
-            absolute: The absolute tolerances.
-        """
-        if self._newton_step is None or not bool(met.any()):
-            return met
-        error = self.parts(self._newton_step(torch.where(met.unsqueeze(1), z, start)))
-        bound, error = self.compared(self.bound(scale, absolute), error)
-        return met & (bound >= error)
 
     def bound(self, scale: Tensor, absolute: Tensor) -> Tensor:
         """The bound on the residual of each part, given plain norms of f(z) and the absolute tolerances."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,8 +16,10 @@ from solvers._samples import News, Samples, Tests, Verdict, count_true
 from solvers._secant import Secant, some_entries
 from solvers._solution import ACTIVE, Status
 from solvers._stopping import Stopping
+from solvers.methods.newton import NewtonState, confirming_step
+from solvers.methods.root_map import RootMap
 from solvers.methods.solver import State
-from solvers.problem import relative, with_tensors
+from solvers.problem import FlatMap, relative, with_tensors
 from solvers.problem.norms import FLOOR
 
 
@@ -34,10 +38,13 @@ class ToleranceTest:
         measure: The norms and bounds for its state.
         eps: The relative rounding error of the map.
         remembers: Whether the solver remembers earlier steps, which can lead it astray.
+        confirms: Whether Newton's step has to be within the bound too, for roots: the last step tells nothing of the
+            error in other directions.
         keep_history: Keep the residuals of every tested step.
 
     Attributes:
-        remembers: As it was given.
+        remembers: As it was given, as is the next.
+        confirms: Whether Newton's step has to be within the bound.
         num_done: How many of the samples that are left in the batch have stopped at least, on the host.
         may_have_ended: Whether some may have stopped in the last step.
         lost: (B,) bool, the samples to be taken back: their last step led to infinity, NaN or far away. None if there
@@ -50,12 +57,19 @@ class ToleranceTest:
     _samples: Samples
 
     def __init__(
-        self, stopping: Stopping, measure: Measure, eps: float, *, remembers: bool, keep_history: bool
+        self,
+        stopping: Stopping,
+        measure: Measure,
+        eps: float,
+        *,
+        remembers: bool,
+        confirms: bool = False,
+        keep_history: bool = False,
     ) -> None:
         self._stopping = stopping
         self._measure = measure
         self._eps = eps
-        self.remembers = remembers
+        self.remembers, self.confirms = remembers, confirms
         self._history: list[Tensor] | None = [] if keep_history else None
         self._step = 0
         # The last step at which the residual of every active sample fell: none of them can be stagnant soon after it.
@@ -68,7 +82,8 @@ class ToleranceTest:
         self._some_grown = self._some_taken_back = self._some_lost = False
         # A sample at the floor has been within its bound, unless that is smaller.
         self._some_at_floor = not measure.least_rtol >= FLOOR * eps
-        # During an update, the iterate before the latest; and the entries of both that a secant takes, if it was asked.
+        # During an update, what gives Newton's step; the iterate before the latest; and the entries of both that a secant takes, if it was asked.
+        self._newton_step: Callable[[Tensor], Tensor] | None = None
         self._before: State | None = None
         self._entries_before: State | None = None
         self._entries: State | None = None
@@ -80,8 +95,8 @@ class ToleranceTest:
         self._rows: Tensor | None = None
         self._aside: Samples | None = None
 
-    def update(self, step: int, state: State, *, taken_back: bool = False) -> bool:
-        """Take in the state after a step; True when every sample has stopped.
+    def update(self, step: int, state: State, f: FlatMap, *, taken_back: bool = False) -> bool:
+        """Take in the state after a step of the map ``f``; True when every sample has stopped.
 
         Nothing is taken in where samples are ``lost``, unless they were ``taken_back`` already.
         """
@@ -91,10 +106,15 @@ class ToleranceTest:
         # Without what else the solver remembers.
         self.latest, self._entries, self.lost = State(state.z, state.fz), None, None
         self._image_is_nearer = state.image_is_nearer is True
+        self._takes_newton_steps = isinstance(state, NewtonState)
+        if self.confirms:
+            assert isinstance(f, RootMap)
+            self._newton_step = functools.partial(confirming_step, f, state)
         with torch.no_grad():
             errors, scales = self._measure.parts(state.displacement), self._measure.parts(state.fz)
             if first:
-                self._samples = Samples.at_start(state, self._measure, scales, errors, self._stopping.max_growth)
+                max_growth = self._stopping.max_growth
+                self._samples = Samples.at_start(state, self._measure, scales, errors, max_growth, f.unit)
                 self._all_contract = self._some_contract = state.image_is_nearer is not False
             waited = step - self._all_improved_at >= self._patience
             near = self._near or waited or step == self._stopping.max_steps or self._stopping.check_every > 1
@@ -120,7 +140,7 @@ class ToleranceTest:
                     return False
                 secant = secant or self._secant()  # for the estimate of the error
             taken = self._take_in(news, verdict, secant)
-        self._before = self._entries_before = None  # what follows, and the next step, need the room
+        self._before = self._entries_before = self._newton_step = None  # what follows, and the next step, need the room
         self._take_value(taken)
         return self.num_done == news.error.shape[0]
 
@@ -186,10 +206,16 @@ class ToleranceTest:
 
     def _met(self, news: News, secant: Secant | None, grown: bool) -> Tensor:
         """(B,) bool: the samples that have converged."""
-        samples, tests, confirms = self._samples, news.of_samples, self._measure.asks_newton_step
-        sure = tests.allowed if secant is None else self._is_sure(news, secant, grown, confirmed=confirms)
-        met, scales = tests.within & sure, self._measure.parts(self.latest.fz) if confirms else news.scale
-        return self._measure.confirmed(met, self.latest.z, scales, samples.start, samples.absolute)
+        tests, confirmed = news.of_samples, self.confirms and not self._takes_newton_steps
+        met = tests.within & (
+            tests.allowed if secant is None else self._is_sure(news, secant, grown, confirmed=confirmed)
+        )
+        if self._newton_step is None or not bool(met.any()):
+            return met
+        # The other samples are of no interest, wherever they are.
+        step = self._newton_step(torch.where(met.unsqueeze(1), self.latest.z, self._samples.start))
+        bound, error = self._measure.compared(news.bound, self._measure.parts(step))
+        return met & (bound >= error)
 
     def _is_sure(self, news: News, secant: Secant, grown: bool = True, *, confirmed: bool = False) -> Tensor:
         """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell."""

@@ -71,8 +71,16 @@ class Samples:
     limit: Tensor
 
     @classmethod
-    def at_start(cls, state: State, measure: Measure, scales: Tensor, errors: Tensor, max_growth: float) -> "Samples":
-        """What is known before the first step is taken in, given the norms of its parts."""
+    def at_start(
+        cls,
+        state: State,
+        measure: Measure,
+        scales: Tensor,
+        errors: Tensor,
+        max_growth: float,
+        unit: Tensor | None,
+    ) -> "Samples":
+        """What is known before the first step is taken in, given the norms of its parts, and the unit of a root."""
         starts = measure.sizes_at_start(state.z, scales)
         error, scale, size = (measure.whole(parts) for parts in (errors, scales, starts))  # (B,)
         zero, true = torch.zeros_like(error, dtype=torch.int64), torch.ones_like(error, dtype=torch.bool)
@@ -98,7 +106,7 @@ class Samples:
             taken_back=zero,
             start=state.z,
             start_size=size,
-            absolute=measure.absolute(starts),
+            absolute=measure.absolute(starts, unit),
             limit=torch.where(error < math.inf, max_growth * (error + scale), -1.0),
         )
 

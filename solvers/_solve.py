@@ -18,7 +18,7 @@ from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
 from solvers._solution import Solution
 from solvers._stopping import NOT_GIVEN, NotGiven, Stopping, StopRule, Tolerance, stop_rule
-from solvers.methods.newton import Newton, NewtonState, newton_step
+from solvers.methods.newton import Newton, NewtonState
 from solvers.methods.newton_krylov import FEW_UNKNOWNS
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import Solver, close, take_samples
@@ -195,17 +195,14 @@ class Iteration(Generic[S]):
         self.tested = isinstance(rule, Stopping)
         if isinstance(rule, Stopping):
             self._check_every = rule.check_every
-            newton = isinstance(self._solver, Newton)
-            self._measure = Measure(
-                rule,
-                self._layout,
-                (lambda: self._map.unit) if root else None,
-                self._newton_step if root and (newton or sum(self._layout.sizes) <= FEW_UNKNOWNS) else None,
-                asks_newton_step=not newton,
-            )
-            remembers = type(self._solver).restarted is not Solver.restarted
+            self._measure = Measure(rule, self._layout, root=root)
             self._progress = ToleranceTest(
-                rule, self._measure, self._map.eps, remembers=remembers, keep_history=history
+                rule,
+                self._measure,
+                self._map.eps,
+                remembers=type(self._solver).restarted is not Solver.restarted,
+                confirms=root and (isinstance(self._solver, Newton) or sum(self._layout.sizes) <= FEW_UNKNOWNS),
+                keep_history=history,
             )
         else:
             self._progress = FixedSteps(keep_history=history)
@@ -225,13 +222,12 @@ class Iteration(Generic[S]):
     ) -> bool:
         """Take all steps after the first, whose image is ``fz`` (B, D), in a compiled loop; False if that cannot be."""
         progress, map_ = self._progress, self._map
-        confirmed = self.tested and self._measure.asks_newton_step
+        confirmed = isinstance(progress, ToleranceTest) and progress.confirms and not isinstance(self._solver, Newton)
         if compiled.is_refused(self._solver, stopping, fz, confirmed=confirmed):
             return False
         assert isinstance(stopping, Stopping)
         assert isinstance(progress, ToleranceTest)
-        measure = self._measure.for_unit(map_.unit)
-        limits = Limits.of(stopping, measure, fz, eps=map_.eps, remembers=progress.remembers)
+        limits = Limits.of(stopping, self._measure, fz, eps=map_.eps, remembers=progress.remembers)
         in_graph = torch.compiler.is_compiling()
         plan = Plan(
             f=f.traced() if isinstance(f, Traceable) and not in_graph else f,
@@ -305,10 +301,10 @@ class Iteration(Generic[S]):
             from solvers import _untraced
 
             update = functools.partial(_untraced.update, progress)
-        done = bool(update(self.num_steps, self.state))
+        done = bool(update(self.num_steps, self.state, self._map))
         if progress.lost is not None:
             self.state, _ = take_back(self._solver, self._map, self.state, progress.lost, progress.value, on_host)
-            done = bool(update(self.num_steps, self.state, taken_back=True))
+            done = bool(update(self.num_steps, self.state, self._map, taken_back=True))
         return done
 
     def solution(self) -> Solution[S]:
@@ -368,13 +364,6 @@ class Iteration(Generic[S]):
             self._map.take_samples(keep, self._in_dims)
         else:
             self._map.freeze(progress.active, progress.held())
-
-    def _newton_step(self, z: Tensor) -> Tensor:
-        assert isinstance(self._map, RootMap)
-        # The residuals of Newton's method are its steps already, except where there was none.
-        if isinstance(self.state, NewtonState) and not self.state.num_stuck:
-            return torch.zeros_like(z)
-        return newton_step(self._map, z)
 
     def _advice(self) -> str:
         return advice_on(self._map, [self.state], self.state.z, self._layout.batch_shape)

@@ -189,7 +189,7 @@ class _Batch:
 
         None if that cannot be.
         """
-        measure = Measure(stopping, self._layout, lambda: None)
+        measure = Measure(stopping, self._layout, root=True)
         task = LimitedTask(
             f=self._F.traced() if isinstance(self._F, Traceable) else self._F,
             z0=f.layout.unpack(part.value),

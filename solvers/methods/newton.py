@@ -225,6 +225,16 @@ def newton_step(f: RootMap, z: Tensor) -> Tensor:
     return step
 
 
+def confirming_step(f: RootMap, state: State, z: Tensor) -> Tensor:
+    """(B, D) Newton's step from ``z`` (B, D); zero where those of the solver in ``state`` are Newton's already.
+
+    The residuals of Newton's method are its steps, except where there was none.
+    """
+    if isinstance(state, NewtonState) and not state.num_stuck:
+        return torch.zeros_like(z)
+    return newton_step(f, z)
+
+
 def _unknown_jacobian(z: Tensor, fz: Tensor) -> NewtonState:
     """The state at z where f is fz, without the Jacobian."""
     residual = fz - z
