@@ -1,6 +1,5 @@
 """Invertible residual blocks ``x + g(x)``, their inverses and their log-determinants."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,6 @@ from implicit.implicit_layer import ImplicitLayer
 from implicit.log_determinant import ExactLogDet, PowerSeriesLogDet, check_estimator
 from solvers import (
     NOT_GIVEN,
-    ConvergenceError,
-    ConvergenceWarning,
     NotGiven,
     Solution,
     Solver,
@@ -24,6 +21,7 @@ from solvers import (
     Stopping,
     StopRule,
     Tolerance,
+    report_failure,
     stop_rule,
 )
 from solvers.problem import InDims, Layout, OnFailure, check_not_written, version_of
@@ -208,25 +206,20 @@ class InvertibleResidual(ImplicitLayer):
                 flat_g(layout.pack(x))  # computes the parametrized weights, which torch.func does not while compiling
             gx, *per_sample = estimator.run(flat_g, layout.pack(x), generator)
         log_det, sound = (layout.unpack_batch(part) for part in per_sample)
-        if not (self.on_failure == "ignore" or torch.compiler.is_compiling() or transform_active()):
-            self._report_unsound(log_det, sound)
+        if not (torch.compiler.is_compiling() or transform_active()):
+            status = torch.where(sound, Status.UNTESTED, Status.DIVERGED).to(torch.int8)
+            steps = torch.ones_like(status, dtype=torch.int64)
+            report_failure(
+                Solution(log_det, status, residual=None, num_steps=steps, num_evals=1),
+                self.on_failure,
+                "The log-determinant",
+                failed="is not finite or shows that g does not contract",
+                advice=lambda: (
+                    "There x + g(x) need not be invertible, and the series for the log-determinant may diverge. Bound "
+                    "the Lipschitz constant of g below 1, for instance with implicit.spectral_norm."
+                ),
+            )
         return x + layout.unpack(gx), log_det
-
-    def _report_unsound(self, log_det: Tensor, sound: Tensor) -> None:
-        if bool(sound.all()):
-            return
-        message = (
-            "The log-determinant shows that g does not contract at some samples, or is not finite there: "
-            f"{int((~sound).sum())} of {sound.numel()}. For these, x + g(x) need not be invertible, and the series for "
-            "the log-determinant may diverge. Bound the Lipschitz constant of g below 1, for instance with "
-            "implicit.spectral_norm."
-        )
-        if self.on_failure == "warn":
-            warnings.warn(message, ConvergenceWarning, stacklevel=2)
-            return
-        status = torch.where(sound, Status.UNTESTED, Status.DIVERGED).to(torch.int8)
-        steps = torch.ones_like(status, dtype=torch.int64)
-        raise ConvergenceError(message, Solution(log_det, status, residual=None, num_steps=steps, num_evals=1))
 
 
 class _InverseMap(nn.Module):

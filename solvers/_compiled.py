@@ -5,6 +5,8 @@ as the guards of ``torch.compile`` allow. What cannot be compiled runs step by s
 one warning says why.
 """
 
+import contextlib
+import contextvars
 import functools
 import inspect
 import itertools
@@ -64,8 +66,27 @@ T = TypeVar("T")
 _SETTINGS = {"specialize_float": True, "specialize_int": True, "skip_nnmodule_hook_guards": False}
 
 
-class _Configured:
-    """A context in which ``torch.compile`` has the settings of solves, in all threads."""
+def _configured() -> contextlib.AbstractContextManager[object]:
+    """A context in which ``torch.compile`` has the settings of solves."""
+    from torch._dynamo import config  # which takes a second to import
+
+    return config.patch(_SETTINGS) if _threads_have_settings() else _SHARED
+
+
+@functools.cache
+def _threads_have_settings() -> bool:
+    """Whether every thread has settings of its own, as in PyTorch 2.14, or all share them, as in 2.11."""
+    from torch._dynamo import config
+
+    before = config.verbose
+    contextvars.copy_context().run(setattr, config, "verbose", not before)
+    apart: bool = config.verbose == before
+    config.verbose = before
+    return apart
+
+
+class _SharedSettings:
+    """The same for settings that all threads share: as they were when the last thread has left."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -73,7 +94,7 @@ class _Configured:
         self._before: dict[str, bool] = {}
 
     def __enter__(self) -> None:
-        from torch._dynamo import config  # which takes a second to import
+        from torch._dynamo import config
 
         with self._lock:
             if not self._num_inside:
@@ -94,7 +115,7 @@ class _Configured:
             setattr(config, name, value)
 
 
-_CONFIGURED = _Configured()
+_SHARED = _SharedSettings()
 
 
 class NotCompiledWarning(UserWarning):
@@ -168,8 +189,10 @@ def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], T], what: str 
     if key in _refused:
         return None
     try:
-        with torch.no_grad(), _CONFIGURED:  # a loop must not write where gradients are recorded
+        with torch.no_grad(), _configured():  # a loop must not write where gradients are recorded
             return call()
+    except torch.OutOfMemoryError:  # which is no property of the map
+        raise
     except Exception as error:
         _refused.add(key)
         cause = str(error).strip().splitlines()

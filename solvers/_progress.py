@@ -43,8 +43,7 @@ class ToleranceTest:
         keep_history: Keep the residuals of every tested step.
 
     Attributes:
-        remembers: As it was given, as is the next.
-        confirms: Whether Newton's step has to be within the bound.
+        remembers, confirms: As they were given.
         num_done: How many of the samples that are left in the batch have stopped at least, on the host.
         may_have_ended: Whether some may have stopped in the last step.
         lost: (B,) bool, the samples to be taken back: their last step led to infinity, NaN or far away. None if there
@@ -63,8 +62,8 @@ class ToleranceTest:
         eps: float,
         *,
         remembers: bool,
-        confirms: bool = False,
-        keep_history: bool = False,
+        confirms: bool,
+        keep_history: bool,
     ) -> None:
         self._stopping = stopping
         self._measure = measure
@@ -82,7 +81,8 @@ class ToleranceTest:
         self._some_grown = self._some_taken_back = self._some_lost = False
         # A sample at the floor has been within its bound, unless that is smaller.
         self._some_at_floor = not measure.least_rtol >= FLOOR * eps
-        # During an update, what gives Newton's step; the iterate before the latest; and the entries of both that a secant takes, if it was asked.
+        # During an update, what gives Newton's step; the iterate before the latest; and the entries of both that a
+        # secant takes, if it was asked.
         self._newton_step: Callable[[Tensor], Tensor] | None = None
         self._before: State | None = None
         self._entries_before: State | None = None
@@ -183,9 +183,7 @@ class ToleranceTest:
         tests, met, idle, contracts = news.of_samples, None, None, samples.contracts
         if asked and tests.contracts is not None:
             contracts = tests.contracts if self._all_contract else contracts & tests.contracts
-        if first:
-            met = self._met(news, None, careful)
-        elif secant is not None:
+        if first or secant is not None:
             met = self._met(news, secant, careful)
         if waited and secant is not None:
             waiting, idle = self._idle(news, secant)
@@ -207,9 +205,8 @@ class ToleranceTest:
     def _met(self, news: News, secant: Secant | None, grown: bool) -> Tensor:
         """(B,) bool: the samples that have converged."""
         tests, confirmed = news.of_samples, self.confirms and not self._takes_newton_steps
-        met = tests.within & (
-            tests.allowed if secant is None else self._is_sure(news, secant, grown, confirmed=confirmed)
-        )
+        sure = tests.allowed if secant is None else self._is_sure(news, secant, grown, confirmed=confirmed)
+        met = tests.within & sure
         if self._newton_step is None or not bool(met.any()):
             return met
         # The other samples are of no interest, wherever they are.
@@ -220,8 +217,7 @@ class ToleranceTest:
     def _is_sure(self, news: News, secant: Secant, grown: bool = True, *, confirmed: bool = False) -> Tensor:
         """(B,) bool: whether at least one digit of the value is right, as far as the iterates tell."""
         fixed = None if self._entries is self.latest else _rules.is_fixed(self.latest)
-        slack = self._slack
-        return _rules.is_sure(self._samples, news, secant, slack, fixed=fixed, grown=grown, confirmed=confirmed)
+        return _rules.is_sure(self._samples, news, secant, self._slack, fixed=fixed, grown=grown, confirmed=confirmed)
 
     def _idle(self, news: News, secant: Secant) -> tuple[Tensor, Tensor]:
         """Which samples have waited for half of the least patience or longer (B,), and what they may expect.

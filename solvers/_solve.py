@@ -93,7 +93,8 @@ def solve(
             where the state is small, after some seconds in which it is compiled. Statuses are the same; values and
             numbers of steps are, up to rounding. For solves to a tolerance by Picard, Anderson and Broyden without
             a limited memory or a line search, of which no gradients are recorded; others run step by step, and a
-            warning says so. What is compiled is kept and runs other data, tolerances and numbers of steps as well.
+            warning says so, but for those with ``history``. What is compiled is kept and runs other data, tolerances
+            and numbers of steps as well.
         on_failure: What to do when a sample fails: "warn", "raise" a ConvergenceError that carries the solution, or
             "ignore". ``solution.status`` says what happened in any case.
 

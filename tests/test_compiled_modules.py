@@ -1,7 +1,10 @@
 """``compile=True`` notices what a module runs beside its code: hooks, and a forward that was replaced."""
 
+import threading
+
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
 from implicit import FixedPointLayer
@@ -65,3 +68,45 @@ def test_a_module_that_runs_other_code_is_compiled_anew(change, same):
     torch.testing.assert_close(compiled, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(*both(), rtol=1e-9, atol=1e-9)
     assert not _compiled._refused
+
+
+def test_settings_of_the_compiler_are_those_of_the_solve_alone():
+    """In a map they are those of solves, also while another thread leaves; after the solve, what they were."""
+    names = list(_compiled._SETTINGS)
+    both_inside, one_left = threading.Barrier(2), threading.Event()
+    found = {}
+
+    def settings():
+        return {name: getattr(torch._dynamo.config, name) for name in names}
+
+    def run(number):
+        with _compiled._configured():
+            both_inside.wait(60)
+            if number:
+                one_left.wait(60)
+            found[number] = settings()
+        one_left.set()
+        found[f"after {number}"] = settings() == before
+
+    before = settings()
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found[0] == found[1] == _compiled._SETTINGS
+    assert found["after 1"]
+    assert settings() == before
+
+
+def test_no_memory_is_no_property_of_a_map():
+    calls = []
+
+    def run(*_):
+        calls.append(1)
+        raise torch.OutOfMemoryError("no memory")
+
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            _compiled._unless_refused(("a key",), run)
+    assert len(calls) == 2

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from implicit import FixedPointLayer, Implicit, Unrolled, fixed_point, get_backward, record_solutions
+from implicit import FixedPointLayer, Implicit, Unrolled, fixed_point, get_backward, record_solutions, root
 from solvers import Anderson, Broyden, ConvergenceError, ConvergenceWarning, Picard, Status
 from solvers.linear import GMRES
 
@@ -363,3 +363,12 @@ def test_parameters_that_are_used_only_near_the_solution(backward):
     assert layer.f.far.grad is not None
     assert layer.f.far.grad > 0.1
     assert layer.f.idle.grad is None
+
+
+@pytest.mark.parametrize("in_parts", [{"compact": True}, {"chunk_size": 2}], ids=["compact", "chunks"])
+def test_shine_refuses_solves_in_parts(in_parts):
+    """The estimate of the inverse is of the samples that the solver had at the end."""
+    x = torch.linspace(1, 3, 6).unsqueeze(1).requires_grad_()
+    solve_ = root if "chunk_size" in in_parts else fixed_point
+    with pytest.raises(ValueError, match=rf"all samples, and with {next(iter(in_parts))}"):
+        solve_(lambda z, x: z / (2 + x), torch.ones_like(x), x, solver="broyden", backward="shine", **in_parts)

@@ -68,15 +68,10 @@ class Implicit(Backward):
 
 
 def for_leaves(linear_solver: LinearSolver, spec: TreeSpec) -> LinearSolver:
-    """The same for a state that is given as the list of its leaves, which a preconditioner is not written for."""
-    preconditioner = getattr(linear_solver, "preconditioner", None)
-    if preconditioner is None:
-        return linear_solver
-    this: Any = linear_solver
-    with_it: LinearSolver = dataclasses.replace(
-        this, preconditioner=lambda leaves: tree_leaves(preconditioner(tree_unflatten(leaves, spec)))
+    """The same for a state that is given as the list of its leaves, which preconditioners are not written for."""
+    return linear_solver.with_preconditioners(
+        lambda preconditioner: lambda leaves: tree_leaves(preconditioner(tree_unflatten(leaves, spec)))
     )
-    return with_it
 
 
 def solve_implicitly(

@@ -6,11 +6,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_structure
 
 from implicit.autograd.problem import Problem
 from implicit.autograd.torch_internals import transform_active
 from implicit.backward.backward import Backward, SolveOptions
-from implicit.backward.implicit import solve_implicitly, solve_under_transform
+from implicit.backward.implicit import for_leaves, solve_implicitly, solve_under_transform
 from solvers import Solution, Solver, Status
 from solvers.linear import FlatMatvec, LinearResult, LinearSolver, Richardson
 from solvers.problem.norms import relative, rms_norm
@@ -73,16 +74,25 @@ class SHINE(Backward):
             )
 
     def solve(self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: SolveOptions) -> Solution:
+        if options.compact or options.chunk_size is not None:
+            option = "compact=True" if options.compact else "chunk_size"
+            raise ValueError(
+                f"{self!r} needs the estimate of the inverse Jacobian of all samples, and with {option} the solver "
+                f"has not all of them to the end. Leave {option} out, or use the implicit backward mode."
+            )
+        fallback = None if self.fallback is None else for_leaves(self.fallback, tree_structure(z0))
+
+        def estimate_after(solution: Solution) -> _Estimate:
+            inverses, factors = [solution.state.inverse], [_factor(solution)]
+            return _Estimate(shine=self, fallback=fallback, inverses=inverses, factors=factors)
+
         if not transform_active():
-            return solve_implicitly(f, z0, args, options, self._estimate_after, _FirstOrderProblem)
-        estimate = _Estimate(shine=self, inverses=[])
+            return solve_implicitly(f, z0, args, options, estimate_after, _FirstOrderProblem)
+        estimate = _Estimate(shine=self, fallback=fallback)
         solution = solve_under_transform(f, z0, args, options, estimate, _FirstOrderProblem)
         estimate.inverses.append(solution.state.inverse)
         estimate.factors.append(_factor(solution))
         return solution
-
-    def _estimate_after(self, solution: Solution) -> "_Estimate":
-        return _Estimate(shine=self, inverses=[solution.state.inverse], factors=[_factor(solution)])
 
 
 def _factor(solution: Solution) -> Tensor | float:
@@ -95,17 +105,17 @@ class _Estimate(LinearSolver):
     """``x = -H' b``, corrected where it is poor. The lists hold H and its factor after the forward solve."""
 
     shine: SHINE
-    inverses: list[Any]
+    fallback: LinearSolver | None
+    inverses: list[Any] = dataclasses.field(default_factory=list)
     factors: list[Any] = dataclasses.field(default_factory=list)
 
     def __repr__(self) -> str:
         return repr(self.shine)
 
     def with_default_rtol(self, rtol: float) -> "_Estimate":
-        if self.shine.fallback is None:
+        if self.fallback is None:
             return self
-        shine = dataclasses.replace(self.shine, fallback=self.shine.fallback.with_default_rtol(rtol))
-        return dataclasses.replace(self, shine=shine)
+        return dataclasses.replace(self, fallback=self.fallback.with_default_rtol(rtol))
 
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:
         (inverse,), (factor,) = self.inverses, self.factors
@@ -126,11 +136,11 @@ class _Estimate(LinearSolver):
         )
         # A nan compares false, so it is neither good nor a start.
         poor = ~(residual <= self.shine.max_residual)
-        if self.shine.fallback is None or not bool(poor.any()):
+        if self.fallback is None or not bool(poor.any()):
             return result
         start = torch.where((residual < 1).unsqueeze(1), x, 0.0)
         r = torch.where((residual < 1).unsqueeze(1), r, b)
-        found = self.shine.fallback.run(matvec, torch.where(poor.unsqueeze(1), r, 0.0))
+        found = self.fallback.run(matvec, torch.where(poor.unsqueeze(1), r, 0.0))
         return result.continued(poor, found, start, relative(rms_norm(r), norm_b)).settled()
 
 

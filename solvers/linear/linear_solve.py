@@ -1,6 +1,5 @@
 """Linear solves of batches and pytrees."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,6 @@ from torch import Tensor
 from solvers._failure import report_failure
 from solvers._solution import Solution
 from solvers.linear.dense import AutoLinear
-from solvers.linear.krylov import KrylovSolver
 from solvers.linear.linear_solver import LinearSolver, default_rtol
 from solvers.linear.names import get_linear_solver
 from solvers.linear.operator import FlatMatvec, Operator, rescaled
@@ -83,8 +81,7 @@ def linear_solve(
         flat_matvec, rhs = flat(matvec, "matvec"), layout.pack(b)
         if rmatvec is not None:
             flat_matvec = Operator(flat_matvec, flat(rmatvec, "rmatvec"))
-        if isinstance(solver, KrylovSolver) and solver.preconditioner is not None:
-            solver = dataclasses.replace(solver, preconditioner=flat(solver.preconditioner, "preconditioner"))
+        solver = solver.with_preconditioners(lambda preconditioner: flat(preconditioner, "preconditioner"))
         if rescale and solver.is_series:
             flat_matvec, rhs = rescaled(flat_matvec, rhs)
         least = FLOOR * torch.finfo(layout.dtype).eps

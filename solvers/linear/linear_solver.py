@@ -2,7 +2,8 @@
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from solvers._solution import Status
 from solvers.linear.operator import FlatMatvec
 from solvers.problem.hyperparameters import Hyperparameters
 from solvers.problem.norms import FLOOR
+
+Preconditioner = Callable[[Any], Any]
 
 
 @dataclasses.dataclass
@@ -78,6 +81,19 @@ class LinearSolver(Hyperparameters, abc.ABC):
         this: Any = self
         with_it: Self = dataclasses.replace(this, rtol=rtol)
         return with_it
+
+    def with_preconditioners(self, change: Callable[[Preconditioner], Preconditioner]) -> Self:
+        """This solver, with ``change`` of its preconditioner and those of the linear solvers that it falls back on."""
+        changed: dict[str, Any] = {}
+        for field in dataclasses.fields(cast(Any, self)):
+            value = getattr(self, field.name)
+            if isinstance(value, LinearSolver):
+                changed[field.name] = value.with_preconditioners(change)
+            elif field.name == "preconditioner" and value is not None:
+                changed[field.name] = change(value)
+        this: Any = self
+        with_them: Self = dataclasses.replace(this, **changed) if changed else self
+        return with_them
 
     @abc.abstractmethod
     def run(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor | None = None) -> LinearResult:

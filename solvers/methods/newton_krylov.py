@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from solvers.methods.jacobian_product import JacobianProduct, Way
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import FlatMapping, Solver, State
 from solvers.methods.trust_region import DenseModel, descend
+from solvers.problem.flat_map import FlatMap
 from solvers.problem.norms import rms_norm
 from solvers.problem.small_systems import inverse_or_zero
 
@@ -226,7 +228,8 @@ class NewtonKrylov(Solver):
         A linear solve that finds nothing leaves a plain step.
         """
         b = torch.where(rows.unsqueeze(1), g, 0.0)
-        s = self.linear_solver.run(system, b, tolerance=torch.where(rows, tolerance, 0.0)).x
+        solver = self.linear_solver.with_preconditioners(system.flat)
+        s = solver.run(system, b, tolerance=torch.where(rows, tolerance, 0.0)).x
         usable = s.isfinite().all(dim=1) & s.any(dim=1)
         return torch.where(usable.unsqueeze(1), s, b), usable
 
@@ -245,6 +248,7 @@ class _Linearized:
 
     def __init__(self, f: FlatMapping, at: Point, way: Way) -> None:
         self._g, self._scaling = at.g, None
+        self._layout = f.layout if isinstance(f, FlatMap) else None
         if isinstance(f, RootMap) and f.scaling is not None:
             # By F itself: from v - (v - c J v) few digits would be left where c J v is small.
             self._scaling = f.scaling
@@ -260,6 +264,11 @@ class _Linearized:
     def __call__(self, v: Tensor) -> Tensor:
         """(B, D) ``A v``."""
         return v - self._product(v) if self._scaling is None else self._scaling * self._product(v)
+
+    def flat(self, preconditioner: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
+        """(B, D) -> (B, D) the same as ``preconditioner``, which is written for states as f takes them."""
+        layout = self._layout
+        return preconditioner if layout is None else lambda v: layout.pack(preconditioner(layout.unpack(v)))
 
     def model(self) -> DenseModel:
         """The model with the whole matrix."""
