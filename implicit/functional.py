@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 
 from implicit.autograd.torch_internals import transform_active
 from implicit.backward import Backward, SolveOptions, get_backward
+from implicit.solve_keywords import SolveKeywords
 from solvers import (
     NOT_GIVEN,
     NotGiven,
@@ -33,20 +34,8 @@ def fixed_point(
     f: Callable[..., Any],
     z0: S,
     *args: Any,
-    solver: Solver | str = ...,
-    backward: Backward | str = ...,
-    stopping: StopRule | None = ...,
-    rtol: Tolerance = ...,
-    atol: Tolerance = ...,
-    max_steps: int | NotGiven = ...,
-    check_every: int | NotGiven = ...,
-    batch_dims: int = ...,
-    history: bool = ...,
-    compact: bool = ...,
-    in_dims: InDims = ...,
-    compile: bool = ...,
-    on_failure: OnFailure = ...,
     return_solution: Literal[False] = ...,
+    **options: Unpack[SolveKeywords],
 ) -> S: ...
 
 
@@ -55,20 +44,8 @@ def fixed_point(
     f: Callable[..., Any],
     z0: S,
     *args: Any,
-    solver: Solver | str = ...,
-    backward: Backward | str = ...,
-    stopping: StopRule | None = ...,
-    rtol: Tolerance = ...,
-    atol: Tolerance = ...,
-    max_steps: int | NotGiven = ...,
-    check_every: int | NotGiven = ...,
-    batch_dims: int = ...,
-    history: bool = ...,
-    compact: bool = ...,
-    in_dims: InDims = ...,
-    compile: bool = ...,
-    on_failure: OnFailure = ...,
     return_solution: Literal[True],
+    **options: Unpack[SolveKeywords],
 ) -> tuple[S, Solution[S]]: ...
 
 

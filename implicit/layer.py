@@ -1,13 +1,14 @@
 """The fixed point of a map as a layer."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from implicit.backward import Backward
 from implicit.implicit_layer import ImplicitLayer
+from implicit.solve_keywords import LayerKeywords
 from implicit.training.iterates import iterates
 from solvers import NOT_GIVEN, NotGiven, Solution, Solver, StopRule, Tolerance, stop_rule
 from solvers.problem import InDims, OnFailure, S, names_options
@@ -83,19 +84,8 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         self: "FixedPointLayer[Tensor]",
         f: nn.Module,
         *,
-        solver: Solver | str = ...,
-        backward: Backward | str = ...,
         init: Callable[..., Tensor] | None = ...,
-        stopping: StopRule | None = ...,
-        rtol: Tolerance = ...,
-        atol: Tolerance = ...,
-        max_steps: int | NotGiven = ...,
-        check_every: int | NotGiven = ...,
-        batch_dims: int = ...,
-        compact: bool = ...,
-        in_dims: InDims = ...,
-        compile: bool = ...,
-        on_failure: OnFailure = ...,
+        **options: Unpack[LayerKeywords],
     ) -> None: ...
 
     @overload
@@ -103,19 +93,8 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         self,
         f: Callable[..., S],
         *,
-        solver: Solver | str = ...,
-        backward: Backward | str = ...,
         init: Callable[..., S] | None = ...,
-        stopping: StopRule | None = ...,
-        rtol: Tolerance = ...,
-        atol: Tolerance = ...,
-        max_steps: int | NotGiven = ...,
-        check_every: int | NotGiven = ...,
-        batch_dims: int = ...,
-        compact: bool = ...,
-        in_dims: InDims = ...,
-        compile: bool = ...,
-        on_failure: OnFailure = ...,
+        **options: Unpack[LayerKeywords],
     ) -> None: ...
 
     @names_options

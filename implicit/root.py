@@ -1,13 +1,14 @@
 """The root of a function, differentiable."""
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from implicit.backward import Backward, Implicit, SolveOptions, get_backward
 from implicit.functional import solve_with_gradient
+from implicit.solve_keywords import RootKeywords
 from solvers import NOT_GIVEN, NotGiven, Solution, Solver, Stopping, StopRule, Tolerance, get_solver, stop_rule
 from solvers.problem import InDims, OnFailure, S, names_options
 
@@ -17,21 +18,8 @@ def root(
     F: Callable[..., Any],  # noqa: N803
     z0: S,
     *args: Any,
-    solver: Solver | str = ...,
-    backward: Backward | str = ...,
-    stopping: StopRule | None = ...,
-    rtol: Tolerance = ...,
-    atol: Tolerance = ...,
-    max_steps: int | NotGiven = ...,
-    check_every: int | NotGiven = ...,
-    batch_dims: int = ...,
-    history: bool = ...,
-    compact: bool = ...,
-    in_dims: InDims = ...,
-    chunk_size: int | None = ...,
-    compile: bool = ...,
-    on_failure: OnFailure = ...,
     return_solution: Literal[False] = ...,
+    **options: Unpack[RootKeywords],
 ) -> S: ...
 
 
@@ -40,21 +28,8 @@ def root(
     F: Callable[..., Any],  # noqa: N803
     z0: S,
     *args: Any,
-    solver: Solver | str = ...,
-    backward: Backward | str = ...,
-    stopping: StopRule | None = ...,
-    rtol: Tolerance = ...,
-    atol: Tolerance = ...,
-    max_steps: int | NotGiven = ...,
-    check_every: int | NotGiven = ...,
-    batch_dims: int = ...,
-    history: bool = ...,
-    compact: bool = ...,
-    in_dims: InDims = ...,
-    chunk_size: int | None = ...,
-    compile: bool = ...,
-    on_failure: OnFailure = ...,
     return_solution: Literal[True],
+    **options: Unpack[RootKeywords],
 ) -> tuple[S, Solution[S]]: ...
 
 

@@ -73,6 +73,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"autograd.torch_internals"},
         {"autograd", "spectral"},
         {"backward", "log_determinant", "training"},
+        {"solve_keywords"},
         {"differentiable", "functional", "optima"},
         {"implicit_layer", "root"},
         {"invertible_residual", "layer"},
