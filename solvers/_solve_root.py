@@ -28,9 +28,9 @@ from solvers.problem import (
     OnFailure,
     S,
     Traceable,
-    as_int,
     check_compile,
     check_on_failure,
+    checked_int,
     without_autocast,
 )
 
@@ -83,9 +83,7 @@ def solve_root(
         tensor([2., 3.])
     """
     check_on_failure(on_failure)
-    number = None if chunk_size is None else as_int(chunk_size)
-    if chunk_size is not None and (number is None or number < 1):
-        raise ValueError(f"chunk_size must be an integer >= 1 or None, got {chunk_size!r}.")
+    number = None if chunk_size is None else checked_int("chunk_size", chunk_size, or_else=" or None")
     check_compile(compile, compact=compact)
     batch = _Batch(F, z0, args, batch_dims, in_dims, compact=compact, chunk_size=number)
     solver = get_solver(solver)

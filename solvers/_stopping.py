@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from solvers.problem import Hyperparameters, require_positive_int
+from solvers.problem import Hyperparameters, checked_int, require_positive_int
 
 
 class NotGiven(enum.Enum):
@@ -85,7 +85,7 @@ class Stopping(Hyperparameters):
             for leaf in tree_flatten(getattr(self, name))[0]:
                 if leaf is not None and leaf is not NOT_GIVEN and not _is_tolerance(leaf):
                     raise ValueError(f"{name} must be a number >= 0 or None, or a pytree of such, got {leaf!r}.")
-        _require_max_steps(self.max_steps)
+        object.__setattr__(self, "max_steps", checked_int("max_steps", self.max_steps))
         require_positive_int(self, "check_every", self.check_every)
         require_positive_int(self, "patience", self.patience)
         if not self.max_growth > 1:
@@ -149,7 +149,7 @@ class Steps:
     n: int
 
     def __post_init__(self) -> None:
-        _require_max_steps(self.n)
+        object.__setattr__(self, "n", checked_int("max_steps", self.n))
 
     @property
     def max_steps(self) -> int:
@@ -214,11 +214,6 @@ def stop_rule(
 
 def _is_tolerance(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) >= 0
-
-
-def _require_max_steps(value: object) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
-        raise ValueError(f"max_steps must be a positive integer, got {value!r}.")
 
 
 def _hashable(field: Any) -> tuple[Hashable, ...]:

@@ -142,7 +142,7 @@ def test_gradients_through_the_steps_in_parts():
 def test_refusals():
     z0, *args = orbits(20)
     for chunk_size in (0, -1, 2.5, "all"):
-        with pytest.raises(ValueError, match=r"chunk_size must be an integer >= 1 or None, got"):
+        with pytest.raises(ValueError, match=r"chunk_size must be a positive integer or None, got"):
             root(kepler, z0, *args, chunk_size=chunk_size)
     with pytest.raises(ValueError, match=r"chunk_size needs batch_dims=1.*got 0"):
         root(kepler, z0, *args, chunk_size=5, batch_dims=0)

@@ -17,6 +17,7 @@ from implicit.autograd.torch_internals import transform_active
 from implicit.diagnostics.on_its_way import OnItsWay
 from implicit.diagnostics.solve_hook import SolveCall, SolveNames, around_solves
 from solvers import ConvergenceWarning, Solution, Status
+from solvers.problem.hyperparameters import checked_int
 
 # The steps that make a layer's baseline, and the latest ones that are compared with it.
 WINDOW = 20
@@ -211,10 +212,7 @@ def monitor_solves(
             "tracker must be a SummaryWriter or a tracker of accelerate, with a method add_scalar or log; got "
             f"{tracker!r}."
         )
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"every must be a positive integer, got {every!r}.")
-    if not isinstance(start, int) or isinstance(start, bool) or start < 0:
-        raise ValueError(f"start must be an integer >= 0, got {start!r}.")
+    every, start = checked_int("every", every), checked_int("start", start, least=0)
     names = SolveNames(model)
     with contextlib.ExitStack() as stack:
         file = None

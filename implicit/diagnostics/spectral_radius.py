@@ -9,6 +9,7 @@ from torch import Tensor
 
 from implicit.autograd.constant_weights import constant_weights
 from solvers.problem.flat_map import FlatMap
+from solvers.problem.hyperparameters import checked_int
 from solvers.problem.layout import Layout
 from solvers.problem.small_systems import inverse_or_zero
 from solvers.problem.window import combine, dot, store
@@ -77,8 +78,7 @@ def spectral_radius(
         >>> spectral_radius(lambda z: z @ rotation, torch.zeros(1, 2)).value
         tensor([0.9000])
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}.")
+    steps = checked_int("steps", steps)
     layout = Layout(z, batch_dims)
     flat = layout.pack(z)  # (B, D)
     with constant_weights():

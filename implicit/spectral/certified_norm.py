@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from implicit.spectral.linear_operator import LinearOperator
-from implicit.spectral.parametrization import SpectralNorm, check_positive
+from implicit.spectral.parametrization import SpectralNorm
 from implicit.spectral.singular_value_bounds import exact_bound, gram_bound
+from solvers.problem.hyperparameters import checked_int
 
 
 class CertifiedNorm(SpectralNorm):
@@ -24,7 +25,7 @@ class CertifiedNorm(SpectralNorm):
     def __init__(self, operator: LinearOperator, *, coeff: float, n_gram_iterations: int | None) -> None:
         super().__init__(operator, coeff=coeff)
         if n_gram_iterations is not None:
-            check_positive("n_gram_iterations", n_gram_iterations)
+            n_gram_iterations = checked_int("spectral_norm(n_gram_iterations=...)", n_gram_iterations)
         operator.check_bound()
         self.n_gram_iterations = n_gram_iterations
         self.register_load_state_dict_pre_hook(_drop_singular_vectors)  # type: ignore[no-untyped-call]

@@ -32,9 +32,3 @@ class SpectralNorm(nn.Module, ABC):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return what to store when ``weight`` is assigned: the weight itself, which is normalized when it is used."""
         return weight
-
-
-def check_positive(name: str, value: int) -> None:
-    """Raise a ValueError unless the option is a positive integer."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"spectral_norm({name}=...) must be an int >= 1, got {value!r}.")

@@ -13,8 +13,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from implicit.autograd.torch_internals import in_backward_pass
 from implicit.spectral.linear_operator import LinearOperator
-from implicit.spectral.parametrization import SpectralNorm, check_positive
+from implicit.spectral.parametrization import SpectralNorm
 from solvers.problem.autocast import without_autocast
+from solvers.problem.hyperparameters import checked_int
 
 # Number of power iterations from a random start. They run only at construction and when a weight is assigned, so
 # their cost does not matter; the iterations in training start where the last ones ended.
@@ -64,7 +65,7 @@ class PowerIteration(SpectralNorm):
         input_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__(operator, coeff=coeff)
-        check_positive("n_power_iterations", n_power_iterations)
+        n_power_iterations = checked_int("spectral_norm(n_power_iterations=...)", n_power_iterations)
         dims = len(operator.kernel_size)
         if len(input_size or ()) != dims:
             raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from implicit.autograd.constant_weights import constant_weights
 from solvers.problem.flat_map import FlatMap
+from solvers.problem.hyperparameters import checked_int
 from solvers.problem.layout import Layout
 
 
@@ -65,8 +66,7 @@ def jacobian_regularization(
         >>> z = layer(x)
         >>> loss = z.square().mean() + 0.1 * jacobian_regularization(layer.f, z, x).mean()
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}.")
+    num_samples = checked_int("num_samples", num_samples)
     layout = Layout(z, batch_dims)
     flat = layout.pack(z)  # (B, D)
     with constant_weights():

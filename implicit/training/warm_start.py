@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 
+from solvers.problem.hyperparameters import checked_int
+
 
 class WarmStart(nn.Module):
     """Store the last solution of every sample of a data set, by its index, as the start of the sample's next solve.
@@ -51,8 +53,7 @@ class WarmStart(nn.Module):
 
     def __init__(self, num_samples: int, like: Any) -> None:
         super().__init__()
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"WarmStart(num_samples=...) must be a positive integer, got {num_samples!r}.")
+        num_samples = checked_int("WarmStart(num_samples=...)", num_samples)
         leaves, spec = tree_flatten(like)
         if not leaves or not all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
             raise TypeError(

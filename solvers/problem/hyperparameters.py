@@ -61,11 +61,21 @@ def require_positive_int(
     """
     if optional and value is None:
         return None
+    or_none = " or None" if optional else ""
+    number = checked_int(f"{type(owner).__name__}({name}=...)", value, least=least, or_else=or_none)
+    _store(owner, name, value, number)
+    return number
+
+
+def checked_int(name: str, value: object, *, least: int = 1, or_else: str = "") -> int:
+    """``value`` as an int; a ValueError that begins with ``name`` unless it is an integer >= ``least``, and no bool.
+
+    ``or_else`` is what the message says of other values that the caller accepts.
+    """
     number = as_int(value)
     if number is None or number < least:
-        allowed = ("a positive integer" if least == 1 else f"an integer >= {least}") + (" or None" if optional else "")
-        raise ValueError(f"{type(owner).__name__}({name}=...) must be {allowed}, got {value!r}.")
-    _store(owner, name, value, number)
+        allowed = "a positive integer" if least == 1 else f"an integer >= {least}"
+        raise ValueError(f"{name} must be {allowed}{or_else}, got {value!r}.")
     return number
 
 

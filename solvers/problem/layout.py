@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from solvers.problem.hyperparameters import as_int
+from solvers.problem.hyperparameters import checked_int
 
 
 def checked_batch_dims(batch_dims: object) -> int:
     """``batch_dims`` as an int; a ValueError if it is none or negative."""
-    number = as_int(batch_dims)
-    if number is None or number < 0:
-        raise ValueError(f"batch_dims must be an integer >= 0, got {batch_dims!r}.")
-    return number
+    return checked_int("batch_dims", batch_dims, least=0)
 
 
 class Layout:
