@@ -168,6 +168,8 @@ def solve_unobserved(
     mode = mode.chosen(options)
     if not exporting and (torch.is_grad_enabled() or transform_active()):
         solution = mode.solve(f, z0, args, options)
+        if not isinstance(solution, Solution):
+            raise TypeError(f"{mode!r}.solve must return a solvers.Solution, got a {type(solution).__name__}.")
         solution.backward = mode
         return solution
     return mode.evaluate(f, z0, args, options)

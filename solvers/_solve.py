@@ -21,7 +21,7 @@ from solvers._stopping import NOT_GIVEN, NotGiven, Stopping, StopRule, Tolerance
 from solvers.methods.newton import Newton, NewtonState
 from solvers.methods.newton_krylov import FEW_UNKNOWNS
 from solvers.methods.root_map import RootMap
-from solvers.methods.solver import Solver, close, take_samples
+from solvers.methods.solver import Solver, checked_state, close, take_samples
 from solvers.problem import (
     FlatMap,
     InDims,
@@ -215,7 +215,8 @@ class Iteration(Generic[S]):
             compile = compile and not (history or torch.compiler.is_dynamo_compiling())
             fz = self._map(z) if compile else None
             if fz is None or not self._runs_compiled(rule, z0, args, f, fz):
-                self.state = self._solver.init(self._map if fz is None else lambda _: fz, z)
+                state = self._solver.init(self._map if fz is None else lambda _: fz, z)
+                self.state = checked_state(self._solver, "init", state, z)
                 self.done = self._is_done(compiling=torch.compiler.is_compiling()) or self._max_steps == 1
 
     def _runs_compiled(
@@ -286,7 +287,8 @@ class Iteration(Generic[S]):
         if isinstance(self._progress, ToleranceTest) and self._progress.may_have_ended:
             self._set_finished_apart(self._progress)
         self.num_steps += 1
-        self.state = self._solver.step(self._map, self.state)
+        state = self._solver.step(self._map, self.state)
+        self.state = checked_state(self._solver, "step", state, self.state.z)
         last = self.num_steps == self._max_steps
         if last or self.num_steps % self._check_every == 0 or not self.tested:
             # Asked here, because torch.compile compiles no function that neither names torch nor is given a tensor.

@@ -10,7 +10,7 @@ from torch import Tensor
 from solvers._failure import report_failure
 from solvers._solution import Solution
 from solvers.linear.dense import AutoLinear
-from solvers.linear.linear_solver import LinearSolver, default_rtol
+from solvers.linear.linear_solver import LinearResult, LinearSolver, default_rtol
 from solvers.linear.names import get_linear_solver
 from solvers.linear.operator import FlatMatvec, Operator, rescaled
 from solvers.problem import OnFailure
@@ -88,6 +88,9 @@ def linear_solve(
         default = default_rtol(layout.dtype) if rtol is None else max(rtol, least)
         unit = 1.0 if _has_absolute_tolerance(solver) else _unit(rhs)
         result = solver.with_default_rtol(default).run(flat_matvec, rhs / unit)
+        if not isinstance(result, LinearResult) or result.x.shape != rhs.shape:
+            got = f"x of {tuple(result.x.shape)}" if isinstance(result, LinearResult) else f"a {type(result).__name__}"
+            raise TypeError(f"{solver!r}.run must return a LinearResult with x of {tuple(rhs.shape)}, got {got}.")
     solution = Solution(
         value=layout.unpack(result.x * unit),
         status=layout.unpack_batch(result.status),

@@ -146,6 +146,18 @@ def take_samples(state: Any, keep: Tensor) -> Any:
     return with_tensors(state, take, (Tensor, Resource))
 
 
+def checked_state(solver: Solver, method: str, state: Any, z: Tensor) -> Any:
+    """The ``state`` that a method of a solver has returned; an error if it is none for states like ``z`` (B, D)."""
+    if not isinstance(state, State):
+        raise TypeError(f"{solver!r}.{method} must return a solvers.State, got a {type(state).__name__}.")
+    if state.z.shape != z.shape or state.fz.shape != z.shape:
+        raise ValueError(
+            f"{solver!r}.{method} must return a state with z and fz of the shape {tuple(z.shape)}, one row a sample, "
+            f"got {tuple(state.z.shape)} and {tuple(state.fz.shape)}."
+        )
+    return state
+
+
 def close(state: State) -> None:
     """Release what a solver's state holds besides data."""
     for field in dataclasses.fields(state):
