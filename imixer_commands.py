@@ -28,6 +28,9 @@ def validate(arguments: Sequence[str] | None = None) -> int:
 def _run(module: str, arguments: Sequence[str] | None) -> int:
     try:
         main = importlib.import_module(module).main
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as missing:
         if str(missing.name).partition(".")[0] in ("imixer", "implicit", "solvers"):
             raise

@@ -74,7 +74,7 @@ def test_resume_auto_starts_and_goes_on(capsys: pytest.CaptureFixture[str]) -> N
         ({"dataset": "wds/data", "data_dir": "pipe:touch trace"}, "error: unknown data set 'wds/data'"),
         (
             {"dataset": "torch/mnist", "data_dir": "nothing", "dataset_download": True},
-            "error: data folder nothing does",
+            "error: data folder /",
         ),
         ({"no_longer": 1}, None),
     ],

@@ -205,7 +205,7 @@ def test_a_gradient_that_is_not_finite_in_one_stops_all(two: tuple[Path, list[di
 
 
 def test_other_global_batch_says_which_batch_size_to_give(two: tuple[Path, list[dict[str, Any]]]) -> None:
-    message = "64 images to a step of all processes together, which here would be 32; .* give --batch-size 64"
+    message = "2 x 64 images to an update, .* would be 2 x 32; to continue it with 1 process, give --batch-size 64"
     with pytest.raises(ValueError, match=message):
         train(TWO, load_data(TWO), resume=two[0] / "parallel", progress=False)
 

@@ -269,9 +269,12 @@ def test_checkpoint_of_other_content_is_refused_in_one_line(
         ({"model": "imixer_s4_32"}, r"is of another run: model imixer_ti4_32 there, imixer_s4_32 here"),
         (
             {"batch_size": 32},
-            r"with 48 images to a step of all processes together, which here would be 32; .* give --batch-size 48",
+            r"with 3 x 48 images to an update, .*, which here would be 3 x 32; .* give --batch-size 48$",
         ),
-        ({"grad_accum_steps": 1}, r"another run: grad_accum_steps 3 there, 1 here"),
+        (
+            {"grad_accum_steps": 1},
+            r"of a run with 3 x 48 .* would be 1 x 48; .* 1 process, give --batch-size 48 --grad-accum-steps 3$",
+        ),
     ],
 )
 def test_checkpoint_of_another_run_is_refused(

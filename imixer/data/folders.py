@@ -46,6 +46,7 @@ def find_splits(root: Path, *, train: str = "train", test: str | None = None) ->
 def check_folder(root: Path) -> None:
     """Raise an error that says what is near if `root` is not a folder."""
     if not root.exists():
+        root = Path(os.path.abspath(root))  # a run may be resumed from another folder than it was started in
         near = root.parent
         while not near.exists():
             near = near.parent
@@ -57,11 +58,13 @@ def check_folder(root: Path) -> None:
 def list_images(split: Path) -> ImageFiles:
     """List a split's classes, which are its folders, and the images in them and in the folders below.
 
+    Names that begin with a dot are left out: those of `.ipynb_checkpoints`, or `._x.png` that macOS adds to archives.
+
     Raises:
         FileNotFoundError: There is no class, or one without images.
         ValueError: Something named like an image is not a regular file, or a link leads back to a folder above it.
     """
-    classes = sorted(entry.name for entry in split.iterdir() if entry.is_dir())
+    classes = sorted(entry.name for entry in split.iterdir() if entry.is_dir() and entry.name[0] != ".")
     if not classes:
         raise FileNotFoundError(f"{split} has no class folders; it must hold one per class, and it {holds(split)}")
     samples, empty = [], []
@@ -86,6 +89,8 @@ def _images_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[s
         raise ValueError(f"{folder} is a link that leads back to a folder above it; remove it")
     with os.scandir(folder) as entries:
         for entry in entries:
+            if entry.name[0] == ".":
+                continue
             image = entry.name.lower().endswith(SUFFIXES)
             try:
                 if image and not entry.is_file():

@@ -124,7 +124,9 @@ class ImagesInTar:
                 f"cannot read images from the tar file {path} ({path.stat().st_size} bytes): {error}; it must be an "
                 "uncompressed tar with one folder of images per class"
             ) from error
-        self.samples, self.targets = reader.samples, reader.targets
+        every = zip(reader.samples, reader.targets, strict=True)
+        seen = [(sample, target) for sample, target in every if os.path.basename(sample[0].name)[0] != "."]
+        self.samples, self.targets = [sample for sample, _ in seen], [target for _, target in seen]
         self.classes = tuple(reader.class_name_to_idx)
 
     def __len__(self) -> int:

@@ -47,11 +47,11 @@ def save_checkpoint(folder: Path, checkpoint: dict[str, Any], *, best: bool = Fa
     except OSError as error:
         with contextlib.suppress(OSError):
             remove_unfinished(folder)
-        kept = ", ".join(name for name in (LAST, PREVIOUS) if (folder / name).exists()) or "no checkpoint"
-        raise OSError(
-            f"cannot save a checkpoint to {folder}: {error}; {kept} of before is there still. Make room, then continue "
-            f"with --resume {folder}"
-        ) from error
+        kept = ", ".join(name for name in (LAST, PREVIOUS) if (folder / name).exists())
+        then = f"{kept} of before is there still. Make room, then continue with --resume {folder}"
+        if not kept:
+            then = "there is no earlier one. Make room, then start again"
+        raise OSError(f"cannot save a checkpoint to {folder}: {error}; {then}") from error
 
 
 def holds_run(folder: Path) -> bool:

@@ -57,4 +57,9 @@ def load_data(config: TrainingConfig, *, progress: bool = False) -> ImageData:
         raise ValueError(
             f"num_classes is {config.num_classes}, and {data.name} has {len(data.classes)} classes; leave it out"
         )
+    if len(data.classes) < 2:
+        raise ValueError(
+            f"{data.name} has one class, {data.classes[0]}, and nothing can be learned from one. Classes are the "
+            "folders in train/ and test/: if they lie one level lower, give that folder"
+        )
     return data

@@ -107,7 +107,8 @@ def _train(
     report = Report(folder, config, accelerator, progress=progress)
 
     set_seed(config.seed)
-    lr = config.peak_lr(batch_size * world_size * group)
+    images_per_update = min(batch_size * world_size * group, len(data.train))
+    lr = config.peak_lr(images_per_update)
     learner = Learner(config, data, accelerator, checkpoint, lr=lr)
     loader = partial(make_loader, workers=config.workers, seed=config.seed, rank=rank, world_size=world_size)
     train_loader = loader(
@@ -147,7 +148,7 @@ def _train(
             num_steps=num_steps,
             described={**this_run, "mean": list(data.mean), "std": list(data.std), "environment": about},
         )
-        report.say(f"{data.description}\n{_describe(config, learner, schedule, lr)}; {folder}")
+        report.say(f"{data.description}\n{_describe(config, learner, schedule, lr, images_per_update)}; {folder}")
         for note in (*start.notes, *learner.notes, *config.without_effect):
             report.say(note)
         if checkpoint is not None:
@@ -377,11 +378,12 @@ def _write(folder: Path, state: dict[str, Any], at: Progress) -> None:
         write_results(folder, at, state["environment"])
 
 
-def _describe(config: TrainingConfig, learner: Learner, schedule: Schedule, lr: float) -> str:
+def _describe(config: TrainingConfig, learner: Learner, schedule: Schedule, lr: float, images: int) -> str:
     """One line of what is trained, and how."""
     accelerator, world_size = learner.accelerator, learner.accelerator.num_processes
     batch_size, group = config.batches(world_size)
-    images = batch_size * world_size * group
+    asked = batch_size * world_size * group
+    only = "" if images == asked else f" (there are {images})"
     precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     num_parameters = sum(parameter.numel() for parameter in learner.plain.parameters())
@@ -390,6 +392,6 @@ def _describe(config: TrainingConfig, learner: Learner, schedule: Schedule, lr: 
         scaled = f"{config.lr_base:.3g} at {config.lr_base_size} images, {config.lr_scale}"
     return (
         f"{config.model}: {num_parameters:,} parameters, {precision}, {processes} on {accelerator.device.type}; "
-        f"{batch_size} x {world_size} x {group} = {images} images to an update, {schedule.num_epochs} epochs; "
+        f"{batch_size} x {world_size} x {group} = {asked} images to an update{only}, {schedule.num_epochs} epochs; "
         f"learning rate {lr:.3g} ({scaled})"
     )

@@ -1,5 +1,6 @@
 """What is seen of a run while it goes on, by the first process alone: a progress bar or lines, and trackers."""
 
+import os
 import sys
 import time
 from collections import defaultdict
@@ -52,7 +53,7 @@ class Report:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._accelerator = accelerator
         self._speaks = accelerator.is_main_process and progress
-        self._at_terminal = sys.stderr.isatty()
+        self._at_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._process = psutil.Process()
         self._bar: Any = None
         self._last_line = time.monotonic()
@@ -84,11 +85,14 @@ class Report:
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar or after the time."""
-        if self._speaks and self._at_terminal:
-            tqdm.write(text)
-        elif self._speaks:
-            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
-            self._last_line = time.monotonic()
+        try:
+            if self._speaks and self._at_terminal:
+                tqdm.write(text)
+            elif self._speaks:
+                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+                self._last_line = time.monotonic()
+        except OSError:  # of a pipe that nobody reads, or a full disk; the run goes on, and its files tell the same
+            self._speaks, sys.stdout = False, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def update(self, images: int, **shown: str) -> None:
         """Count the images of one update, and show something beside the bar."""

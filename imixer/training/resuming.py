@@ -160,15 +160,20 @@ def check_same_run(source: Path, checkpoint: dict[str, Any], here: dict[str, Any
     differing = [name for name, value in here.items() if checkpoint.get(name) != value]
     if not differing:
         return
-    if differing == ["global_batch"] and isinstance(checkpoint.get("global_batch"), int):
-        batch, rest = divmod(checkpoint["global_batch"], world_size)
-        advice = f"--batch-size {batch}" if not rest else "another number of processes"
+    images, steps = checkpoint.get("global_batch"), checkpoint.get("grad_accum_steps")
+    is_cut_otherwise = set(differing) <= {"global_batch", "grad_accum_steps"}
+    if is_cut_otherwise and isinstance(images, int) and isinstance(steps, int):
+        batch, rest = divmod(images, world_size)
+        advice = "another number of processes" if rest else f"--batch-size {batch}"
+        if not rest and "grad_accum_steps" in differing:
+            advice += f" --grad-accum-steps {steps}"
         raise CheckpointError(
-            f"{source} is of a run with {checkpoint['global_batch']} images to a step of all processes together, which "
-            f"here would be {here['global_batch']}; to continue it with {world_size} processes, give {advice}"
+            f"{source} is of a run with {steps} x {images} images to an update, steps times images of all processes in "
+            f"a step, which here would be {here['grad_accum_steps']} x {here['global_batch']}; to continue it with "
+            f"{world_size} process{'es' if world_size > 1 else ''}, give {advice}"
         )
-    there = ", ".join(f"{name} {_short(checkpoint.get(name))} there, {_short(here[name])} here" for name in differing)
-    raise CheckpointError(f"{source} is of another run: {there}")
+    others = ", ".join(f"{name} {_short(checkpoint.get(name))} there, {_short(here[name])} here" for name in differing)
+    raise CheckpointError(f"{source} is of another run: {others}")
 
 
 def describe_changes(checkpoint: dict[str, Any], config: TrainingConfig) -> str:

@@ -83,7 +83,7 @@ def report(result: TrainingResult, data: ImageData) -> None:
 
     for what, name in (
         ("checkpoints", "best.pt and last.pt"),
-        ("curves", "curves.csv and tensorboard/"),
+        ("curves", "curves.csv" + (" and tensorboard/" if (result.output / "tensorboard").exists() else "")),
         ("plot", "curves.png"),
         ("in short", "summary.json"),
     ):
