@@ -169,10 +169,10 @@ def advance(plan: Plan, course: Course, num_spares: int = NUM_SPARES) -> tuple[C
         now = carry.course(values)
         if not plan.in_place:
             now = _copies(now)
-        return carry.tensors(_copies(_stepped(plan, now)))
+        return carry.copies(_stepped(plan, now))
 
     with plan.tracing():
-        course = carry.course(torch.while_loop(goes_on, step, carry.tensors(course)))
+        course = carry.course(torch.while_loop(goes_on, step, carry.start))
     numbers = (as_number(flags, course.samples.error).sum() > 0 for flags in (course.lost, course.samples.active))
     return course, torch.stack([*(number.to(torch.int64) for number in numbers), course.step, course.num_evals])
 
@@ -190,9 +190,9 @@ def complete(plan: Plan, fz0: Tensor) -> Course:
         now = _copies(carry.course(values))
         now = recovered(plan, now, held_map(plan, now.samples), torch.while_loop)
         now, _ = advance(plan, now, num_spares=0)
-        return carry.tensors(_copies(now))
+        return carry.copies(now)
 
-    return carry.course(torch.while_loop(goes_on, go_on, carry.tensors(course)))
+    return carry.course(torch.while_loop(goes_on, go_on, carry.start))
 
 
 def spares(like: Tensor, number: int = NUM_SPARES) -> list[Tensor]:
@@ -212,18 +212,27 @@ class _Carry:
     Args:
         course: The solve before the loop.
         blocks: The tensors into which the loop writes.
+
+    Attributes:
+        start: The tensors to carry into the loop.
     """
 
     def __init__(self, course: Course, blocks: tuple[Tensor, ...]) -> None:
         self._course = course
         constant = (course.samples.start, course.samples.start_size, *blocks)
-        self._is_constant = [any(tensor is other for other in constant) for tensor in _tensors_of(course)]
+        tensors = _tensors_of(course)
+        self._is_constant = [any(tensor is other for other in constant) for tensor in tensors]
+        self.start = self._carried(tensors, course)
 
-    def tensors(self, course: Course) -> tuple[Tensor, ...]:
-        """The tensors to carry."""
-        every = zip(_tensors_of(course), self._is_constant, strict=True)
+    def copies(self, course: Course) -> tuple[Tensor, ...]:
+        """Copies of the tensors to carry, as :func:`_copies` makes them."""
+        blocks = course.state.blocks
+        return tuple(_copy(tensor, blocks) for tensor in self._carried(_tensors_of(course), course))
+
+    def _carried(self, tensors: list[Tensor], course: Course) -> tuple[Tensor, ...]:
+        """Those of the tensors of a course that are carried."""
         like = course.samples.error
-        carried = (tensor for tensor, constant in every if not constant)
+        carried = (tensor for tensor, constant in zip(tensors, self._is_constant, strict=True) if not constant)
         return tuple(as_number(tensor, like) if tensor.dtype == torch.bool else tensor for tensor in carried)
 
     def course(self, tensors: tuple[Tensor, ...]) -> Course:
@@ -322,10 +331,11 @@ def _tensors_of(course: Course) -> list[Tensor]:
 def _copies(course: Course) -> Course:
     """The solve with copies of its tensors, which lie in memory as a loop expects them in every turn."""
     blocks = course.state.blocks
+    return with_tensors(course, lambda tensor: _copy(tensor, blocks))
 
-    def copied(tensor: Tensor) -> Tensor:
-        if any(tensor is block for block in blocks):  # all samples' vectors in one slot lie together
+
+def _copy(tensor: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
+    for block in blocks:
+        if tensor is block:  # all samples' vectors in one slot lie together
             return tensor.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
-        return tensor.clone(memory_format=torch.contiguous_format)
-
-    return with_tensors(course, copied)
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -108,8 +108,8 @@ class Reporting(nn.Module):
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("f", "solver"),
-    [(Logarithm(), "picard"), (Logarithm(), "anderson"), (TanhMap(norm=True), "broyden")],
-    ids=["picard", "anderson", "broyden"],
+    [(Logarithm(), "anderson"), (TanhMap(norm=True), "broyden")],
+    ids=["anderson", "broyden"],
 )
 def test_exported_solves_run_elsewhere(f, solver, tmp_path):
     """With a dynamic batch, in a process that does not know the library, and by ONNX Runtime."""

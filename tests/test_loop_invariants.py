@@ -59,10 +59,7 @@ def both(f, z0, solver, *args, **options):
     return counts, int(found[1].num_steps.max())
 
 
-@pytest.mark.parametrize(
-    "solver",
-    [pytest.param("picard", marks=pytest.mark.long), "anderson", pytest.param("broyden", marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize("solver", ["anderson", pytest.param("broyden", marks=pytest.mark.long)])
 def test_computed_once(as_inductor, double, solver):
     def f(z, x, w):
         return torch.tanh(0.5 * counted(z, "z") + counted(torch.sin(x) @ w, "x"))
@@ -72,9 +69,9 @@ def test_computed_once(as_inductor, double, solver):
     assert num_steps > 5
     # In the first call, for z0, and in each graph; Broyden has a second one for when its room is used up.
     assert counts == {"z": num_steps, "x": 3 if solver == "broyden" else 2}
-    # In a graph for all sizes of a batch as well.
-    counts, num_steps = both(f, torch.zeros(6, 8), solver, torch.randn(6, 3), args[1], rtol=1e-9)
-    assert counts == {"z": num_steps, "x": 3 if solver == "broyden" else 2}
+    if solver == "anderson":  # in a graph for all sizes of a batch as well
+        counts, num_steps = both(f, torch.zeros(6, 8), solver, torch.randn(6, 3), args[1], rtol=1e-9)
+        assert counts == {"z": num_steps, "x": 2}
 
 
 def several(z, x):
@@ -102,7 +99,7 @@ def outer(z, x):
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("f", "solver"),
-    [(several, "anderson"), (pairs, "picard"), (pairs, "anderson"), (constant, "picard"), (outer, "picard")],
+    [(several, "anderson"), (pairs, "picard"), (constant, "picard"), (outer, "picard")],
     ids=lambda case: getattr(case, "__name__", case),
 )
 def test_same_values(as_inductor, double, f, solver):

@@ -42,7 +42,7 @@ def gradient(f, x, z0, solver, **options):
     return torch.autograd.grad(value.sum(), x)[0]
 
 
-@hypothesis.settings(max_examples=100)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(st.sampled_from(SOLVERS), st.integers(0, 1000), st.floats(-2, 2))
 def test_solves_to_a_tolerance_have_the_implicit_gradient(solver, seed, size):
     """From starts of which no entry is solved."""
