@@ -32,6 +32,7 @@ from solvers.problem import (
     check_compile,
     check_on_failure,
     copy_with_tensors,
+    mixing_advice,
     names_options,
     with_tensors,
     without_autocast,
@@ -379,11 +380,4 @@ def advice_on(f: FlatMap, states: list[Any], z: Tensor, batch_shape: torch.Size)
             f"Newton's matrix is singular where {number} samples ended, so that there may be "
             "no solution near, or a continuum of them. Start elsewhere, or add the equation that is missing."
         )
-    if not f.mixes_samples(z):
-        return ""
-    return (
-        f"{f.called} mixes samples: what it returns for one sample depends on others. If the whole state "
-        "is one coupled problem, such as a vector of parameters, solve it with batch_dims=0; now its leading "
-        f"dimensions {tuple(batch_shape)} count as samples. Else look for the cause with "
-        "implicit.check_map."
-    )
+    return mixing_advice(f, z, batch_shape)

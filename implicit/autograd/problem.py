@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from solvers import Solution, compiled_adjoint_solver, report_failure
 from solvers.linear import LinearSolver, linear_solve
-from solvers.problem import Layout, OnFailure, relative, rms_norm, with_tensors
+from solvers.problem import FlatMap, Layout, OnFailure, mixing_advice, relative, rms_norm, with_tensors
 from solvers.problem.norms import FLOOR
 
 Leaves = Sequence[Tensor]
@@ -257,21 +257,11 @@ def jvp_of_graph(outputs: Leaves, inputs: Leaves, v: Leaves) -> list[Tensor]:
 
 
 def _advice(matvec: Callable[[Leaves], list[Tensor]], rhs: list[Tensor], batch_dims: int) -> str:
-    """What may be wrong with a linear problem that was not solved, as far as two products tell."""
+    """What may be wrong with a linear problem that was not solved, as far as a few products tell."""
     layout = Layout(rhs, batch_dims)
-    odd = torch.arange(layout.batch_size, device=layout.device) % 2 == 1
-    every = torch.ones_like(layout.pack(rhs))
-    changed = torch.where(odd.unsqueeze(1), -every, every)
-    with torch.no_grad():
-        image, other = (layout.pack(matvec(tree_leaves(layout.unpack(v)))) for v in (every, changed))
-    rounding = 64 * torch.finfo(layout.dtype).eps * image.abs().amax() if image.numel() else 0.0
-    if batch_dims and bool(((image - other).abs()[~odd] > rounding).any()):
-        return (
-            "The map mixes samples: what it returns for one depends on others. If the whole state is one coupled "
-            f"problem, solve it with batch_dims=0; now its leading dimensions {tuple(layout.batch_shape)} count as "
-            "samples."
-        )
-    return ""
+    product = FlatMap(lambda v: matvec(tree_leaves(v)), (), layout)
+    product.called = "The map"
+    return mixing_advice(product, layout.pack(rhs), layout.batch_shape)
 
 
 def vjp(outputs: Leaves, inputs: Leaves, cotangents: Leaves, *, differentiable: bool = False) -> list[Tensor]:

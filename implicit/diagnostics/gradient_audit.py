@@ -201,7 +201,7 @@ def audit_gradients(
     if any(exactly.fixed) and not all(exactly.fixed):
         what = f"{solved}, and of the steps in layers with a fixed number of them"
     groups = tuple(exact)
-    return GradientAudit(audits, {name: _groups_of(names.seen[name], groups, model) for name in names.in_order()}, what)
+    return GradientAudit(audits, {name: _groups_of(names.seen[name], groups) for name in names.in_order()}, what)
 
 
 class _Exactly:
@@ -339,7 +339,7 @@ def _owner(name: str) -> str:
     return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
 
 
-def _groups_of(name: str, groups: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:
+def _groups_of(name: str, groups: tuple[str, ...]) -> tuple[str, ...]:
     """The groups within a layer; if it has none, as in an iMLP, those of the module around it."""
     inside = tuple(group for group in groups if name == "" or group == name or group.startswith(f"{name}."))
     parent = name.rpartition(".")[0]

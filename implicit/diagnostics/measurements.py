@@ -185,14 +185,12 @@ class PlainSteps:
         finite: (B,) bool, whether all iterates were finite.
         ratio: (B,) how many times larger the change is in the last ``WINDOW`` steps than in those before them.
         returns: (B,) bool, whether the last steps lead back to where they came from rather than on.
-        growth: (B,) the largest change divided by the first.
         change: (B,) the last change relative to the state.
     """
 
     finite: Tensor
     ratio: Tensor
     returns: Tensor
-    growth: Tensor
     change: Tensor
 
 
@@ -218,6 +216,5 @@ def plain_steps(f: FlatMapping, z: Tensor, steps: int) -> PlainSteps:
         finite=finite,
         ratio=ratio,
         returns=returns,
-        growth=relative(sizes.amax(dim=0), sizes[0]),
         change=relative(sizes[-1], rms_norm(z)),
     )

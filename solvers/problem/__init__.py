@@ -2,7 +2,7 @@
 
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.compile_option import check_compile
-from solvers.problem.flat_map import FlatMap, InDims, check_not_written, version_of
+from solvers.problem.flat_map import FlatMap, InDims, check_not_written, mixing_advice, version_of
 from solvers.problem.foreign_names import names_options
 from solvers.problem.hyperparameters import (
     Hyperparameters,
@@ -53,6 +53,7 @@ __all__ = [
     "dot",
     "inner",
     "inverse_or_zero",
+    "mixing_advice",
     "names_options",
     "recorded",
     "relative",

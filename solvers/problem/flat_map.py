@@ -165,3 +165,21 @@ class FlatMap:
         except Exception:
             return False
         return False
+
+
+def mixing_advice(f: FlatMap, z: Tensor, batch_shape: torch.Size) -> str:
+    """What to do about a map that mixes samples, as far as it shows at ``z`` (B, D); empty if it does not.
+
+    Args:
+        f: The map.
+        z: Where to look.
+        batch_shape: The leading dimensions of the state that count as samples.
+    """
+    if not f.mixes_samples(z):
+        return ""
+    return (
+        f"{f.called} mixes samples: what it returns for one sample depends on others. If the whole state "
+        "is one coupled problem, such as a vector of parameters, solve it with batch_dims=0; now its leading "
+        f"dimensions {tuple(batch_shape)} count as samples. Else look for the cause with "
+        "implicit.check_map."
+    )
