@@ -25,7 +25,7 @@ from implicit.invertible_residual import InvertibleResidual
 from implicit.spectral.lipschitz import Constant, lipschitz_bound
 from solvers import Solution
 from solvers.problem import Layout
-from solvers.testing import PeakMemory
+from solvers.problem.peak_memory import PeakMemory
 
 
 def diagnose(

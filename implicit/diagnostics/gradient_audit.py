@@ -17,7 +17,7 @@ from implicit.diagnostics.observed_map import restored
 from implicit.diagnostics.solve_hook import Around, SolveCall, SolveNames, around_solves
 from solvers import Solution, Steps
 from solvers.linear import GMRES
-from solvers.testing import PeakMemory
+from solvers.problem.peak_memory import PeakMemory
 
 MODES = ("unrolled", "checkpointed", "implicit", "neumann", "phantom", "jfb", "shine")
 
