@@ -248,8 +248,10 @@ def test_core_loads_nothing_optional() -> None:
         "import sys, torch; before = set(sys.modules); import solvers, implicit; print(*set(sys.modules) - before)"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = {name.partition(".")[0] for name in run.stdout.split()}
+    names = run.stdout.split()
+    loaded = {name.partition(".")[0] for name in names}
     assert "implicit" in loaded
+    assert "solvers.testing" not in names
     assert loaded.isdisjoint(OPTIONAL)
 
 
