@@ -77,3 +77,16 @@ def test_refusals():
 def test_names_of_other_libraries(face, option, ours):
     with pytest.raises(TypeError, match=ours):
         face(**{option: 1})
+
+
+@pytest.mark.parametrize("solver", ["newton", "newton_krylov", "anderson", "broyden"])
+def test_tolerances_of_leaves(solver):
+    x, z0 = torch.linspace(1, 2, 15).view(5, 3), {"a": torch.ones(5, 3), "b": torch.ones(5, 2)}
+    rtol = {"a": 1e-6, "b": 1e-3}
+    z, solution = root(
+        lambda z, x: {"a": z["a"] ** 3 - x, "b": z["b"].cos() - z["b"]}, z0, x, solver=solver, rtol=rtol, atol=0, max_steps=100,
+        return_solution=True,
+    )  # fmt: skip
+    assert solution.converged.all()
+    assert torch.allclose(z["a"], x ** (1 / 3), rtol=1e-5)
+    assert torch.allclose(z["b"], torch.full_like(z["b"], 0.739085), rtol=1e-2)

@@ -86,11 +86,13 @@ class LinearSolver(Hyperparameters, abc.ABC):
         """This solver, with ``change`` of its preconditioner and those of the linear solvers that it falls back on."""
         changed: dict[str, Any] = {}
         for field in dataclasses.fields(cast(Any, self)):
-            value = getattr(self, field.name)
+            value = new = getattr(self, field.name)
             if isinstance(value, LinearSolver):
-                changed[field.name] = value.with_preconditioners(change)
+                new = value.with_preconditioners(change)
             elif field.name == "preconditioner" and value is not None:
-                changed[field.name] = change(value)
+                new = change(value)
+            if new is not value:
+                changed[field.name] = new
         this: Any = self
         with_them: Self = dataclasses.replace(this, **changed) if changed else self
         return with_them
