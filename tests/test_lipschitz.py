@@ -1,6 +1,7 @@
 """Lipschitz bounds: activation constants against their slopes, compositions against maps, and what is refused."""
 
 import math
+import warnings
 from decimal import Decimal
 
 import pytest
@@ -195,3 +196,11 @@ def test_a_layer_that_is_used_twice_counts_twice():
     layer = nn.Linear(2, 2, bias=False)
     nn.init.eye_(layer.weight).data.mul_(3.0)
     assert abs(float(lipschitz_bound(nn.Sequential(layer, nn.Tanh(), layer)).detach()) - 9.0) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3)])
+def test_a_layer_without_inputs_or_outputs_has_the_constant_zero(shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch's, that there is nothing to initialize
+        layer = nn.Linear(*shape)
+    assert lipschitz_bound(layer) == 0

@@ -198,3 +198,10 @@ def test_every_trial_is_a_valid_configuration(scale: str, tmp_path: Path) -> Non
         assert not {"h_ratio", "n_iter", "n_power"} & small.keys()
     else:
         assert models == {"mixer_ti4_32", "imixer_ti4_32"}
+
+
+@pytest.mark.parametrize("arguments", [["depth", "--output", ""], ["depth", " "]], ids=["output", "data"])
+def test_empty_paths_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "the path is empty" in capsys.readouterr().err

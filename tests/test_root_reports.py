@@ -84,8 +84,8 @@ def test_tolerances_of_leaves(solver):
     x, z0 = torch.linspace(1, 2, 15).view(5, 3), {"a": torch.ones(5, 3), "b": torch.ones(5, 2)}
     rtol = {"a": 1e-6, "b": 1e-3}
     z, solution = root(
-        lambda z, x: {"a": z["a"] ** 3 - x, "b": z["b"].cos() - z["b"]}, z0, x, solver=solver, rtol=rtol, atol=0, max_steps=100,
-        return_solution=True,
+        lambda z, x: {"a": z["a"] ** 3 - x, "b": z["b"].cos() - z["b"]}, z0, x, solver=solver, rtol=rtol, atol=0,
+        max_steps=100, return_solution=True,
     )  # fmt: skip
     assert solution.converged.all()
     assert torch.allclose(z["a"], x ** (1 / 3), rtol=1e-5)

@@ -98,3 +98,20 @@ def test_normals_of_any_size(size):
     for project in (project_hyperplane, project_halfspace):
         torch.testing.assert_close(project(x, normal, 0.0), torch.tensor([0.0, 1.0, 1.0]))
         torch.testing.assert_close(project(x, normal, 0.5 * size), torch.tensor([0.5, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@hypothesis.settings(max_examples=50)
+@hypothesis.given(POWERS, st.integers(0, 3), st.integers(0, 1000))
+def test_affine_sets_of_any_size_and_angle(dtype, power, flatness, seed):
+    """The constraint holds to the accuracy of its condition number, not of the square of that."""
+    generator = torch.Generator().manual_seed(seed)
+    a, x = (torch.randn(6, *shape, generator=generator, dtype=dtype) for shape in ((2, 4), (4,)))
+    a[:, 1] = a[:, 0] + 10.0**-flatness * a[:, 1]
+    b, eps = torch.randn(6, 2, generator=generator, dtype=dtype), torch.finfo(dtype).eps
+    scale = 10.0**power * torch.tensor([1.0, 1e3], dtype=dtype)
+    z = project_affine(x, scale.unsqueeze(1) * a, scale * b)
+    condition = torch.linalg.cond(a.double()).max().item()
+    exact = project_affine(x.double(), a.double(), b.double())
+    size = exact.abs().max().item()
+    assert (z.double() - exact).abs().max() <= 100 * eps * condition * (size + 1)

@@ -14,6 +14,7 @@ from imixer.reproduction.report import print_tables, write_report
 from imixer.reproduction.run_trial import Ending, Task
 from imixer.reproduction.scales import SCALES
 from imixer.reproduction.sweep import EXPERIMENTS, Sweep, names_of, read_sweep
+from imixer.training.command_line import path_text
 
 EPILOG = """\
 examples:
@@ -130,10 +131,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("what", choices=[*EXPERIMENTS, "all"], metavar="WHAT", help=f"{', '.join(EXPERIMENTS)} or all")
     parser.add_argument(
-        "data", nargs="?", type=Path, metavar="DATA", help="folder of the images [digits of scikit-learn]"
+        "data", nargs="?", type=given_path, metavar="DATA", help="folder of the images [digits of scikit-learn]"
     )
     parser.add_argument("--scale", choices=list(SCALES), help="how large: smoke, cpu or paper [smoke]")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of all results [runs/reproduction-<scale>]")
+    parser.add_argument(
+        "--output", type=given_path, metavar="DIR", help="folder of all results [runs/reproduction-<scale>]"
+    )
     parser.add_argument("--seeds", type=positive, metavar="N", help="number of seeds [the scale's]")
     parser.add_argument("--report", action="store_true", help="run nothing; print the tables and write the report")
     running = parser.add_argument_group("running")
@@ -149,6 +152,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=2, metavar="N", help="processes of a trial that read images [%(default)s]"
     )
     return parser
+
+
+def given_path(text: str) -> Path:
+    """Read a path, which may not be empty."""
+    return Path(path_text(text))
 
 
 def positive(text: str) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from imixer.reproduction.experiments import Arm, Experiment
-from imixer.reproduction.trial import FAILED, TRAINED, folder_of, measurement_file
+from imixer.reproduction.trial import FAILED, folder_of, measurement_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def read_results(experiment: Experiment, output: Path, seeds: range, place: Mapp
         for seed, trial in arm.trials(seeds, place).items():
             folder = folder_of(trial, output)
             try:
-                training, failure = folder.read(TRAINED, "metrics"), folder.read(FAILED, "reason")
+                training, failure = folder.training(), folder.read(FAILED, "reason")
                 results = {name: folder.read(measurement_file(name)) for name in experiment.measurements}
             except ValueError as error:
                 failures[seed] = str(error)

@@ -111,14 +111,14 @@ def _train_and_measure(task: Task, folder: TrialFolder) -> None:
     resume = folder.run if has_checkpoint(folder.run) else None
     started = time.monotonic()
     result = train(config, data, resume=resume, progress=False)
-    if folder.read(TRAINED) is None:
+    if not folder.holds(TRAINED):
         folder.write(
             TRAINED,
             {"metrics": [asdict(row) for row in result.metrics], "seconds_here": time.monotonic() - started},
         )
     run = TrainedRun(model=result.model, data=data, config=config, folder=folder.run, test_steps=task.test_steps)
     for name in task.measurements:
-        if folder.read(measurement_file(name)) is None:
+        if not folder.holds(measurement_file(name)):
             folder.write(measurement_file(name), MEASUREMENTS[name](run))
 
 

@@ -78,6 +78,20 @@ class TrialFolder:
         """
         return read_json(self.path / name, *keys, then="run the trial again")
 
+    def training(self) -> dict[str, Any] | None:
+        """The result of the training; None if it is not there.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        found: dict[str, Any] | None = self.read(TRAINED, "metrics")
+        if found is None:
+            return None
+        rows = found["metrics"] if isinstance(found["metrics"], list) else []
+        if not rows or not all(isinstance(row, dict) and {"test_top1", "seconds"} <= row.keys() for row in rows):
+            raise ValueError(f"{self.path / TRAINED} is damaged (it has no curve in 'metrics'); run the trial again")
+        return found
+
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""
         replace_file(self.path / name, json.dumps(content, indent=1).encode() + b"\n")
@@ -91,8 +105,15 @@ class TrialFolder:
         return failure is not None and failure["sweep"] == sweep
 
     def missing(self, measurements: tuple[str, ...]) -> list[str]:
-        """What is still to be done of the training and these measurements."""
-        return [name for name in (TRAINED, *map(measurement_file, measurements)) if not (self.path / name).is_file()]
+        """What is still to be done of the training and these measurements; a file that is damaged is none."""
+        return [name for name in (TRAINED, *map(measurement_file, measurements)) if not self.holds(name)]
+
+    def holds(self, name: str) -> bool:
+        """Whether a result is there and not damaged."""
+        try:
+            return (self.training() if name == TRAINED else self.read(name)) is not None
+        except ValueError:
+            return False
 
 
 def measurement_file(measurement: str) -> str:

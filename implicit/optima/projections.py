@@ -132,8 +132,12 @@ def project_affine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     _require_floating(x)
     if x.dtype.itemsize == 2:
         return project_affine(x.float(), a.float(), b.float()).to(x.dtype)
-    excess = (a @ x.unsqueeze(-1)) - b.unsqueeze(-1)
-    correction: Tensor = a.mT @ torch.linalg.solve(a @ a.mT, excess)
+    # Rows of a size of 1, and no product a a', whose condition number is the square of that of a.
+    largest = a.detach().abs().amax(dim=-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    rows, excess = a / largest, (a / largest) @ x.unsqueeze(-1) - b.unsqueeze(-1) / largest
+    basis, triangle = torch.linalg.qr(rows.mT)
+    correction: Tensor = basis @ torch.linalg.solve_triangular(triangle.mT, excess, upper=False)
     return x - correction.squeeze(-1)
 
 

@@ -62,6 +62,8 @@ def _bound(matrices: Tensor, squarings: int, norm: Callable[[Tensor], Tensor]) -
     if a.shape[-2] > a.shape[-1]:
         a = a.mT
     rows, columns = a.shape[-2:]
+    if not rows:  # no inputs, or no outputs
+        return a.new_zeros(a.shape[:-2], dtype=torch.float64)
     # A generous bound on the errors of the product, the division, the square root and the eigenvalues.
     slack = 8 * (columns + 2) * _EPS
     lengths = []
