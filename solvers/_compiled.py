@@ -1,4 +1,4 @@
-"""Solves that are compiled: the loop of :mod:`solvers._graph` under ``torch.compile``, and what is left to the host.
+"""Loops under ``torch.compile``: those of solves, of full Newton steps and of adjoints, and what is left to the host.
 
 A map is found again by its code: new closures, modules and data of the same kind run what was compiled before, as far
 as the guards of ``torch.compile`` allow. What cannot be compiled runs step by step, as without ``compile=True``, and
@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from solvers import _full_steps_graph, _graph, _series_graph
+from solvers import _full_steps_graph, _graph, _loop, _series_graph
+from solvers._cuda_graph import CaptureError, Replayed
 from solvers._failure import warn_caller
 from solvers._full_steps import Reached
-from solvers._graph import Course, LimitedTask, Plan, Task
+from solvers._graph import Course, LimitedTask, Plan
+from solvers._loop import Loop, R, T
 from solvers._stopping import Stopping, StopRule
 from solvers.methods.solver import Solver
 from solvers.problem import Traced, recorded
@@ -40,8 +42,14 @@ FIRST_ROOM = 8
 # times as fast with 64 x 256 elements, 1.5 times with 512 x 256, which is the limit, and 0.7 times with 2048 x 256.
 MOST_BYTES = 2**19
 
-# What could not be compiled; it is not tried again.
+# Where turns of a loop are captured as CUDA graphs, up to a state of how many bytes. Their time is that of launching
+# kernels there.
+REPLAYED_ON = ("cuda",)
+MOST_REPLAYED_BYTES = 2**24
+
+# What could not be compiled, or captured; it is not tried again.
 _refused: set[Hashable] = set()
+_not_replayed: set[Hashable] = set()
 
 _numbers = itertools.count()
 
@@ -49,7 +57,7 @@ _numbers = itertools.count()
 # torch.compile adds the modules of maps to these names.) And how guards name the libraries that it uses most.
 _OWN_CODE = (
     "G['__import_solvers_dot_",
-    *(f"G['{name}']" for name in {**vars(_graph), **vars(_full_steps_graph), **vars(_series_graph)}),
+    *(f"G['{name}']" for module in (_loop, _graph, _full_steps_graph, _series_graph) for name in vars(module)),
 )
 _LIBRARIES = (
     "G['__import_dataclasses']",
@@ -57,7 +65,7 @@ _LIBRARIES = (
     "__import__('torch').utils._pytree",
 )
 
-T = TypeVar("T")
+V = TypeVar("V")
 
 
 # Settings of ``torch.compile`` for solves. Every Python number of a map becomes part of its graph: otherwise one that
@@ -155,23 +163,21 @@ def reach(task: LimitedTask, like: Tensor) -> tuple[Reached, Tensor, int] | None
     key = (like.device.type, like.dtype, like.shape[1], options, _kind_of(task.f))
 
     def call() -> tuple[Reached, Tensor, int]:
-        reached, change, step = _compiled(_full_steps_graph.reach, key)(task)
-        return reached, change, int(step)
+        (reached, change), (step,) = _through(_full_steps_graph.LOOP, key, task, like)
+        return reached, change, step
 
     return _unless_refused(key, call)
 
 
-def series(
-    task: Task, w: Tensor, tolerance: Tensor, max_rate: Tensor, max_steps: Tensor
-) -> tuple[_series_graph.Parts, int] | None:
-    """The parts of a series and the number of products, see :mod:`solvers._series_graph`; None if not compiled."""
+def series(task: _series_graph.SeriesTask, w: Tensor) -> tuple[_series_graph.Progress, int] | None:
+    """Where a series with right-hand sides ``w`` (B, D) ends, and its number of products; None if not compiled."""
     if _is_large(w):
         return None
     key = (w.device.type, w.dtype, w.shape[1], ("adjoint", task.batch_dims, task.autocast), _kind_of(task.f))
 
-    def call() -> tuple[_series_graph.Parts, int]:
-        parts, num_products = _compiled(_series_graph.series, key)(task, w, tolerance, max_rate, max_steps)
-        return parts, int(num_products)
+    def call() -> tuple[_series_graph.Progress, int]:
+        end, (num_products,) = _through(_series_graph.LOOP, key, task, w)
+        return end, num_products
 
     return _unless_refused(key, call, "The linear solve of the gradient")
 
@@ -184,7 +190,7 @@ def _is_large(state: Tensor) -> bool:
     return is_large and state.device.type == "cpu"
 
 
-def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], T], what: str = "The solve") -> T | None:
+def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], V], what: str = "The solve") -> V | None:
     """What a call of compiled code returns; None, with a warning the first time, if it cannot be compiled."""
     if key in _refused:
         return None
@@ -208,17 +214,50 @@ def _unless_refused(key: tuple[Hashable, ...], call: Callable[[], T], what: str 
 
 
 def _run(plan: Plan, fz0: Tensor, key: tuple[Hashable, ...]) -> tuple[Course, bool, int, int]:
-    begin, advance = _compiled(_graph.begin, key), _compiled(_graph.advance, key)
-    course, numbers = begin(plan, fz0)
+    course = None
     while True:
-        lost, active, step, num_evals = numbers.tolist()  # the look at the host
+        course, (lost, active, step, num_evals) = _through(_graph.LOOP, key, plan, fz0, run=course)
         if lost:
             course = _graph.recovered(plan, course, _graph.held_map(plan, course.samples), _graph.on_host)
         elif not active or step == int(plan.limits.max_steps):
             return course, bool(active), step, num_evals
         elif plan.solver.room(course.state) is not None:
             course.state = plan.solver.fixed_shape(course.state, room=step)
-        course, numbers = advance(plan, course)
+
+
+def _through(loop: Loop[T, R], key: tuple[Hashable, ...], task: T, like: Tensor, run: R | None = None) -> Any:
+    """What is made of where a loop ends, and its numbers.
+
+    Args:
+        loop: The loop.
+        key: Of what kind it is.
+        task: What is solved.
+        like: (B, D) something like the state, with which the loop starts.
+        run: From where the loop goes on, instead of its start.
+    """
+    is_small = like.numel() * like.element_size() <= MOST_REPLAYED_BYTES
+    if is_small and like.device.type in REPLAYED_ON and key not in _not_replayed:
+        run, news = _compiled(_loop.start, loop, key)(loop, task, like, run)
+        try:
+            numbers = _replayed(loop, key, task, run, news)
+            return run if loop.end is None else _compiled(_loop.end, loop, key)(loop, task, run), numbers
+        except CaptureError:
+            _not_replayed.add(key)
+    end, numbers = _compiled(_loop.whole, loop, key)(loop, writes_in_loops(), task, like, run)
+    return end, numbers.tolist()
+
+
+def _replayed(loop: Loop[T, R], key: tuple[Hashable, ...], task: T, run: R, news: Tensor) -> list[int]:
+    """Take turns until the loop ends, all but the first as a CUDA graph; returns the numbers."""
+    first = functools.partial(_compiled(_loop.turn_in_place, loop, key), loop, task, run, news)
+    turn: Callable[[], object] = first
+    goes_on, *numbers = news.tolist()  # the look at the host
+    while goes_on:
+        turn()
+        goes_on, *numbers = news.tolist()
+        if turn is first and goes_on:
+            turn = Replayed(first, news.device)
+    return numbers
 
 
 def is_refused(solver: Solver, stopping: StopRule, fz: Tensor, *, confirmed: bool) -> bool:
@@ -252,8 +291,8 @@ def is_refused(solver: Solver, stopping: StopRule, fz: Tensor, *, confirmed: boo
 
 
 @functools.lru_cache(maxsize=MOST_KEPT)
-def _compiled(function: Callable[..., T], key: tuple[Hashable, ...]) -> Callable[..., T]:
-    """The function, compiled for one kind of solve, whose code it shares with no other.
+def _compiled(function: Callable[..., V], loop: Loop[Any, Any], key: tuple[Hashable, ...]) -> Callable[..., V]:
+    """A function of loops, compiled for one loop of one kind, whose code it shares with no other.
 
     ``torch.compile`` keeps what it compiled with the code, tries it in turn, and gives up where that gets long.
     """

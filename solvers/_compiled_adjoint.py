@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from solvers import _compiled as compiled
-from solvers._graph import Task
+from solvers._loop import Task
+from solvers._series_graph import SeriesTask
 from solvers.linear import FlatMatvec, LinearResult, LinearSolver
 from solvers.linear.richardson import Richardson, Series
 from solvers.problem import AutocastMode
@@ -61,12 +62,17 @@ class _CompiledRichardson(Richardson):
     def series(self, matvec: FlatMatvec, b: Tensor, tolerance: Tensor) -> Series:
         if not b.numel():
             return super().series(matvec, b, tolerance)
-        max_rate = b.new_full((), MAX_RATE if self.max_rate is None else self.max_rate)
-        max_steps = torch.full((), self.max_steps, dtype=torch.int64, device=b.device)
-        done = compiled.series(self.task, b, tolerance, max_rate, max_steps)
+        task = SeriesTask(
+            **{field.name: getattr(self.task, field.name) for field in dataclasses.fields(self.task)},
+            tolerance=tolerance,
+            max_rate=b.new_full((), MAX_RATE if self.max_rate is None else self.max_rate),
+            max_steps=torch.full((), self.max_steps, dtype=torch.int64, device=b.device),
+        )
+        done = compiled.series(task, b)
         if done is None:
             return super().series(matvec, b, tolerance)
-        parts, num_products = done
+        end, num_products = done
+        parts = (end.x, end.r, end.error, end.running, end.slow, end.num_steps)
         found = Series(*parts, history=b.new_zeros(0, len(b)), num_compiled=num_products)
         if self.max_rate is None:  # steps that are fast in this form alone may be too many
             found.slow = found.slow | found.running

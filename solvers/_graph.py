@@ -1,49 +1,44 @@
-"""A solve as one graph: the first test, and a loop whose every step is the same tensor code.
+"""A solve as one loop of tensor code, whose every step is the same.
 
-``Iteration`` takes its steps one by one and looks at the host after each. Here ``torch.while_loop`` does, which
-``torch.compile`` and ``torch.export`` understand: :func:`begin` makes the first test, and :func:`advance` goes on until
-all samples have stopped or something rare has to be done, for which it stops:
+``Iteration`` takes its steps one by one and looks at the host after each. The loop of this module, in the forms of
+:mod:`solvers._loop`, goes on until all samples have stopped or something rare has to be done, for which it stops:
 
 - a sample is lost and has to be taken back, which takes an unknown number of calls of the map;
 - the solver has no room for what it remembers.
 
-A compiled solve does this on the host, by the code that every solve uses, and goes on with another :func:`advance`. A
-solve that is exported, or traced as part of a larger graph, has no host: :func:`complete` does it in the graph.
+A compiled solve does this on the host, by the code that every solve uses, and goes on with the loop. A solve that is
+exported, or traced as part of a larger graph, has no host: :func:`complete` does it in the graph.
 
 The step is the solver's own, for a state of fixed shape (:meth:`solvers.Solver.fixed_shape`), and the stopping test is
 :func:`solvers._branch_free.take_in`. All numbers that may change from solve to solve are tensors; the tensors of the
-map are what ``torch.compile`` finds in it. The state is a fixed list of tensors that a loop writes anew in each step,
-apart from the blocks of remembered vectors, into which it writes in place.
+map are what ``torch.compile`` finds in it.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from solvers import _rules
+from solvers import _loop, _rules
 from solvers._branch_free import Limits, first, take_in
+from solvers._loop import Carry, Run, Task, copies
 from solvers._samples import Samples
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import FlatMapping, Solver, State
-from solvers.problem import AutocastMode, FlatMap, Layout, Traced, as_number, with_tensors
+from solvers.problem import FlatMap, Layout
 
 # A step that leads to infinity or NaN is replaced by the plain one, or by one so many times shorter, and so on.
 SHORTER, MOST_SHORTER = 0.25, 8
 
-# How many tensors that are the same in all turns of a loop can be taken out of it, see solvers/_loop_invariants.py.
-NUM_SPARES = 8
-
-M = TypeVar("M", bound=FlatMap)
-
-Loop = Callable[[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]], tuple[Tensor, ...]]
+LoopFunction = Callable[
+    [Callable[..., Tensor], Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]], tuple[Tensor, ...]
+]
 
 
 @dataclasses.dataclass
-class Course:
+class Course(Run):
     """Where a solve stands.
 
     Attributes:
@@ -62,36 +57,18 @@ class Course:
     lost: Tensor
     num_evals: Tensor
 
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        return (self.samples.start, self.samples.start_size)
+
+    @property
+    def blocks(self) -> tuple[Tensor, ...]:
+        blocks: tuple[Tensor, ...] = self.state.blocks
+        return blocks
+
     def goes_on(self, max_steps: Tensor) -> Tensor:
         """() bool: whether the solve is not done."""
         return self.samples.active.any() & (self.step < max_steps)
-
-
-@dataclasses.dataclass
-class Task:
-    """What is solved.
-
-    Attributes:
-        f: The user's map, or function of which a root is sought.
-        z0: The start, whose structure and shapes are those of the state.
-        args: Further arguments of ``f``.
-        batch_dims: As in :func:`solvers.solve`.
-        autocast: The mode in which ``f`` runs.
-    """
-
-    f: Callable[..., Any]
-    z0: Any
-    args: tuple[Any, ...]
-    batch_dims: int
-    autocast: AutocastMode
-
-    def map_of(self, kind: type[M]) -> M:
-        """The map as a solver sees it, to be made where it is called: a loop may not change what is made outside."""
-        return kind(self.f, self.args, Layout(self.z0, self.batch_dims), self.autocast)
-
-    def tracing(self) -> contextlib.AbstractContextManager[object]:
-        """The context in which a loop over ``f`` is traced."""
-        return self.f.context() if isinstance(self.f, Traced) else contextlib.nullcontext()
 
 
 @dataclasses.dataclass
@@ -114,14 +91,12 @@ class Plan(LimitedTask):
         solver: The solver.
         max_growth: As in :class:`solvers.Stopping`.
         room: For how many steps there is room at first.
-        in_place: Whether a loop may write into the blocks; otherwise every step copies them.
     """
 
     scaling: Tensor | None
     solver: Solver
     max_growth: float
     room: int
-    in_place: bool
 
     def map(self) -> FlatMap:
         """The map as the solver sees it."""
@@ -130,127 +105,21 @@ class Plan(LimitedTask):
         return map_
 
 
-def begin(plan: Plan, fz0: Tensor, num_spares: int = NUM_SPARES) -> tuple[Course, Tensor]:
-    """The solve from its first step, whose image is ``fz0`` (B, D), as far as :func:`advance` takes it, likewise."""
+def _start(plan: Plan, fz0: Tensor) -> Course:
+    """Where the solve stands after its first step, whose image is ``fz0`` (B, D)."""
     z0 = Layout(plan.z0, plan.batch_dims).pack(plan.z0)
     state = plan.solver.fixed_shape(plan.solver.init(lambda _: fz0, z0), plan.room)
     samples = first(plan.limits, state, plan.max_growth, plan.map().unit)
     one = torch.ones_like(plan.limits.max_steps)
     before = plan.limits.entries_of(State(z0, fz0))
-    return advance(plan, Course(state, samples, before, one, torch.zeros_like(samples.active), one), num_spares)
+    return Course(state, samples, before, one, torch.zeros_like(samples.active), one)
 
 
-def advance(plan: Plan, course: Course, num_spares: int = NUM_SPARES) -> tuple[Course, Tensor]:
-    """The solve when all samples have stopped or something rare has to be done.
-
-    Args:
-        plan: What is solved, and how.
-        course: Where the solve stands.
-        num_spares: How many results the compiler may take out of the loop.
-
-    Returns:
-        The solve, and what the host has to know of it, (4,) int64: whether samples are lost, whether some are active,
-        the step, and the number of calls.
-    """
-    limits = plan.limits
-    # No two inputs of a loop may be the same memory, and none may be written to that others hold.
-    course = _copies(course)
-    carry = _Carry(course, course.state.blocks if plan.in_place else ())
-    spare = spares(course.samples.error, num_spares)
-
-    def goes_on(*values: Tensor) -> Tensor:
-        now = carry.course(values)
-        goes_on = now.goes_on(limits.max_steps) & ~now.lost.any()
-        room = plan.solver.room(now.state)
-        return goes_on if room is None else goes_on & (room > 0)
-
-    def step(*values: Tensor) -> tuple[Tensor, ...]:
-        take(spare)
-        now = carry.course(values)
-        if not plan.in_place:
-            now = _copies(now)
-        return carry.copies(_stepped(plan, now))
-
-    with plan.tracing():
-        course = carry.course(torch.while_loop(goes_on, step, carry.start))
-    numbers = (as_number(flags, course.samples.error).sum() > 0 for flags in (course.lost, course.samples.active))
-    return course, torch.stack([*(number.to(torch.int64) for number in numbers), course.step, course.num_evals])
-
-
-def complete(plan: Plan, fz0: Tensor) -> Course:
-    """The whole solve from its first step, whose image is ``fz0`` (B, D), in a graph that has no host beside it."""
-    course, _ = begin(plan, fz0, num_spares=0)
-    course = _copies(course)
-    carry = _Carry(course, ())
-
-    def goes_on(*values: Tensor) -> Tensor:
-        return carry.course(values).goes_on(plan.limits.max_steps)
-
-    def go_on(*values: Tensor) -> tuple[Tensor, ...]:
-        now = _copies(carry.course(values))
-        now = recovered(plan, now, held_map(plan, now.samples), torch.while_loop)
-        now, _ = advance(plan, now, num_spares=0)
-        return carry.copies(now)
-
-    return carry.course(torch.while_loop(goes_on, go_on, carry.start))
-
-
-def spares(like: Tensor, number: int = NUM_SPARES) -> list[Tensor]:
-    """Tensors for what the compiler takes out of a loop, whose body has to :func:`take` them."""
-    return [like.new_ones(()) for _ in range(number)]
-
-
-def take(spares: list[Tensor]) -> None:
-    """Make tensors inputs of the loop in whose body this is called."""
-    for spare in spares:
-        spare.square()
-
-
-class _Carry:
-    """What a loop carries from step to step: the tensors of a solve, except for those that stay the same.
-
-    Args:
-        course: The solve before the loop.
-        blocks: The tensors into which the loop writes.
-
-    Attributes:
-        start: The tensors to carry into the loop.
-    """
-
-    def __init__(self, course: Course, blocks: tuple[Tensor, ...]) -> None:
-        self._course = course
-        constant = (course.samples.start, course.samples.start_size, *blocks)
-        tensors = _tensors_of(course)
-        self._is_constant = [any(tensor is other for other in constant) for tensor in tensors]
-        self.start = self._carried(tensors, course)
-
-    def copies(self, course: Course) -> tuple[Tensor, ...]:
-        """Copies of the tensors to carry, as :func:`_copies` makes them."""
-        blocks = course.state.blocks
-        return tuple(_copy(tensor, blocks) for tensor in self._carried(_tensors_of(course), course))
-
-    def _carried(self, tensors: list[Tensor], course: Course) -> tuple[Tensor, ...]:
-        """Those of the tensors of a course that are carried."""
-        like = course.samples.error
-        carried = (tensor for tensor, constant in zip(tensors, self._is_constant, strict=True) if not constant)
-        return tuple(as_number(tensor, like) if tensor.dtype == torch.bool else tensor for tensor in carried)
-
-    def course(self, tensors: tuple[Tensor, ...]) -> Course:
-        """The solve with these tensors."""
-        supply, is_constant = iter(tensors), iter(self._is_constant)
-
-        def carried(tensor: Tensor) -> Tensor:
-            value = tensor if next(is_constant) else next(supply)
-            return value > 0 if tensor.dtype == torch.bool != value.dtype else value
-
-        return with_tensors(self._course, carried)
-
-
-def held_map(plan: Plan, samples: Samples) -> FlatMapping:
-    """The map, called with the values at which samples stand for those that have stopped."""
-    active, held = samples.active.unsqueeze(1), _rules.held(samples)
-    # The map is made where it is called: torch.export finds no shapes in an object that was made outside of a loop.
-    return lambda z: plan.map().image(torch.where(active, z, held))
+def _goes_on(plan: Plan, now: Course) -> Tensor:
+    """() bool: whether there is a next step, before which nothing else is to be done."""
+    goes_on = now.goes_on(plan.limits.max_steps) & ~now.lost.any()
+    room = plan.solver.room(now.state)
+    return goes_on if room is None else goes_on & (room > 0)
 
 
 def _stepped(plan: Plan, now: Course) -> Course:
@@ -265,7 +134,42 @@ def _stepped(plan: Plan, now: Course) -> Course:
     return Course(state, samples, before, step, lost, now.num_evals + 1)
 
 
-def recovered(plan: Plan, course: Course, f: FlatMapping, loop: Loop) -> Course:
+def _numbers(now: Course) -> tuple[Tensor, ...]:
+    """Whether samples are lost, whether some are active, the step, and the number of calls."""
+    return now.lost.any(), now.samples.active.any(), now.step, now.num_evals
+
+
+LOOP: _loop.Loop[Plan, Course] = _loop.Loop(_start, _goes_on, _stepped, _numbers)
+
+
+def complete(plan: Plan, fz0: Tensor) -> Course:
+    """The whole solve from its first step, whose image is ``fz0`` (B, D), in a graph that has no host beside it."""
+
+    def advanced(course: Course | None) -> Course:
+        course, _ = _loop.whole(LOOP, False, plan, fz0, course, num_spares=0)
+        return course
+
+    course = copies(advanced(None))
+    carry = Carry(course, in_place=False)
+
+    def goes_on(*values: Tensor) -> Tensor:
+        return carry.run(values).goes_on(plan.limits.max_steps)
+
+    def go_on(*values: Tensor) -> tuple[Tensor, ...]:
+        now = copies(carry.run(values))
+        return carry.copies(advanced(recovered(plan, now, held_map(plan, now.samples), torch.while_loop)))
+
+    return carry.run(torch.while_loop(goes_on, go_on, carry.start))
+
+
+def held_map(plan: Plan, samples: Samples) -> FlatMapping:
+    """The map, called with the values at which samples stand for those that have stopped."""
+    active, held = samples.active.unsqueeze(1), _rules.held(samples)
+    # The map is made where it is called: torch.export finds no shapes in an object that was made outside of a loop.
+    return lambda z: plan.map().image(torch.where(active, z, held))
+
+
+def recovered(plan: Plan, course: Course, f: FlatMapping, loop: LoopFunction) -> Course:
     """The solve with its lost samples taken back."""
     lost = course.lost
     state, calls = take_back(plan.solver, f, course.state, lost, course.samples.value, loop)
@@ -275,7 +179,9 @@ def recovered(plan: Plan, course: Course, f: FlatMapping, loop: Loop) -> Course:
     return Course(state, samples, before, course.step, torch.zeros_like(lost), course.num_evals + calls)
 
 
-def take_back(solver: Solver, f: FlatMapping, state: Any, lost: Tensor, best: Tensor, loop: Loop) -> tuple[Any, Tensor]:
+def take_back(
+    solver: Solver, f: FlatMapping, state: Any, lost: Tensor, best: Tensor, loop: LoopFunction
+) -> tuple[Any, Tensor]:
     """Let samples go on after a plain step from their best value, or a shorter one.
 
     Args:
@@ -315,27 +221,3 @@ def on_host(
     while bool(goes_on(*values)):
         values = body(*values)
     return values
-
-
-def _tensors_of(course: Course) -> list[Tensor]:
-    tensors: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    with_tensors(course, note)
-    return tensors
-
-
-def _copies(course: Course) -> Course:
-    """The solve with copies of its tensors, which lie in memory as a loop expects them in every turn."""
-    blocks = course.state.blocks
-    return with_tensors(course, lambda tensor: _copy(tensor, blocks))
-
-
-def _copy(tensor: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
-    for block in blocks:
-        if tensor is block:  # all samples' vectors in one slot lie together
-            return tensor.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
-    return tensor.clone(memory_format=torch.contiguous_format)

@@ -4,65 +4,96 @@ What the products take of the map at z, around which it is linearized, is the sa
 out of the loop, see :mod:`solvers._loop_invariants`.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from solvers._graph import Task, spares, take
+from solvers._loop import Loop, Run, Task
 from solvers.problem import FlatMap, Layout, all_of, as_number, rms_norm
 
-# x, r, the error, which samples are running and which are slow, and their numbers of steps, all as attributes of
-# solvers.linear.richardson.Series.
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
+@dataclasses.dataclass
+class SeriesTask(Task):
+    """The map, which is linearized at ``z0``, and until when the series goes on.
 
-def series(task: Task, w: Tensor, tolerance: Tensor, max_rate: Tensor, max_steps: Tensor) -> tuple[Parts, Tensor]:
-    """The steps of :meth:`solvers.linear.Richardson.series` for ``A = I - J'``, with J the Jacobian at ``task.z0``.
-
-    Args:
-        task: The map, and where it is linearized.
-        w: (B, D) the right-hand sides.
+    Attributes:
         tolerance: (B,).
         max_rate: ().
         max_steps: () int64.
-
-    Returns:
-        Where they lead, and () int64, the number of products.
     """
-    with task.tracing():
-        return _series(task, w, tolerance, max_rate, max_steps)
+
+    tolerance: Tensor
+    max_rate: Tensor
+    max_steps: Tensor
 
 
-def _series(task: Task, w: Tensor, tolerance: Tensor, max_rate: Tensor, max_steps: Tensor) -> tuple[Parts, Tensor]:
-    # A copy, because no two inputs of a loop may be the same memory.
-    z = Layout(task.z0, task.batch_dims).pack(task.z0).clone(memory_format=torch.contiguous_format)
-    error, spare = rms_norm(w), spares(tolerance)
+@dataclasses.dataclass
+class Progress(Run):
+    """Where the series stands.
+
+    Attributes:
+        z: (B, D) where the map is linearized.
+        step: () int64, the number of products.
+        x: (B, D), as all that follow an attribute of :class:`solvers.linear.richardson.Series`.
+        r: (B, D).
+        error: (B,).
+        running: (B,) bool.
+        slow: (B,) bool.
+        num_steps: (B,) int64.
+    """
+
+    z: Tensor
+    step: Tensor
+    x: Tensor
+    r: Tensor
+    error: Tensor
+    running: Tensor
+    slow: Tensor
+    num_steps: Tensor
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        return (self.z,)
+
+
+def _start(task: SeriesTask, w: Tensor) -> Progress:
+    """Before the first step, for right-hand sides ``w`` (B, D)."""
+    error = rms_norm(w)
     slow = ~error.isfinite()
-    running = (error > tolerance) & ~slow
+    return Progress(
+        z=Layout(task.z0, task.batch_dims).pack(task.z0),
+        step=torch.zeros_like(task.max_steps),
+        x=torch.zeros_like(w),
+        r=w,
+        error=error,
+        running=(error > task.tolerance) & ~slow,
+        slow=slow,
+        num_steps=torch.zeros_like(error, dtype=torch.int64),
+    )
 
-    def goes_on(step: Tensor, running: Tensor, *_: Tensor) -> Tensor:
-        return (running.amax() > 0) & (step < max_steps)
 
-    def advance(
-        step: Tensor, running: Tensor, slow: Tensor, x: Tensor, r: Tensor, error: Tensor, num_steps: Tensor
-    ) -> tuple[Tensor, ...]:
-        take(spare)
-        next_r = torch.func.vjp(task.map_of(FlatMap).image, z)[1](r)[0]
-        next_error, runs = rms_norm(next_r), running > 0
-        fast = next_error <= max_rate * error
-        taken = all_of(runs, next_error < error)
-        rows = taken.unsqueeze(1)
-        return (
-            step + 1,
-            as_number(all_of(runs, fast, next_error > tolerance), error),
-            as_number((slow > 0) | all_of(runs, ~fast), error),
-            torch.where(rows, x + r, x),
-            torch.where(rows, next_r, r).contiguous(),
-            torch.where(taken, next_error, error),
-            num_steps + runs,
-        )
+def _goes_on(task: SeriesTask, now: Progress) -> Tensor:
+    return (as_number(now.running, now.error).amax() > 0) & (now.step < task.max_steps)
 
-    flags = (as_number(flag, error) for flag in (running, slow))
-    num_steps = torch.zeros_like(error, dtype=torch.int64)
-    values = (torch.zeros_like(max_steps), *flags, torch.zeros_like(w), w.clone(), error, num_steps)
-    step, running, slow, x, r, error, num_steps = torch.while_loop(goes_on, advance, values)
-    return (x, r, error, running > 0, slow > 0, num_steps), step
+
+def _turn(task: SeriesTask, now: Progress) -> Progress:
+    """A step of :meth:`solvers.linear.Richardson.series` for ``A = I - J'``, with J the Jacobian at ``task.z0``."""
+    next_r = torch.func.vjp(task.map_of(FlatMap).image, now.z)[1](now.r)[0]
+    next_error = rms_norm(next_r)
+    fast = next_error <= task.max_rate * now.error
+    taken = all_of(now.running, next_error < now.error)
+    rows = taken.unsqueeze(1)
+    return Progress(
+        z=now.z,
+        step=now.step + 1,
+        x=torch.where(rows, now.x + now.r, now.x),
+        r=torch.where(rows, next_r, now.r),
+        error=torch.where(taken, next_error, now.error),
+        running=all_of(now.running, fast, next_error > task.tolerance),
+        slow=now.slow | all_of(now.running, ~fast),
+        num_steps=now.num_steps + now.running,
+    )
+
+
+LOOP: Loop[SeriesTask, Progress] = Loop(_start, _goes_on, _turn, numbers=lambda now: (now.step,))

@@ -243,7 +243,6 @@ class Iteration(Generic[S]):
             limits=limits,
             max_growth=stopping.max_growth,
             room=stopping.max_steps if in_graph else min(compiled.FIRST_ROOM, stopping.max_steps),
-            in_place=not in_graph and compiled.writes_in_loops(),
         )
         step: Any  # numbers, but in a graph
         num_evals: Any

@@ -50,6 +50,7 @@ def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def clear() -> None:
         _compiled._compiled.cache_clear()
         _compiled._refused.clear()
+        _compiled._not_replayed.clear()
         torch.compiler.reset()
         counters.clear()
 

@@ -55,7 +55,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"_failure"},
         {"linear"},
         {"methods"},
-        {"_fixed_steps", "_samples", "_secant"},
+        {"_cuda_graph", "_fixed_steps", "_loop", "_samples", "_secant"},
         {"_rules"},
         {"_branch_free", "_progress"},
         {"_full_steps", "_graph"},

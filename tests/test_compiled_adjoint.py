@@ -140,7 +140,7 @@ def test_what_cannot_be_compiled_runs_step_by_step_and_says_so(monkeypatch):
     def broken(*_):
         raise ValueError("no such luck")
 
-    monkeypatch.setattr(_series_graph, "series", broken)
+    monkeypatch.setattr(_series_graph, "LOOP", dataclasses.replace(_series_graph.LOOP, start=broken))
     x = torch.randn(2, 3, requires_grad=True)
     value = fixed_point(lambda z, x: 0.4 * z + x, torch.zeros(2, 3), x, compile=True, rtol=1e-9)
     with pytest.warns(NotCompiledWarning, match="The linear solve of the gradient runs step by step"):

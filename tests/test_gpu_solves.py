@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -52,6 +53,65 @@ def test_compiled_solves_are_those_step_by_step(solver):
     assert eager.converged.tolist() == compiled.converged.tolist() == [True] * 4 + [False]
     assert (compiled.num_steps - eager.num_steps)[:4].abs().max() <= 2
     torch.testing.assert_close(compiled.value[:4], eager.value[:4], rtol=1e-7, atol=1e-7)
+
+
+def compiled_and_not(f, start, *args, **options):
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", NotCompiledWarning)
+        return [solve(f, start, args=args, compile=compile, **options) for compile in (True, False)]
+
+
+def test_a_map_that_waits_for_the_device_is_not_captured_and_nothing_is_broken_by_trying():
+    matrix = torch.randn(4, 4, **cuda)
+    matrix = matrix + matrix.T
+
+    def f(z, matrix):
+        return 0.1 * z + torch.linalg.eigvalsh(matrix) * torch.linalg.lstsq(matrix, matrix)[0].trace()
+
+    compiled, eager = compiled_and_not(f, torch.zeros(3, 4, **cuda), matrix, rtol=1e-9)
+    torch.testing.assert_close(compiled.value, eager.value)
+    state = torch.cuda.get_rng_state()
+    numbers = torch.rand(5, device="cuda")
+    torch.cuda.set_rng_state(state)
+    assert torch.rand(5, device="cuda").equal(numbers)
+    compiled, eager = compiled_and_not(lambda z, x: 0.5 * z + x, *torch.randn(2, 3, 4, **cuda), rtol=1e-9)
+    torch.testing.assert_close(compiled.value, eager.value)
+
+
+def test_captured_solves_draw_new_numbers_in_every_step_and_leave_the_generator_in_order():
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            solution = solve(
+                lambda z: 0.5 * z + torch.rand_like(z),
+                torch.zeros(3, 1000, **cuda),
+                Picard(),
+                compile=True,
+                rtol=1e-9,
+                max_steps=20,
+                on_failure="ignore",
+            )
+        drawn.append(solution.value)
+        torch.rand(5, device="cuda")
+    assert drawn[0].equal(drawn[1])
+    # A map that adds the same numbers in every step converges.
+    assert not solution.converged.any()
+
+
+def test_captured_solves_of_several_threads_and_changing_data():
+    def of_size(size):
+        generator = torch.Generator("cuda").manual_seed(size)
+        for _ in range(5):
+            x = torch.randn(size, 16, device="cuda", dtype=torch.float64, generator=generator)
+            for compiled, eager in [compiled_and_not(lambda z, x: (0.9 * z + x).sin(), 0 * x, x, rtol=1e-9)]:
+                torch.testing.assert_close(compiled.value, eager.value)
+                assert compiled.num_steps.equal(eager.num_steps)
+        return size
+
+    of_size(3)  # compiled by one
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(of_size, range(2, 10))) == list(range(2, 10))
 
 
 def test_a_compiled_layer_has_the_gradients_of_one_that_is_not():
