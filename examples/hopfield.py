@@ -20,6 +20,7 @@ the visible image with its own, and the visible image moves towards the neurons'
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -116,7 +117,6 @@ def plot(path, times, energies, shown):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_color("#cccccc")
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -126,6 +126,12 @@ def main():
     parser.add_argument("--noise", type=float, default=0.6, help="its deviation, of pixels in [0, 1] [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("runs/hopfield"), help="the plot's folder [%(default)s]")
     options = parser.parse_args()
+    if options.per_class < 1 or not 0 <= options.noise < math.inf:
+        parser.error("--per-class must be at least 1, and --noise a number that is not negative")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot write the plot: {error}; give another folder")
 
     torch.manual_seed(0)
     digits = load_digits()

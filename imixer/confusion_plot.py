@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from imixer.training.checkpoints import write_atomically
+from imixer.training.plots import as_text
 
 MOST_NUMBERS, MOST_NAMES = 20, 200  # classes up to which the cells hold numbers, and the axes names
 
@@ -42,11 +43,12 @@ def plot_confusion(confusion: Tensor, classes: Sequence[str], image: Path, *, ti
                     text = f"{value:.0f}" if value >= 10 else f"{value:.1f}"
                     axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
     if num_classes <= MOST_NAMES:
-        axes.set_xticks(range(num_classes), classes, rotation=90, fontsize=font)
-        axes.set_yticks(range(num_classes), classes, fontsize=font)
+        names = [as_text(name) for name in classes]
+        axes.set_xticks(range(num_classes), names, rotation=90, fontsize=font)
+        axes.set_yticks(range(num_classes), names, fontsize=font)
     axes.set_xlabel("taken for")
     axes.set_ylabel("true class")
-    axes.set_title(title, fontsize=12)
+    axes.set_title(as_text(title), fontsize=12)
     axes.spines[:].set_visible(False)
     figure.colorbar(picture, ax=axes, shrink=0.8, label="% of the true class", ticks=[0, 1, 5, 10, 20, 50, 100])
     content = io.BytesIO()

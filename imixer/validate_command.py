@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         name = run["model"] if run else config.model
         print(f"{checkpoint}: {name}; {len(data.test):,} test images of {data.name}; {device}")
-        batches = tqdm(loader, desc="testing", unit="batch", leave=False)
+        batches = tqdm(loader, desc="testing", unit="batch", leave=False, disable=None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the table shows the residuals
             results = validate(
@@ -85,12 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.mkdir(parents=True, exist_ok=True)
         best = max(results, key=lambda result: result.top1)
         steps = "" if best.n_iter is None else f", solver steps {best.n_iter}"
-        plot_confusion(
-            best.confusion,
-            data.classes,
-            output / "confusion.png",
-            title=f"{name} on {data.name}{steps}: {best.top1:.2f}%",
-        )
         summary = {
             "checkpoint": str(checkpoint),
             "data": data.name,
@@ -104,6 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "results": [result.as_dict() for result in results],
         }
         write_atomically(output / "validation.json", (json.dumps(summary, indent=2) + "\n").encode())
+        plot_confusion(
+            best.confusion,
+            data.classes,
+            output / "confusion.png",
+            title=f"{name} on {data.name}{steps}: {best.top1:.2f}%",
+        )
         print(f"confusion   {output / 'confusion.png'}\nnumbers     {output / 'validation.json'}")
     except (ValueError, OSError, ImportError, LoaderError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ from implicit.backward import Backward, SolveOptions, get_backward
 from implicit.functional import solve_with_gradient
 from solvers import (
     NOT_GIVEN,
+    ConvergenceError,
     NotGiven,
     Solution,
     Solver,
@@ -107,10 +108,18 @@ class ImplicitLayer(nn.Module):
         """The solution of ``z = f(z, *inputs)`` by the layer's options, with another stopping if it is given."""
         rule = stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, default=self.stopping)
         options = self._options(rule)
-        solution = solve_with_gradient(f, z0, inputs, self.backward, options, owner=self)
+        try:
+            solution = solve_with_gradient(f, z0, inputs, self.backward, options, owner=self)
+        except ConvergenceError as error:
+            if self._observer is not None:
+                self._observer(error.solution)
+            raise
         if self._observer is not None:
             self._observer(solution)
         return solution
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_observer": None}  # of a copy nothing is recorded
 
     def _described(self) -> str:
         """What the layer is called in messages, by its name in the model that is running; empty without one."""

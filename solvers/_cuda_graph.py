@@ -71,11 +71,18 @@ class Replayed:
                 call()
                 self._graph.capture_end()
             except Exception as error:
-                with contextlib.suppress(RuntimeError):
-                    self._graph.capture_end()
-                # It takes part in a capture that has failed, and would refuse any other number.
+                self._give_up(device, place.kept.pool())
+                # It takes part in the capture that has failed, and would refuse any other number.
                 generator.graphsafe_set_state(state)
                 raise CaptureError(str(error)) from error
+
+    def _give_up(self, device: torch.device, pool: tuple[int, int]) -> None:
+        """End a capture that has failed: PyTorch leaves its allocator in it, which then never waits for the device."""
+        with contextlib.suppress(RuntimeError):
+            self._graph.capture_end()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+            torch._C._cuda_releasePool(device.index, pool)
 
     def __call__(self) -> None:
         self._graph.replay()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from solvers.methods.descent import SUFFICIENT
 from solvers.methods.jacobian_product import Way
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import State
-from solvers.problem import InDims, Layout, all_of, relative
+from solvers.problem import InDims, Layout, all_of, relative, with_tensors
 from solvers.problem.norms import underflow
 
 # The part of the samples that must have ended before the others are copied together.
@@ -58,7 +57,8 @@ class Reached:
         self.error_estimate.index_copy_(0, rows, error_estimate)
 
 
-class Pace(NamedTuple):
+@dataclasses.dataclass
+class Pace:
     """What the next full step of each sample is compared with.
 
     Attributes:
@@ -204,7 +204,7 @@ class FullSteps:
         entries = some_entries(after)
         last = some_entries(State(some(before), z))
         secant = Secant.between(last, entries, complete=entries is after, contracts=True)
-        pace = Pace(*map(some, self._pace))
+        pace = with_tensors(self._pace, some)
         met, estimate = found(self._measure, secant, pace, error, scale, some(self._start_size), some(self._absolute))
         residual = relative(error, scale)
         if not bool(met.all()):
@@ -241,7 +241,7 @@ class FullSteps:
         elif self._rows is None:
             self._whole = self._z  # F goes on seeing those that have ended where they are
         self._rows = keep if self._rows is None else self._rows.index_select(0, keep)
-        self._pace = Pace(*(part.index_select(0, keep) for part in self._pace))
+        self._pace = with_tensors(self._pace, lambda part: part.index_select(0, keep))
         for name in ("_z", "_fz", "_start_size", "_absolute"):
             setattr(self, name, getattr(self, name).index_select(0, keep))
         self._ended = None

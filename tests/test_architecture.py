@@ -88,7 +88,7 @@ LEVEL_OF = {
 # implicit may import the public names of these, and anything in solvers.problem.
 PUBLIC_MODULES = {"solvers", "solvers.adapters", "solvers.linear", "solvers.testing"}
 # The files that may use private names of PyTorch, and names with an underscore that PyTorch's documentation describes.
-TORCH_INTERNALS = {"implicit/autograd/torch_internals.py", "solvers/problem/window.py"}
+TORCH_INTERNALS = {"implicit/autograd/torch_internals.py", "solvers/_cuda_graph.py", "solvers/problem/window.py"}
 DOCUMENTED = {
     "torch._dynamo.config",
     "torch._foreach_",

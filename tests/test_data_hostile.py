@@ -248,23 +248,57 @@ def test_only_files_of_a_tar_are_images(tmp_path: Path) -> None:
     members: dict[str, bytes | tarfile.TarInfo] = {
         "0/a.png": png,
         "1/b.png": png,
-        "1/fifo.png": special(tarfile.FIFOTYPE),
-        "1/device.png": special(tarfile.CHRTYPE),
-        "1/link.png": special(tarfile.SYMTYPE, "/etc/passwd"),
-        "1/self.png": special(tarfile.SYMTYPE, "self.png"),
         "1/folder.png": special(tarfile.DIRTYPE),
-        "1/../../outside.txt": png,
+        "1/../../outside.png": png,
     }
-    for split in ("train", "val"):
-        write_tar(tmp_path / f"{split}.tar", members)
+    write_tar(tmp_path / "val.tar", members)
+    write_tar(tmp_path / "train.tar", members)
     train, _ = load_sources("", tmp_path)
     assert [train.describe(index).split()[0] for index in range(len(train))] == ["0/a.png", "1/b.png"]
     assert np.asarray(train[1][0])[0, 0].tolist() == [9, 8, 7]
+
+    others = {
+        "1/fifo.png": special(tarfile.FIFOTYPE),
+        "1/device.png": special(tarfile.CHRTYPE),
+        "1/link.png": special(tarfile.SYMTYPE, "/etc/passwd"),
+        "1/hard.png": special(tarfile.LNKTYPE, "1/nothing.png"),
+        "1/self.png": special(tarfile.SYMTYPE, "self.png"),
+        "1/shard.tar": special(tarfile.SYMTYPE, "shard.tar"),
+    }
+    for name, member in others.items():
+        write_tar(tmp_path / "train.tar", members | {name: member})
+        with pytest.raises(ValueError, match=f"{name} is no file in it, and no link to one; remove it"):
+            load_sources("", tmp_path)
 
     members["1/c.jpg"] = POSTSCRIPT
     write_tar(tmp_path / "train.tar", members)
     with pytest.raises(UnreadableImageError, match=r"1/c\.jpg in .*train\.tar \(\d+ bytes\): it is not an image of a"):
         load_dataset("", tmp_path, img_size=8)
+
+
+def test_a_tar_holds_what_its_folder_holds(tmp_path: Path) -> None:
+    """Of every format, with links, numbered classes and hidden folders, in the same order."""
+    for split in ("train", "val"):
+        for i, name in enumerate(("1", "2", "10", ".cache", "ümläut")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for suffix in (".png", ".JPG", ".jfif", ".gif", ".webp", ".tiff", ".bmp", ".ppm"):
+                form = Image.registered_extensions()[suffix.lower()]
+                Image.new("RGB", (8, 8), (i, 0, len(suffix))).save(tmp_path / split / name / f"a{suffix}", form)
+        os.link(tmp_path / split / "2" / "a.png", tmp_path / split / "1" / "hard.png")
+        (tmp_path / split / "10" / "soft.png").symlink_to("../2/a.png")
+    folders = load_sources("", tmp_path)
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            archive.add(tmp_path / split, ".")
+        shutil.rmtree(tmp_path / split)
+    assert len(folders[0]) == 4 * 8 + 2
+    kept = [[(sorted(split.classes)), len(split)] for split in folders]
+    tars = load_sources("", tmp_path)
+    assert [[list(split.classes), len(split)] for split in tars] == kept
+    assert tars[0].classes == folders[0].classes
+    red = {tars[0].describe(i).split()[0]: np.asarray(tars[0][i][0])[0, 0, 0] for i in range(len(tars[0]))}
+    assert red["1/hard.png"] == red["10/soft.png"] == 1
+    assert red["10/a.png"] == 2
 
 
 def test_tar_that_shrank_or_lies_about_sizes(tmp_path: Path) -> None:
@@ -275,7 +309,8 @@ def test_tar_that_shrank_or_lies_about_sizes(tmp_path: Path) -> None:
     (tmp_path / "train.tar").write_bytes(b"")
     with pytest.raises(UnreadableImageError, match=r"1/b\.png in .*train\.tar \(0 bytes\)"):
         train[1]
-    train.samples[1][0].size = 2**62  # type: ignore[attr-defined]
+    image, target = train.samples[1]  # type: ignore[attr-defined]
+    train.samples[1] = image._replace(size=2**62), target  # type: ignore[attr-defined]
     with pytest.raises(UnreadableImageError, match=r"1/b\.png in .*train\.tar \(0 bytes\)"):
         train[1]
     shutil.move(tmp_path / "train.tar", tmp_path / "gone.tar")

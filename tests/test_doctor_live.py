@@ -1,15 +1,18 @@
 """Statistics of solves during training: what is recorded, when it is read, and the warning when solves get worse."""
 
+import contextlib
+import copy
 import csv
+import math
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from implicit import FixedPointLayer, monitor_solves, record_solutions
+from implicit import FixedPointLayer, checked_maps, monitor_solves, record_solutions
 from implicit.diagnostics import solve_monitor
-from solvers import ConvergenceWarning
+from solvers import ConvergenceError, ConvergenceWarning
 
 
 class Rate(nn.Module):
@@ -210,10 +213,11 @@ def test_unfit_arguments_are_refused():
 
 
 @pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00"])
-def test_a_file_of_another_kind_is_left_as_it_is(tmp_path, content):
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_file_of_another_kind_is_left_as_it_is(tmp_path, content, start):
     file = tmp_path / "data.csv"
     file.write_bytes(content)
-    monitored = monitor_solves(FixedPointLayer(lambda z, x: 0.5 * z + x), csv_file=file, start=2)
+    monitored = monitor_solves(FixedPointLayer(lambda z, x: 0.5 * z + x), csv_file=file, start=start)
     with pytest.raises(ValueError, match="data.csv holds something other than the lines of monitor_solves"), monitored:
         pass
     assert file.read_bytes() == content
@@ -224,3 +228,40 @@ def test_records_may_be_nested():
     with record_solutions(layer) as outer, record_solutions(layer) as inner:
         layer(torch.ones(1, 2))
     assert len(outer[""]) == len(inner[""]) == 1
+
+
+def test_solves_that_raise_are_counted_and_recorded():
+    layer = FixedPointLayer(Rate(), solver="picard", rtol=1e-6, max_steps=3, on_failure="raise")
+    with monitor_solves(layer) as monitor, record_solutions(layer) as record:
+        for scale in (0.0, 1.0, 2.0):
+            with contextlib.suppress(ConvergenceError):
+                layer(scale * torch.ones(4, 2))
+        monitor.step()
+    found = monitor.latest[""]
+    assert (found.samples, found.max_steps) == (12, 3)
+    assert found.converged == pytest.approx(1 / 3)
+    assert [bool(solution.converged.all()) for solution in record[""]] == [True, False, False]
+
+
+def test_copies_made_in_a_record_are_not_recorded_and_can_be_pickled(tmp_path):
+    layer = FixedPointLayer(Rate())
+    with record_solutions(layer) as record, checked_maps(layer):
+        twin = copy.deepcopy(layer)
+        twin(torch.ones(1, 2))
+    with record_solutions(layer):
+        torch.save(layer, tmp_path / "layer.pt")
+    twin(torch.ones(1, 2))
+    torch.load(tmp_path / "layer.pt", weights_only=False)(torch.ones(1, 2))
+    assert record[""] == []
+
+
+def test_digits_of_counts_and_residuals_that_are_infinite(tmp_path):
+    layer = FixedPointLayer(lambda z, x: x * z + x, solver="picard", rtol=1e-3, max_steps=2, on_failure="ignore")
+    with monitor_solves(layer, csv_file=tmp_path / "solves.csv") as monitor:
+        layer(0.1 * torch.ones(1_234_567, 1))
+        monitor.step()
+        layer(torch.tensor([[math.nan]]))
+        monitor.step()
+    first, second = csv.DictReader((tmp_path / "solves.csv").read_text().splitlines())
+    assert first["samples"] == "1234567"
+    assert second["worst_residual"] == "inf"

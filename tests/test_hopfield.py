@@ -349,3 +349,12 @@ def test_refusals(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.integrate", None)
     with pytest.raises(ImportError, match=r"implicit-layers\[scipy\]"):
         model.integrate(states, 1.0)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-30), (torch.float32, 1e25), (torch.float64, 1e200)])
+def test_centred_norm_of_all_sizes(dtype: torch.dtype, scale: float) -> None:
+    x = torch.randn(3, 5, dtype=dtype)
+    torch.testing.assert_close(CentredNorm().activation(scale * x), CentredNorm().activation(x))
+    torch.testing.assert_close(CentredNorm().value(scale * x) / scale, CentredNorm().value(x))
+    v = torch.randn(3, 5, dtype=dtype)
+    torch.testing.assert_close(CentredNorm().hvp(scale * x, v) * scale, CentredNorm().hvp(x, v), rtol=1e-5, atol=1e-5)

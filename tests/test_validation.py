@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import http.server
 import json
+import os
 import re
 import sys
 import threading
@@ -27,6 +28,7 @@ from imixer.data import load_digits, make_loader
 from imixer.training import build_model, load_data, parse, train
 from imixer.training.checkpoints import save_checkpoint
 from imixer.training.model import model_arguments
+from imixer.training.plots import plot_curves
 from imixer.validate_command import main
 from imixer.validation import Validation, find_checkpoint, format_validations, validate
 
@@ -103,6 +105,14 @@ def test_plot_has_room_for_the_names_of_100_classes(tmp_path: Path) -> None:
     plot_confusion(confusion, [f"class {index}" for index in range(100)], tmp_path / "plot.png", title="all")
     with Image.open(tmp_path / "plot.png") as image:
         assert image.height > 20 * 100
+
+
+def test_plots_take_names_that_look_like_formulas_or_are_not_text(tmp_path: Path) -> None:
+    names = ["$5_$", "$x^$", os.fsdecode(b"\xff\xfe"), "a\\$b$"]
+    plot_confusion(torch.eye(4), names, tmp_path / "plot.png", title="a_$x_$b")
+    (tmp_path / "curves.csv").write_text("epoch,train_loss,test_loss,test_top1\n1,2,2,50\n")
+    plot_curves(tmp_path / "curves.csv", tmp_path / "curves.png", title=names[0] + names[2])
+    assert (tmp_path / "plot.png").stat().st_size > 1000 < (tmp_path / "curves.png").stat().st_size
 
 
 def test_run_is_tested_on_its_own_images(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

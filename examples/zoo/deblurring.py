@@ -141,6 +141,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training images [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("runs/deblurring/images.png"), help="[%(default)s]")
     options = parser.parse_args()
+    if options.epochs < 1 or options.output.suffix not in (".png", ".pdf", ".svg"):
+        parser.error("--epochs must be at least 1, and --output must end in .png, .pdf or .svg")
     torch.manual_seed(0)
     training, truth = load_images()
     model = Deblurring()

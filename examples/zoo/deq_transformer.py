@@ -31,6 +31,7 @@ from solvers import Solution, Steps
 from solvers.linear import Richardson
 from solvers.testing import PeakMemory
 
+HEADS = 4
 # Of the term of the loss that keeps the Jacobian small (Bai, Koltun and Kolter 2021), and the map easy to solve.
 JACOBIAN_WEIGHT = 0.02
 
@@ -146,10 +147,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=64, help="characters of a sequence [%(default)s]")
     parser.add_argument("--test-characters", type=int, default=20_000, help="of the last tenth [%(default)s]")
     options = parser.parse_args()
+    if min(options.steps, options.width, options.context) < 1 or options.width % HEADS:
+        parser.error(f"--steps, --width and --context must be at least 1, and --width a multiple of {HEADS}")
     torch.manual_seed(0)
     text, num_characters = load_text()
-    training, test = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :][: options.test_characters]
-    model = DEQTransformer(num_characters, options.context, options.width, heads=4)
+    training, test = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :][: max(options.test_characters, 0)]
+    if len(test) <= options.context:
+        parser.error(f"--test-characters must be more than --context; {len(test):,} are {options.context:,} or less")
+    model = DEQTransformer(num_characters, options.context, options.width, heads=HEADS)
     train(model, training, options.steps)
     bits, solution = evaluate(model, test)
     print(f"{len(text):,} characters, {num_characters} different ones; bits per character on {len(test):,} of them:")

@@ -129,6 +129,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="training steps [%(default)s]")
     parser.add_argument("--width", type=int, default=16, help="of the states [%(default)s]")
     options = parser.parse_args()
+    if min(options.steps, options.width, *options.lengths) < 1:
+        parser.error("--lengths, --steps and --width must be at least 1")
     print("length   implicit   4 layers   steps of the solver")
     for length in options.lengths:
         torch.manual_seed(0)

@@ -138,6 +138,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12, help="passes over the training images [%(default)s]")
     parser.add_argument("--channels", type=int, default=16, help="of each feature map, an even number [%(default)s]")
     options = parser.parse_args()
+    if min(options.epochs, options.channels) < 1 or options.channels % GROUPS:
+        parser.error(f"--epochs and --channels must be at least 1, and --channels a multiple of {GROUPS}")
     torch.manual_seed(0)
     train_images, test_images, train_labels, test_labels = load_split()
     model = MDEQ(options.channels)

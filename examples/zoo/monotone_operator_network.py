@@ -215,6 +215,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15, help="passes over the training images [%(default)s]")
     parser.add_argument("--width", type=int, default=64, help="units of the state [%(default)s]")
     options = parser.parse_args()
+    if options.epochs < 1 or options.width < 2:
+        parser.error("--epochs must be at least 1, and --width at least 2")
     torch.manual_seed(0)
     train_images, test_images, train_labels, test_labels = load_split()
     network = MonotoneNetwork(options.width)

@@ -12,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 # Formats that Pillow decodes by itself. Of the others, EPS for one would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# How the names of such files end.
+SUFFIXES = tuple(sorted(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS))
 
 
 class UnreadableImageError(ValueError):

@@ -6,13 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from imixer.data.decoding import FORMATS
+from imixer.data.decoding import SUFFIXES
 from imixer.data.sources import ImageFiles
 
-# How the names of images end.
-SUFFIXES = tuple(sorted(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS))
 TEST_FOLDERS = ("test", "val", "validation")
 
 

@@ -216,7 +216,9 @@ def _for_each(work: Callable[[Item], None], items: Iterable[Item], label: str, p
     items = list(items)
     pool = ThreadPoolExecutor(max_workers=os.cpu_count())
     try:
-        for _ in tqdm(pool.map(work, items), desc=label, total=len(items), leave=False, disable=not progress):
+        for _ in tqdm(
+            pool.map(work, items), desc=label, total=len(items), leave=False, disable=None if progress else True
+        ):
             pass
     finally:
         pool.shutdown(cancel_futures=True)

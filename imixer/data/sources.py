@@ -1,27 +1,31 @@
 """Where images come from, one at a time: files, arrays in memory, tars, Hugging Face data sets.
 
 Each source gives the image with a number as an RGB picture with its class, and says for error messages which one it is.
-timm's `ImageDataset` does the same for some of them, but puts the next image in the place of one that it cannot read.
+timm's `ImageDataset` does the same for some of them, but leaves out formats and links in tars, and puts the next image
+in the place of one that it cannot read.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import posixpath
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from PIL import Image
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-from imixer.data.decoding import UnreadableImageError, decode_image, open_image
+from imixer.data.decoding import SUFFIXES, UnreadableImageError, decode_image, open_image
 from imixer.data.fingerprint import digest, spread
 
 Sample: TypeAlias = tuple[Image.Image, int]
 # How many images a fingerprint looks at, evenly spaced.
 SIZED_FILES = 4096
 READ_IMAGES = 256
+# Of a tar, from one to the next.
+MOST_LINKS = 16
 
 
 class ImageSource(Protocol):
@@ -102,53 +106,95 @@ class ImageArrays:
         return _pixels_of_some(self)
 
 
-class ImagesInTar:
-    """Images in a tar file, one folder per class, which timm's reader lists.
+class ImageInTar(NamedTuple):
+    """Where an image lies in a tar file: the name it has there, its class, its place, and how many bytes it has."""
 
-    The bytes are read by their place in the file: an open `tarfile.TarFile`, shared with a worker process, would be
-    moved about by both.
+    name: str
+    label: str
+    offset: int
+    size: int
+
+
+class ImagesInTar:
+    """Images in a tar file, one folder per class, or one tar file per class in it.
+
+    The class is the last folder of an image's name. As in trees of files, names that begin with a dot are left out. The
+    bytes are read by their place in the file: an open `tarfile.TarFile`, shared with a worker process, would be moved
+    about by both.
 
     Args:
         path: The tar file.
 
     Raises:
-        ValueError: The file is not a tar, or has no images.
+        ValueError: The file is not a tar, has no images, or something named like one that is no file in it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            reader = ReaderImageInTar(str(path), cache_tarinfo=False)
-        except Exception as error:  # tarfile's errors, or that of unpacking an empty list
+            with tarfile.open(path, "r:") as archive:
+                found = sorted(_images_of(archive, "", 0), key=lambda image: image.name)
+            if not found:
+                raise ValueError("it has no images in folders")
+        except (tarfile.TarError, ValueError, OSError) as error:
             raise ValueError(
                 f"cannot read images from the tar file {path} ({path.stat().st_size} bytes): {error}; it must be an "
                 "uncompressed tar with one folder of images per class"
             ) from error
-        every = zip(reader.samples, reader.targets, strict=True)
-        seen = [(sample, target) for sample, target in every if os.path.basename(sample[0].name)[0] != "."]
-        self.samples, self.targets = [sample for sample, _ in seen], [target for _, target in seen]
-        self.classes = tuple(reader.class_name_to_idx)
+        self.classes = tuple(sorted({image.label for image in found}))
+        number = {name: index for index, name in enumerate(self.classes)}
+        self.samples = [(image, number[image.label]) for image in found]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        member, _, inner_tar = self.samples[index]
+        image, target = self.samples[index]
         try:
             with self.path.open("rb") as file:
-                file.seek(member.offset_data + (inner_tar.offset_data if inner_tar is not None else 0))
+                file.seek(image.offset)
                 # A size from a damaged header could ask for more memory than there is.
-                content = file.read(min(member.size, os.fstat(file.fileno()).st_size))
+                content = file.read(min(image.size, os.fstat(file.fileno()).st_size))
         except OSError as error:
             raise UnreadableImageError(f"cannot read image {self.describe(index)}: {error}") from error
-        return decode_image(content, self.describe(index)), int(self.targets[index])
+        return decode_image(content, self.describe(index)), target
 
     def describe(self, index: int) -> str:
         return f"{self.samples[index][0].name} in {self.path}"
 
     def fingerprint(self) -> str:
-        members = (f"{member.name} {member.size}" for member, *_ in self.samples)
-        return digest(chain(members, map(int, self.targets)))
+        names = (f"{image.name} {image.size}" for image, _ in self.samples)
+        return digest(chain(names, (target for _, target in self.samples)))
+
+
+def _images_of(archive: tarfile.TarFile, folder: str, start: int) -> Iterator[ImageInTar]:
+    """Yield the images of a tar that begins at a byte of the file, and lies in a folder of the one around it."""
+    members = {posixpath.normpath(member.name): member for member in archive}  # the last of those with one name
+    for path, member in members.items():
+        name = posixpath.join(folder, path)
+        if member.isdir() or any(part[0] == "." for part in path.split("/")):
+            continue
+        if path.lower().endswith(".tar") and not folder:
+            inner = _followed(path, members)
+            with tarfile.open(fileobj=archive.extractfile(inner), mode="r:") as inside:
+                yield from _images_of(inside, path[: -len(".tar")], inner.offset_data)
+        elif path.lower().endswith(SUFFIXES) and "/" in name:
+            image = _followed(path, members)
+            yield ImageInTar(name, name.split("/")[-2], start + image.offset_data, image.size)
+
+
+def _followed(path: str, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """Return the file of a tar that has a name, or to which a link of that name leads."""
+    at = path
+    for _ in range(MOST_LINKS):
+        member = members.get(at)
+        if member is None or not (member.issym() or member.islnk()):
+            break
+        at = posixpath.join(posixpath.dirname(at), member.linkname) if member.issym() else member.linkname
+        at = posixpath.normpath(at)
+    if member is None or not member.isreg() or member.sparse is not None:
+        raise ValueError(f"{path} is no file in it, and no link to one; remove it")
+    return member
 
 
 class HuggingFaceImages:

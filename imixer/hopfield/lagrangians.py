@@ -125,22 +125,34 @@ class CentredNorm(Lagrangian):
     """
 
     def value(self, x: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(_centred(x), dim=-1)
-        return norm
+        _, size, norm = self._parts(x)
+        return (size * norm).squeeze(-1)
 
     def activation(self, x: Tensor) -> Tensor:
-        return _centred(x) * self._inverse(x)
+        direction, _, norm = self._parts(x)
+        return direction * _inverse(norm)
 
     def hvp(self, x: Tensor, direction: Tensor) -> Tensor:
-        g = self.activation(x)
+        g, (_, size, norm) = self.activation(x), self._parts(x)
         along = (g * direction).sum(-1, keepdim=True)
-        return (_centred(direction) - along * g) * self._inverse(x)
+        return (_centred(direction) - along * g) * _inverse(norm) / size
 
-    def _inverse(self, x: Tensor) -> Tensor:
-        """1 / L, or 0 where L is: (..., n) -> (..., 1)."""
-        norm = self.value(x).unsqueeze(-1)
-        # Twice, because a division by zero in a branch that is not taken still makes the gradient nan.
-        return torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x - mean x as a direction (..., n) times a size (..., 1), and the norm of that direction (..., 1).
+
+        So squares neither overflow nor vanish.
+        """
+        centred = _centred(x)
+        size = centred.detach().abs().amax(-1, keepdim=True)
+        size = torch.where(size > 0, size, 1.0)
+        direction = centred / size
+        return direction, size, torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+
+
+def _inverse(norm: Tensor) -> Tensor:
+    """1 / norm, or 0 where that is 0."""
+    # Twice, because a division by zero in a branch that is not taken still makes the gradient nan.
+    return torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
 
 
 def _normal_distribution(x: Tensor) -> Tensor:

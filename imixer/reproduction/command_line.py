@@ -84,7 +84,7 @@ def run(tasks: Sequence[Task], sweep: Sweep, options: argparse.Namespace) -> int
     """Run the trials under a progress bar, and return the exit code."""
     endings: dict[int, Ending] = {}
     complete = sum(not task.missing(sweep.output) for task in tasks)
-    with tqdm(total=len(tasks), initial=complete, desc="trials", unit="trial", dynamic_ncols=True) as bar:
+    with tqdm(total=len(tasks), initial=complete, desc="trials", unit="trial", dynamic_ncols=True, disable=None) as bar:
 
         def on_ending(number: int, ending: Ending) -> None:
             # Processes that share the work look at each trial once each.

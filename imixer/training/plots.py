@@ -15,6 +15,11 @@ from imixer.training.checkpoints import write_atomically
 TRAIN_COLOR, TEST_COLOR = "#c8781e", "#1f5fa8"
 
 
+def as_text(name: str) -> str:
+    """Return a name as matplotlib has to be given it, so that no "$" begins a formula and all of it can be drawn."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
 def plot_curves(curves: Path, image: Path, *, title: str) -> None:
     """Plot the losses and the test accuracy of a run against its epochs.
 
@@ -32,7 +37,7 @@ def plot_curves(curves: Path, image: Path, *, title: str) -> None:
     # A Figure of its own, rather than pyplot's, needs no display and leaves no global state.
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(as_text(title), fontsize=13)
     loss_axes, top1_axes = figure.subplots(1, 2)
 
     for column, label, color in (

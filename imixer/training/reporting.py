@@ -89,7 +89,8 @@ class Report:
             if self._speaks and self._at_terminal:
                 tqdm.write(text)
             elif self._speaks:
-                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+                now = time.strftime("%Y-%m-%d %H:%M:%S")
+                print("\n".join(f"{now} {line}" for line in text.splitlines()), flush=True)
                 self._last_line = time.monotonic()
         except OSError:  # of a pipe that nobody reads, or a full disk; the run goes on, and its files tell the same
             self._speaks, sys.stdout = False, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

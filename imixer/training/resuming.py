@@ -11,7 +11,15 @@ from accelerate.utils import broadcast_object_list
 
 from imixer.checkpoint_file import CheckpointError
 from imixer.data import ImageData
-from imixer.training.checkpoints import is_run, load_checkpoint, read_checkpoint, set_aside_refused
+from imixer.training.checkpoints import (
+    BEST,
+    LAST,
+    is_run,
+    load_checkpoint,
+    read_checkpoint,
+    set_aside_refused,
+    write_atomically,
+)
 from imixer.training.config import TrainingConfig
 from imixer.training.model import model_arguments
 from imixer.training.progress import Progress
@@ -75,6 +83,8 @@ def begin(
                     if folder == source.parent:
                         set_aside_refused(source)
                 prepare_folder(folder, config)
+                if source is not None and checkpoint is not None and folder != source.parent:
+                    notes += _taken_along(source, Progress.from_dict(checkpoint["progress"]), folder)
                 agreed[0] = (folder, source, notes, fingerprint)
             except (ValueError, OSError) as error:
                 agreed[0] = error
@@ -109,6 +119,23 @@ def _claim(
     folder = claim.enter_context(claimed_new_folder(config, data_name))
     notes.append(f"going on from {source} in {folder}; {source.parent} stays as it is")
     return folder, source, checkpoint, notes
+
+
+def _taken_along(source: Path, progress: Progress, folder: Path) -> list[str]:
+    """Put the last and the best checkpoint of a run into the folder where it goes on; return what to say."""
+    write_atomically(folder / LAST, source.read_bytes())
+    if progress.best is None:
+        return []
+    best = source.with_name(BEST)
+    for file in (source, best):
+        with contextlib.suppress(CheckpointError, OSError):
+            at = Progress.from_dict(read_checkpoint(file)["progress"])
+            if not at.step and at.metrics[-1:] == [progress.best]:
+                write_atomically(folder / BEST, file.read_bytes())
+                return []
+    return [
+        f"{best} is not that of epoch {progress.best.epoch}, the best so far: there will be one after a better epoch"
+    ]
 
 
 def _differences(

@@ -10,7 +10,7 @@ import torch
 
 from imixer.convergence import format_convergence, measure_convergence
 from imixer.data import ImageData, LoaderError
-from imixer.training.checkpoints import load_checkpoint
+from imixer.training.checkpoints import BEST, LAST, load_checkpoint
 from imixer.training.command_line import parse
 from imixer.training.distributed import join_slurm_step
 from imixer.training.images import load_data
@@ -82,7 +82,7 @@ def report(result: TrainingResult, data: ImageData) -> None:
         print(format_convergence(measure_convergence(result.model, images)))
 
     for what, name in (
-        ("checkpoints", "best.pt and last.pt"),
+        ("checkpoints", " and ".join(name for name in (BEST, LAST) if (result.output / name).exists())),
         ("curves", "curves.csv" + (" and tensorboard/" if (result.output / "tensorboard").exists() else "")),
         ("plot", "curves.png"),
         ("in short", "summary.json"),

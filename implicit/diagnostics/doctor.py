@@ -280,9 +280,13 @@ def _rate(history: Tensor, num_steps: Tensor) -> Tensor:
 def _bytes_saved(replay: Replay, call: SolveCall) -> int | None:
     """The bytes that a solve with gradients creates and keeps, without its value; None where it does not run."""
     replay.num_solves += 1
-    inputs = tree_map_only(Tensor, lambda x: x.requires_grad_() if x.is_floating_point() else x, replay.inputs)
+
+    def leaf(x: Tensor) -> Tensor:
+        return (x.clone() if x.is_inference() else x.detach()).requires_grad_(x.is_floating_point())
+
     try:
-        with replay.restored(), torch.enable_grad(), PeakMemory() as memory:
+        with replay.restored(), torch.inference_mode(False), torch.enable_grad(), PeakMemory() as memory:
+            inputs = tree_map_only(Tensor, leaf, replay.inputs)
             again = dataclasses.replace(
                 call, f=replay.f, z0=replay.z0, args=inputs, mode=replay.backward, options=replay.options
             )
@@ -291,5 +295,3 @@ def _bytes_saved(replay: Replay, call: SolveCall) -> int | None:
         return int(max(0, kept - sum(leaf.nbytes for leaf in tree_leaves(value))))
     except (RuntimeError, NotImplementedError):
         return None
-    finally:
-        tree_map_only(Tensor, lambda x: x.requires_grad_(False), replay.inputs)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from implicit.autograd.torch_internals import transform_active
 from implicit.diagnostics.on_its_way import OnItsWay
 from implicit.diagnostics.solve_hook import SolveCall, SolveNames, around_solves
-from solvers import ConvergenceWarning, Solution, Status
+from solvers import ConvergenceError, ConvergenceWarning, Solution, Status
 from solvers.problem.hyperparameters import checked_int
 
 # The steps that make a layer's baseline, and the latest ones that are compared with it.
@@ -109,10 +109,17 @@ class SolveMonitor:
             self._read()
 
     def _record(self, call: SolveCall) -> Solution[Any]:
-        solution = call.solve()
-        if not transform_active():
-            self._running.setdefault(call.name, []).append(OnItsWay(_row(solution)))
+        try:
+            solution = call.solve()
+        except ConvergenceError as error:
+            self._take_in(call.name, error.solution)
+            raise
+        self._take_in(call.name, solution)
         return solution
+
+    def _take_in(self, name: str, solution: Solution[Any]) -> None:
+        if not transform_active():
+            self._running.setdefault(name, []).append(OnItsWay(_row(solution)))
 
     def _read(self) -> None:
         if self._waiting is None:
@@ -129,7 +136,7 @@ class SolveMonitor:
     def _write(self, step: int, name: str, found: SolveStatistics) -> None:
         values = dataclasses.asdict(found)
         if self._writer is not None and self._file is not None:
-            self._writer.writerow((step, name, *(f"{value:g}" for value in values.values())))
+            self._writer.writerow((step, name, *(f"{value:.10g}" for value in values.values())))
             self._file.flush()
         if self._tracker is None:
             return
@@ -185,7 +192,8 @@ def monitor_solves(
         model: A model with implicit layers or calls of ``fixed_point`` and ``root``.
         tracker: A ``torch.utils.tensorboard.SummaryWriter``, an ``accelerate.Accelerator`` or one of its trackers;
             anything with ``add_scalar(tag, value, step)`` or ``log(values, step=...)``.
-        csv_file: A file to write, with a line for each layer and training step.
+        csv_file: A file to write, with a line for each layer and training step. One that holds something other than
+            such lines is left as it is.
         every: Record those training steps whose number is a multiple of it.
         start: Number of the first training step. If it is above 0, a run goes on: ``csv_file`` keeps its lines of the
             steps before.
@@ -230,7 +238,7 @@ def monitor_solves(
 
 def _lines_before(start: int, path: Path) -> list[list[str]]:
     """The lines of the training steps before ``start`` in a file, without one that was cut off by a kill."""
-    if not start or not path.exists():
+    if not path.is_file():  # it may be something that is written to, such as /dev/null
         return []
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -250,7 +258,7 @@ def _row(solution: Solution[Any]) -> Tensor:
     if residual is None:
         worst = steps.new_full((), math.nan)  # filled on the device; a number would be copied there
     else:
-        worst = residual.detach().flatten().float().nan_to_num(nan=math.inf)
+        worst = residual.detach().flatten().float().nan_to_num(nan=math.inf, posinf=math.inf)
         worst = worst.amax() if worst.numel() else steps.new_zeros(())
     failed = ((solution.status != Status.CONVERGED) & (solution.status != Status.UNTESTED)).sum().float()
     most = steps.amax() if steps.numel() else steps.new_zeros(())
