@@ -70,10 +70,12 @@ class Replayed:
                 self._graph.capture_begin(pool=place.kept.pool(), capture_error_mode="thread_local")
                 call()
                 self._graph.capture_end()
-            except Exception as error:
+            except BaseException as error:
                 self._give_up(device, place.kept.pool())
                 # It takes part in the capture that has failed, and would refuse any other number.
                 generator.graphsafe_set_state(state)
+                if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+                    raise  # it tells nothing of the call
                 raise CaptureError(str(error)) from error
 
     def _give_up(self, device: torch.device, pool: tuple[int, int]) -> None:

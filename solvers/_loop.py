@@ -107,7 +107,7 @@ def _whole(loop: Loop[T, R], in_place: bool, task: T, run: R, num_spares: int) -
     # No two inputs of a loop may be the same memory, and none may be written to that others hold.
     run = copies(run)
     carry = Carry(run, in_place=in_place)
-    spares = [carry.start[0].new_ones(()) for _ in range(num_spares)]
+    spares = [carry.like.new_ones(()) for _ in range(num_spares)]
 
     def goes_on(*values: Tensor) -> Tensor:
         return loop.goes_on(task, carry.run(values))
@@ -174,6 +174,7 @@ class Carry(Generic[R]):
 
     Attributes:
         start: The tensors to carry into the loop.
+        like: A tensor of the dtype of the solve.
     """
 
     def __init__(self, run: R, *, in_place: bool) -> None:
@@ -181,7 +182,7 @@ class Carry(Generic[R]):
         constant = (*run.constants, *(run.blocks if in_place else ()))
         tensors = tensors_of(run)
         self._is_constant = [any(tensor is other for other in constant) for tensor in tensors]
-        self._like = next(tensor for tensor in tensors if tensor.is_floating_point())
+        self.like = next(tensor for tensor in tensors if tensor.is_floating_point())
         self.start = self._carried(tensors)
 
     def copies(self, run: R) -> tuple[Tensor, ...]:
@@ -191,9 +192,8 @@ class Carry(Generic[R]):
 
     def _carried(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """Those of the tensors of a run that are carried."""
-        like = self._like
         carried = (tensor for tensor, constant in zip(tensors, self._is_constant, strict=True) if not constant)
-        return tuple(as_number(tensor, like) if tensor.dtype == torch.bool else tensor for tensor in carried)
+        return tuple(as_number(tensor, self.like) if tensor.dtype == torch.bool else tensor for tensor in carried)
 
     def run(self, tensors: tuple[Tensor, ...]) -> R:
         """The run with these tensors."""

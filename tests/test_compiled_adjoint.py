@@ -163,7 +163,7 @@ class Inverse(LinearSolver):
 def test_a_solver_that_holds_tensors():
     a, x = 0.3 * torch.randn(3, 3) + 0.95 * torch.eye(3), torch.randn(2, 3)
     solver = Richardson(otherwise=Inverse(matrix=torch.linalg.inv(torch.eye(3) - a.T)))
-    (compiled, adjoint), (eager, _) = both(lambda z, x: z @ a.T + x, x, x, linear_solver=solver, max_steps=2)
+    (compiled, adjoint), (eager, _) = both(lambda z, x: z @ a.t() + x, x, x, linear_solver=solver, max_steps=2)
     torch.testing.assert_close(compiled, eager)
     assert adjoint.converged.all()
 

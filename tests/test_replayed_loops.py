@@ -1,12 +1,16 @@
 """Loops that are taken turn by turn, as on a GPU, end as those that are one graph."""
 
+import contextlib
+from typing import ClassVar
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from implicit import fixed_point
-from solvers import Anderson, Broyden, Newton, Picard, Stopping, _compiled, solve, solve_root
+from solvers import Anderson, Broyden, Newton, Picard, Stopping, _compiled, _cuda_graph, solve, solve_root
 from solvers._cuda_graph import CaptureError
 
 pytestmark = [
@@ -176,3 +180,59 @@ def test_states_above_the_limit_are_not_captured(captured, monkeypatch):
         assert not captured
         solve(lambda z: 0.5 * z + 1, torch.zeros(1, 3), rtol=1e-6, compile=True)
     assert len(captured) == 1
+
+
+class Graph:
+    """What PyTorch's graphs do, as far as a capture goes that may have failed."""
+
+    log: ClassVar[list[str]] = []
+
+    def capture_begin(self, pool=None, capture_error_mode=""):
+        assert capture_error_mode == "thread_local"
+        self.log.append("begin")
+
+    def capture_end(self):
+        self.log.append("end")
+
+    def pool(self):
+        return (1, 0)
+
+    def replay(self):
+        self.log.append("replay")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("it waits"), torch.OutOfMemoryError("full"), KeyboardInterrupt()], ids=repr
+)
+def test_a_capture_that_fails_is_ended_and_its_generator_put_back(monkeypatch, error):
+    generator = mock.Mock()
+    stream = mock.MagicMock()
+    for name, fake in {
+        "Stream": lambda device: stream,
+        "CUDAGraph": Graph,
+        "current_stream": lambda device: None,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "default_generators": [generator],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(_cuda_graph, "_PLACES", _cuda_graph._Places())
+    device = torch.device("cuda", 0)
+    _cuda_graph._PLACES.of[device] = _cuda_graph._Place(stream, Graph())
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args, name=name: Graph.log.append((name, args)), raising=False)
+
+    Graph.log.clear()
+    replayed = _cuda_graph.Replayed(lambda: Graph.log.append("call"), device)
+    replayed()
+    assert Graph.log == ["begin", "call", "end", "replay"]
+    assert not generator.graphsafe_set_state.called
+
+    def fails():
+        raise error
+
+    Graph.log.clear()
+    with pytest.raises(CaptureError if type(error) is RuntimeError else type(error)):
+        _cuda_graph.Replayed(fails, device)
+    pool = (0, (1, 0))
+    assert Graph.log == ["begin", "end", ("_cuda_endAllocateToPool", pool), ("_cuda_releasePool", pool)]
+    generator.graphsafe_set_state.assert_called_once_with(generator.clone_state.return_value)
