@@ -72,8 +72,7 @@ class _CompiledRichardson(Richardson):
         if done is None:
             return super().series(matvec, b, tolerance)
         end, num_products = done
-        parts = (end.x, end.r, end.error, end.running, end.slow, end.num_steps)
-        found = Series(*parts, history=b.new_zeros(0, len(b)), num_compiled=num_products)
+        found = dataclasses.replace(end.series, num_compiled=num_products)
         if self.max_rate is None:  # steps that are fast in this form alone may be too many
             found.slow = found.slow | found.running
         return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from solvers._loop import Loop, Run, Task
+from solvers.linear.richardson import Series
 from solvers.problem import FlatMap, Layout, all_of, as_number, rms_norm
 
 
@@ -35,65 +36,56 @@ class Progress(Run):
     Attributes:
         z: (B, D) where the map is linearized.
         step: () int64, the number of products.
-        x: (B, D), as all that follow an attribute of :class:`solvers.linear.richardson.Series`.
-        r: (B, D).
-        error: (B,).
-        running: (B,) bool.
-        slow: (B,) bool.
-        num_steps: (B,) int64.
+        series: Where they have led; no history is kept.
     """
 
     z: Tensor
     step: Tensor
-    x: Tensor
-    r: Tensor
-    error: Tensor
-    running: Tensor
-    slow: Tensor
-    num_steps: Tensor
+    series: Series
 
     @property
     def constants(self) -> tuple[Tensor, ...]:
-        return (self.z,)
+        return (self.z, self.series.history)
 
 
 def _start(task: SeriesTask, w: Tensor) -> Progress:
     """Before the first step, for right-hand sides ``w`` (B, D)."""
     error = rms_norm(w)
     slow = ~error.isfinite()
-    return Progress(
-        z=Layout(task.z0, task.batch_dims).pack(task.z0),
-        step=torch.zeros_like(task.max_steps),
+    series = Series(
         x=torch.zeros_like(w),
         r=w,
         error=error,
         running=(error > task.tolerance) & ~slow,
         slow=slow,
         num_steps=torch.zeros_like(error, dtype=torch.int64),
+        history=w.new_zeros(0, len(w)),
     )
+    return Progress(Layout(task.z0, task.batch_dims).pack(task.z0), torch.zeros_like(task.max_steps), series)
 
 
 def _goes_on(task: SeriesTask, now: Progress) -> Tensor:
-    return (as_number(now.running, now.error).amax() > 0) & (now.step < task.max_steps)
+    return (as_number(now.series.running, now.series.error).amax() > 0) & (now.step < task.max_steps)
 
 
 def _turn(task: SeriesTask, now: Progress) -> Progress:
     """A step of :meth:`solvers.linear.Richardson.series` for ``A = I - J'``, with J the Jacobian at ``task.z0``."""
-    next_r = torch.func.vjp(task.map_of(FlatMap).image, now.z)[1](now.r)[0]
+    old = now.series
+    next_r = torch.func.vjp(task.map_of(FlatMap).image, now.z)[1](old.r)[0]
     next_error = rms_norm(next_r)
-    fast = next_error <= task.max_rate * now.error
-    taken = all_of(now.running, next_error < now.error)
+    fast = next_error <= task.max_rate * old.error
+    taken = all_of(old.running, next_error < old.error)
     rows = taken.unsqueeze(1)
-    return Progress(
-        z=now.z,
-        step=now.step + 1,
-        x=torch.where(rows, now.x + now.r, now.x),
-        r=torch.where(rows, next_r, now.r),
-        error=torch.where(taken, next_error, now.error),
-        running=all_of(now.running, fast, next_error > task.tolerance),
-        slow=now.slow | all_of(now.running, ~fast),
-        num_steps=now.num_steps + now.running,
+    series = dataclasses.replace(
+        old,
+        x=torch.where(rows, old.x + old.r, old.x),
+        r=torch.where(rows, next_r, old.r),
+        error=torch.where(taken, next_error, old.error),
+        running=all_of(old.running, fast, next_error > task.tolerance),
+        slow=old.slow | all_of(old.running, ~fast),
+        num_steps=old.num_steps + old.running,
     )
+    return Progress(now.z, now.step + 1, series)
 
 
 LOOP: Loop[SeriesTask, Progress] = Loop(_start, _goes_on, _turn, numbers=lambda now: (now.step,))
