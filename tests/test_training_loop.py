@@ -282,8 +282,8 @@ def test_lines_begin_with_the_time_where_there_is_no_terminal(
     out, err = capsys.readouterr()
     assert err == ""
     lines = [line for line in out.splitlines() if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
-    assert len(lines) == 2 + 20  # the run, its epoch and every update
-    assert re.search(r" 64 of 1,280 images  epoch 1  loss \d\.\d{3}  lr \S+  memory \d", lines[1])
+    assert len(lines) == 3 + 20  # the data, the model, the epoch and every update
+    assert re.search(r" 64 of 1,280 images  epoch 1  loss \d\.\d{3}  lr \S+  memory \d", lines[2])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     train(replace(TINY, epochs=1, output=str(tmp_path / "terminal")), digits)
     out, err = capsys.readouterr()
