@@ -63,7 +63,7 @@ class _CompiledRichardson(Richardson):
         if not b.numel():
             return super().series(matvec, b, tolerance)
         task = SeriesTask(
-            **{field.name: getattr(self.task, field.name) for field in dataclasses.fields(self.task)},
+            **vars(self.task),
             tolerance=tolerance,
             max_rate=b.new_full((), MAX_RATE if self.max_rate is None else self.max_rate),
             max_steps=torch.full((), self.max_steps, dtype=torch.int64, device=b.device),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compiling_warnings import COMPILING_WARNINGS
 from tanh_map import TanhMap
 from torch import nn
 from torch._dynamo.utils import counters
@@ -11,10 +12,7 @@ from torch.utils._pytree import tree_leaves
 from implicit import FixedPointLayer, Implicit, fixed_point
 from solvers.linear import NeumannSeries
 
-# PyTorch's own, while it compiles.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
-)
+pytestmark = COMPILING_WARNINGS
 
 STEPS = {"rtol": None, "atol": None, "max_steps": 6}
 SERIES = Implicit(linear_solver=NeumannSeries(terms=12))

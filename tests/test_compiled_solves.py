@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from compiling_warnings import COMPILING_WARNINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tanh_map import TanhMap
@@ -14,14 +15,9 @@ from torch._dynamo.utils import counters
 from implicit import FixedPointLayer, fixed_point, root
 from solvers import Anderson, Broyden, Newton, NotCompiledWarning, Picard, Status, Steps, Stopping, _compiled, solve
 
-# PyTorch's own, while it compiles.
 pytestmark = [
     pytest.mark.usefixtures("without_a_compiler"),
-    pytest.mark.filterwarnings(
-        "ignore::FutureWarning",
-        "ignore::DeprecationWarning",
-        "ignore:The .grad attribute of a Tensor that is not a leaf",
-    ),
+    COMPILING_WARNINGS,
 ]
 
 SOLVERS = {

@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 
 from imixer.data import TimmTransforms, UnreadableImageError, load_dataset, load_image_folder, load_sources, make_loader
 from imixer.data.decoding import FORMATS, decode_image, open_image
-from imixer.data.sources import HuggingFaceImages
+from imixer.data.sources import HuggingFaceImages, ImagesInTar
 
 POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 8 8
@@ -309,8 +309,9 @@ def test_tar_that_shrank_or_lies_about_sizes(tmp_path: Path) -> None:
     (tmp_path / "train.tar").write_bytes(b"")
     with pytest.raises(UnreadableImageError, match=r"1/b\.png in .*train\.tar \(0 bytes\)"):
         train[1]
-    image, target = train.samples[1]  # type: ignore[attr-defined]
-    train.samples[1] = image._replace(size=2**62), target  # type: ignore[attr-defined]
+    assert isinstance(train, ImagesInTar)
+    image, target = train.samples[1]
+    train.samples[1] = image._replace(size=2**62), target
     with pytest.raises(UnreadableImageError, match=r"1/b\.png in .*train\.tar \(0 bytes\)"):
         train[1]
     shutil.move(tmp_path / "train.tar", tmp_path / "gone.tar")

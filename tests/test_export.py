@@ -4,15 +4,13 @@ import copy
 
 import pytest
 import torch
+from compiling_warnings import COMPILING_WARNINGS
 from small_models import relative_error, small, trained_somewhat
 
 from implicit import Implicit
 from solvers.linear import NeumannSeries
 
-# PyTorch's own, while it compiles.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
-)
+pytestmark = COMPILING_WARNINGS
 
 # All with a fixed number of steps.
 MODELS = {

@@ -6,16 +6,14 @@ import sys
 
 import pytest
 import torch
+from compiling_warnings import COMPILING_WARNINGS
 from tanh_map import TanhMap
 from torch import nn
 
 from implicit import FixedPointLayer, fixed_point
 from solvers import _compiled, solve
 
-# PyTorch's own, while it compiles.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
-)
+pytestmark = COMPILING_WARNINGS
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from compiling_warnings import COMPILING_WARNINGS
 from test_gpu import Map, no_waiting
 from test_zoo import load
 from torch import nn
@@ -23,13 +24,8 @@ from solvers import Anderson, Broyden, NotCompiledWarning, Picard, _compiled, so
 
 pytestmark = [
     pytest.mark.gpu,
-    # PyTorch's own, while it compiles.
-    pytest.mark.filterwarnings(
-        "ignore::FutureWarning",
-        "ignore::DeprecationWarning",
-        "ignore:The .grad attribute of a Tensor that is not a leaf",
-        "ignore:TensorFloat32 tensor cores",
-    ),
+    COMPILING_WARNINGS,
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
 ]
 
 cuda = {"device": "cuda", "dtype": torch.float64}

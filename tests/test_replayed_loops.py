@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from compiling_warnings import COMPILING_WARNINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,11 +16,7 @@ from solvers._cuda_graph import CaptureError
 
 pytestmark = [
     pytest.mark.usefixtures("without_a_compiler"),
-    pytest.mark.filterwarnings(
-        "ignore::FutureWarning",
-        "ignore::DeprecationWarning",
-        "ignore:The .grad attribute of a Tensor that is not a leaf",
-    ),
+    COMPILING_WARNINGS,
 ]
 
 

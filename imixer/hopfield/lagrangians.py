@@ -133,9 +133,11 @@ class CentredNorm(Lagrangian):
         return direction * _inverse(norm)
 
     def hvp(self, x: Tensor, direction: Tensor) -> Tensor:
-        g, (_, size, norm) = self.activation(x), self._parts(x)
+        unscaled, size, norm = self._parts(x)
+        inverse = _inverse(norm)
+        g = unscaled * inverse  # the activation
         along = (g * direction).sum(-1, keepdim=True)
-        return (_centred(direction) - along * g) * _inverse(norm) / size
+        return (_centred(direction) - along * g) * inverse / size
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x - mean x as a direction (..., n) times a size (..., 1), and the norm of that direction (..., 1).

@@ -123,19 +123,22 @@ def _claim(
 
 def _taken_along(source: Path, progress: Progress, folder: Path) -> list[str]:
     """Put the last and the best checkpoint of a run into the folder where it goes on; return what to say."""
-    write_atomically(folder / LAST, source.read_bytes())
-    if progress.best is None:
+    content, best, file = source.read_bytes(), progress.best, source.with_name(BEST)
+    write_atomically(folder / LAST, content)
+
+    def is_best(at: Progress) -> bool:
+        return not at.step and at.metrics[-1:] == [best]
+
+    if best is None:
         return []
-    best = source.with_name(BEST)
-    for file in (source, best):
-        with contextlib.suppress(CheckpointError, OSError):
-            at = Progress.from_dict(read_checkpoint(file)["progress"])
-            if not at.step and at.metrics[-1:] == [progress.best]:
-                write_atomically(folder / BEST, file.read_bytes())
-                return []
-    return [
-        f"{best} is not that of epoch {progress.best.epoch}, the best so far: there will be one after a better epoch"
-    ]
+    if is_best(progress):
+        write_atomically(folder / BEST, content)
+        return []
+    with contextlib.suppress(CheckpointError, OSError):
+        if is_best(Progress.from_dict(read_checkpoint(file)["progress"])):
+            write_atomically(folder / BEST, file.read_bytes())
+            return []
+    return [f"{file} is not that of epoch {best.epoch}, the best so far: there will be one after a better epoch"]
 
 
 def _differences(
