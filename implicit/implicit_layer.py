@@ -12,7 +12,6 @@ from implicit.backward import Backward, SolveOptions, get_backward
 from implicit.functional import solve_with_gradient
 from solvers import (
     NOT_GIVEN,
-    ConvergenceError,
     NotGiven,
     Solution,
     Solver,
@@ -77,8 +76,6 @@ class ImplicitLayer(nn.Module):
         self.compiled = compile
         self.on_failure: OnFailure = on_failure
         self._name_in_model = ""
-        # Set by implicit.diagnostics.record_solutions while it is active.
-        self._observer: Callable[[Solution[Any]], None] | None = None
         self._options()  # raises for what is not valid
 
     def _options(self, stopping: StopRule | None = None) -> SolveOptions:
@@ -86,7 +83,6 @@ class ImplicitLayer(nn.Module):
             solver=self.solver,
             stopping=stopping or self.stopping,
             batch_dims=self.batch_dims,
-            history=self._observer is not None,
             compact=self.compact,
             in_dims=self.in_dims,
             compile=self.compiled,
@@ -107,19 +103,7 @@ class ImplicitLayer(nn.Module):
     ) -> Solution[Any]:
         """The solution of ``z = f(z, *inputs)`` by the layer's options, with another stopping if it is given."""
         rule = stop_rule(stopping, rtol=rtol, atol=atol, max_steps=max_steps, default=self.stopping)
-        options = self._options(rule)
-        try:
-            solution = solve_with_gradient(f, z0, inputs, self.backward, options, owner=self)
-        except ConvergenceError as error:
-            if self._observer is not None:
-                self._observer(error.solution)
-            raise
-        if self._observer is not None:
-            self._observer(solution)
-        return solution
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_observer": None}  # of a copy nothing is recorded
+        return solve_with_gradient(f, z0, inputs, self.backward, self._options(rule), owner=self)
 
     def _described(self) -> str:
         """What the layer is called in messages, by its name in the model that is running; empty without one."""

@@ -248,7 +248,7 @@ def test_copies_made_in_a_record_are_not_recorded_and_can_be_pickled(tmp_path):
     with record_solutions(layer) as record, checked_maps(layer):
         twin = copy.deepcopy(layer)
         twin(torch.ones(1, 2))
-    with record_solutions(layer):
+    with record_solutions(layer), checked_maps(layer):
         torch.save(layer, tmp_path / "layer.pt")
     twin(torch.ones(1, 2))
     torch.load(tmp_path / "layer.pt", weights_only=False)(torch.ones(1, 2))

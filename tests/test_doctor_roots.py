@@ -12,7 +12,7 @@ from sick_roots import HEALTHY, SICK
 from torch import nn
 
 import solvers
-from implicit import FixedPointLayer, audit_gradients, diagnose, fixed_point, monitor_solves, root
+from implicit import FixedPointLayer, audit_gradients, diagnose, fixed_point, monitor_solves, record_solutions, root
 from implicit.diagnostics import Cause
 from solvers import ConvergenceWarning, Newton, Steps
 
@@ -277,15 +277,19 @@ def test_monitor_records_calls(tmp_path):
     assert len(file.read_text().splitlines()) == 1 + 3 * len(NAMES)
 
 
-def test_monitors_and_audits_can_be_nested_around_calls():
+def test_solves_of_a_diagnosis_and_an_audit_are_not_those_of_the_model():
     model, x = Orbit(), torch.ones(2, 1, dtype=torch.float64)
-    with monitor_solves(model) as outer, monitor_solves(model) as inner:
+    with monitor_solves(model) as outer, monitor_solves(model) as inner, record_solutions(model) as record:
         audit_gradients(model, x, loss=torch.sum, modes=("jfb",))
         diagnose(model, x)
+        assert record == {}
+        model(x)
         inner.step()
         outer.step()
-    assert list(outer.latest) == list(inner.latest) == ["root of kepler"]
     assert outer.latest == inner.latest
+    assert list(outer.latest) == list(record) == ["root of kepler"]
+    assert outer.latest["root of kepler"].samples == 2
+    assert record["root of kepler"][0].history is not None
 
 
 def test_diagnosis_reports_no_failure_and_leaves_the_thread_as_it_was():

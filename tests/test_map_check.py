@@ -5,7 +5,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from implicit import FixedPointLayer, check_map, checked_maps, dropout_mask, spectral_norm
+from implicit import (
+    FixedPointLayer,
+    InvertibleResidual,
+    check_map,
+    checked_maps,
+    dropout_mask,
+    fixed_point,
+    spectral_norm,
+)
 from solvers.testing.problems import conv, h_equation, imlp, tanh
 
 
@@ -240,7 +248,29 @@ def test_checked_maps():
         good(x, z0=torch.zeros(4, 6))
     torch.manual_seed(1)
     assert torch.equal(model(x), checked)
-    assert not good._forward_pre_hooks
+
+
+def test_checked_maps_sees_calls_and_inverses_and_leaves_roots_and_transforms_alone():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.block = Cell(nn.BatchNorm1d(6)), InvertibleResidual(lambda x: 0.3 * torch.tanh(x))
+
+        def forward(self, x):
+            y = self.block.inverse(self.block(x))
+            return fixed_point(self.cell, torch.zeros_like(y), y, on_failure="ignore")
+
+    head, x = Head(), torch.randn(4, 6)
+    with checked_maps(head):
+        with pytest.raises(ValueError, match=r"^In 'fixed point of cell': f is not a map .*\n- A call changes"):
+            head(x)
+        head.eval()(x)
+    head.block.g = lambda x: 0.1 * x.mean(0, keepdim=True).expand_as(x)
+    with checked_maps(head), pytest.raises(ValueError, match="^In the InvertibleResidual 'block': f is not a map"):
+        head(x)
+    shifted = FixedPointLayer(lambda z, x: 0.5 * z + x)
+    with checked_maps(shifted):
+        assert torch.vmap(shifted)(x[:, None]).shape == (4, 1, 6)
 
 
 @pytest.mark.gpu

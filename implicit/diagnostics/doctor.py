@@ -79,7 +79,7 @@ def diagnose(
     survey, visit = _Survey(), _Visit(names, known, seed)
 
     def run(around: Around) -> None:
-        with restored([model], device), _inverting(names.layers), around_solves(names, around):
+        with restored([model], device), _inverting(names.layers), around_solves(names, around, alone=True):
             model(*inputs)
 
     with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):

@@ -184,13 +184,13 @@ def audit_gradients(
     chosen = dict(modes) if isinstance(modes, Mapping) else {name: name for name in modes}
     backwards = {name: get_backward(mode) for name, mode in chosen.items()}
     run, exactly = _Run(model, inputs, loss, names), _Exactly()
-    with around_solves(names, exactly):
+    with around_solves(names, exactly, alone=True):
         exact = run.gradients()
     names.require_solves()
     audits = {}
     for name, mode in backwards.items():
         try:
-            with around_solves(names, _by(mode)), warnings.catch_warnings():
+            with around_solves(names, _by(mode), alone=True), warnings.catch_warnings():
                 # A mode that does not solve the adjoint shows it by its gradient.
                 warnings.simplefilter("ignore")
                 audits[name] = ModeAudit(name, _compared(run.gradients(), exact), **run.costs())

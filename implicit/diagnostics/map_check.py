@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from implicit.autograd.constant_weights import constant_weights
 from implicit.autograd.modules_used import compute_weights, modules_used_by
+from implicit.autograd.torch_internals import transform_active
 from implicit.diagnostics.observed_map import Call, ObservedMap, nearby, restored, same
-from implicit.layer import FixedPointLayer
+from implicit.diagnostics.solve_hook import SolveCall, SolveNames, around_solves
+from implicit.implicit_layer import ImplicitLayer
+from solvers import Solution
 from solvers.problem.layout import Layout
 
 # Number of calls that must agree with the first one. One is not enough: two small dropout masks may agree by chance.
@@ -65,13 +67,16 @@ def check_map(f: Callable[..., Any], z0: Any, *inputs: Any, batch_dims: int = 1)
 
 @contextlib.contextmanager
 def checked_maps(model: nn.Module) -> Iterator[None]:
-    """Within the context, run :func:`check_map` at each call of every FixedPointLayer in the model, on its inputs.
+    """Within the context, run :func:`check_map` before each solve of a fixed point that a model makes, on its inputs.
+
+    These are the solves of its implicit layers, and the calls of :func:`implicit.fixed_point` in its methods. Solves
+    under a transform of ``torch.func``, inside a graph of ``torch.compile`` and in other threads are not checked.
 
     Args:
-        model: Any module; the layers are found by type among its submodules.
+        model: A model with implicit layers or calls of ``fixed_point``.
 
     Raises:
-        ValueError: The map of a layer cannot be solved. The message names the layer as well.
+        TypeError, ValueError: The model is no module, or a map cannot be solved. The message names the layer as well.
 
     Example:
         >>> import torch
@@ -81,27 +86,17 @@ def checked_maps(model: nn.Module) -> Iterator[None]:
         ...     _ = model(torch.ones(2, 3))
     """
 
-    def check(layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if layer not in names:  # a copy that was made in the context has its hooks
-            return
-        assert isinstance(layer, FixedPointLayer)
-        z0 = options.get("z0")
-        if z0 is None:
-            tensors = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-            with restored([], next((tensor.device for tensor in tensors), torch.device("cpu"))):
-                z0 = layer.start(*inputs)
-        try:
-            check_map(layer.f, z0, *inputs, batch_dims=layer.batch_dims)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"In the FixedPointLayer {names[layer]!r}: {error}") from None
+    def check(call: SolveCall) -> Solution[Any]:
+        if not call.options.root and not transform_active():
+            try:
+                check_map(call.f, call.z0, *call.args, batch_dims=call.options.batch_dims)
+            except (TypeError, ValueError) as error:
+                kind = f"the {type(call.owner).__name__} " if isinstance(call.owner, ImplicitLayer) else ""
+                raise type(error)(f"In {kind}{call.name!r}: {error}") from None
+        return call.solve()
 
-    names = {module: name for name, module in model.named_modules() if isinstance(module, FixedPointLayer)}
-    handles = [layer.register_forward_pre_hook(check, with_kwargs=True) for layer in names]
-    try:
+    with around_solves(SolveNames(model), check):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclasses.dataclass(frozen=True)

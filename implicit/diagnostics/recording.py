@@ -1,29 +1,35 @@
-"""Recording the solution of every implicit layer in a model."""
+"""Recording the solution of every solve that a model makes."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from implicit.implicit_layer import ImplicitLayer
+from implicit.diagnostics.solve_hook import SolveNames, observed_solves
 from solvers import Solution
-
-Observer = Callable[[Solution[Any]], None]
 
 
 @contextlib.contextmanager
 def record_solutions(model: nn.Module) -> Iterator[dict[str, list[Solution[Any]]]]:
-    """Within the context, record the solution of every forward pass of every implicit layer in the model.
+    """Within the context, record the solution of every solve that a model makes.
+
+    These are the solves of its implicit layers, and the calls of :func:`implicit.fixed_point` and
+    :func:`implicit.root` in its methods, by names such as ``"head: root of kepler"``. Solves inside a graph of
+    ``torch.compile`` and in other threads are not seen.
 
     Use it for a few forward passes, not around a whole training run: the record keeps all values and solver states
     alive. Each solution has its history; residuals are computed even if a layer takes a fixed number of steps.
 
     Args:
-        model: Any module; the layers are found by type among its submodules.
+        model: A model with implicit layers or calls of ``fixed_point`` and ``root``.
 
     Yields:
-        A dictionary from the name of each layer to the solutions of its calls, in order.
+        A dictionary from the name of each layer, also of one that makes no solve, and of each call to its solutions,
+        in order.
+
+    Raises:
+        TypeError: The model is no module.
 
     Example:
         >>> import torch
@@ -34,24 +40,11 @@ def record_solutions(model: nn.Module) -> Iterator[dict[str, list[Solution[Any]]
         >>> record[""][0].history.flatten()  # |z_{k+1} - z_k| / |z_{k+1}|
         tensor([1.0000, 0.3333, 0.1429])
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, ImplicitLayer)}
-    record: dict[str, list[Solution[Any]]] = {name: [] for name in layers}
-    before = {name: layer._observer for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer._observer = _both(record[name].append, before[name])
-    try:
+    names = SolveNames(model)
+    record: dict[str, list[Solution[Any]]] = {name: [] for name in names.layers}
+
+    def keep(name: str, solution: Solution[Any]) -> None:
+        record.setdefault(name, []).append(solution)
+
+    with observed_solves(names, keep, history=True):
         yield record
-    finally:
-        for name, layer in layers.items():
-            layer._observer = before[name]
-
-
-def _both(first: Observer, second: Observer | None) -> Observer:
-    """Both of them: records may be nested."""
-
-    def observe(solution: Solution[Any]) -> None:
-        first(solution)
-        if second is not None:
-            second(solution)
-
-    return observe

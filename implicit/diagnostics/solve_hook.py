@@ -11,7 +11,7 @@ from torch import nn
 from implicit.backward import Backward, SolveOptions
 from implicit.functional import Solve, solve_in_force, solve_unobserved
 from implicit.implicit_layer import ImplicitLayer, running_modules
-from solvers import Solution
+from solvers import ConvergenceError, Solution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +134,13 @@ class SolveNames:
 
 
 @contextlib.contextmanager
-def around_solves(names: SolveNames, around: Around) -> Iterator[None]:
+def around_solves(names: SolveNames, around: Around, *, alone: bool = False) -> Iterator[None]:
     """Within the context, let ``around(call)`` make every solve of the model.
 
-    ``call.solve()`` makes it as it would be made without. Solves of other threads, and within graphs of
-    ``torch.compile``, are left alone.
+    ``call.solve()`` makes it as it would be made without; if ``alone`` is True, unseen by contexts around this one.
+    Solves of other threads, and within graphs of ``torch.compile``, are left alone.
     """
-    outer = solve_in_force.get()
+    outer = None if alone else solve_in_force.get()
 
     def make(
         f: Callable[..., Any],
@@ -159,3 +159,28 @@ def around_solves(names: SolveNames, around: Around) -> Iterator[None]:
         yield
     finally:
         solve_in_force.reset(token)
+
+
+Observe = Callable[[str, Solution[Any]], None]
+
+
+@contextlib.contextmanager
+def observed_solves(names: SolveNames, observe: Observe, *, history: bool = False) -> Iterator[None]:
+    """Within the context, call ``observe(name, solution)`` after every solve of the model, also one that raises.
+
+    If ``history`` is True, the solutions have their histories.
+    """
+
+    def around(call: SolveCall) -> Solution[Any]:
+        if history:
+            call = dataclasses.replace(call, options=dataclasses.replace(call.options, history=True))
+        try:
+            solution = call.solve()
+        except ConvergenceError as error:
+            observe(call.name, error.solution)
+            raise
+        observe(call.name, solution)
+        return solution
+
+    with around_solves(names, around):
+        yield

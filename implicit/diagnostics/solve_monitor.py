@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from implicit.autograd.torch_internals import transform_active
 from implicit.diagnostics.on_its_way import OnItsWay
-from implicit.diagnostics.solve_hook import SolveCall, SolveNames, around_solves
-from solvers import ConvergenceError, ConvergenceWarning, Solution, Status
+from implicit.diagnostics.solve_hook import SolveNames, observed_solves
+from solvers import ConvergenceWarning, Solution, Status
 from solvers.problem.hyperparameters import checked_int
 
 # The steps that make a layer's baseline, and the latest ones that are compared with it.
@@ -108,16 +108,7 @@ class SolveMonitor:
             self._waiting, self._running = (self._step, self._running), {}
             self._read()
 
-    def _record(self, call: SolveCall) -> Solution[Any]:
-        try:
-            solution = call.solve()
-        except ConvergenceError as error:
-            self._take_in(call.name, error.solution)
-            raise
-        self._take_in(call.name, solution)
-        return solution
-
-    def _take_in(self, name: str, solution: Solution[Any]) -> None:
+    def _record(self, name: str, solution: Solution[Any]) -> None:
         if not transform_active():
             self._running.setdefault(name, []).append(OnItsWay(_row(solution)))
 
@@ -229,7 +220,7 @@ def monitor_solves(
             file = stack.enter_context(open(csv_file, "w", newline="", encoding="utf-8"))
             csv.writer(file).writerows(lines)
         monitor = SolveMonitor(names, tracker, file, every, start)
-        stack.enter_context(around_solves(names, monitor._record))
+        stack.enter_context(observed_solves(names, monitor._record))
         try:
             yield monitor
         finally:
