@@ -23,10 +23,13 @@ class Measure:
         layout: The layout of the state.
         root: Whether the state is a root. The map is then ``z - c F(z)`` with a c that is right at the start only, so
             that the error that the last step shows has to be within the bound as well.
+
+    Attributes:
+        of_root: Whether the state is a root.
     """
 
     def __init__(self, stopping: Stopping, layout: Layout, *, root: bool = False) -> None:
-        self._root = root
+        self.of_root = root
         self._ord = math.inf if stopping.norm == "max" else 2
         size = sum(layout.sizes)
         self._unit = math.sqrt(max(size, 1)) if stopping.norm == "rms" else 1.0
@@ -66,12 +69,12 @@ class Measure:
     @property
     def kind(self) -> Hashable:
         """What two measures share, apart from their tolerances, that compute alike."""
-        return self._ord, self._unit, self._sizes is None, self._of_start is None, self._root
+        return self._ord, self._unit, self._sizes is None, self._of_start is None, self.of_root
 
     @property
     def needs_unit(self) -> bool:
         """Whether :meth:`absolute` depends on the unit of a root."""
-        return self._root and self._of_start is None
+        return self.of_root and self._of_start is None
 
     def parts(self, x: Tensor) -> Tensor:
         """(B, D) -> plain norms of the parts."""
@@ -120,7 +123,7 @@ class Measure:
 
     def slack(self, errors: Tensor, bound: Tensor) -> Tensor | None:
         """(B,) how many times the error of each part fits into its bound at least; None for what is no root."""
-        if not self._root:
+        if not self.of_root:
             return None
         slack = bound / errors
         return slack if self._sizes is None else slack.amin(dim=1)

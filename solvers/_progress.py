@@ -27,11 +27,9 @@ class ToleranceTest:
     """Follows every sample: its best value and residual, its status, the step at which it stops.
 
     A sample that has stopped, well or badly, keeps its value; later updates do not touch it. An update is tensor code
-    without branches up to one look at the host, which tells how many samples are left and what is to be done beyond
-    remembering the latest iterate as the best one. The changes from step to step, which only convergence depends on,
-    are followed where a residual is within its bound. How many of those samples have converged, the next look tells;
-    where all that are left may have, this one must, so that the changes are then followed before it. (If all of them
-    come from far away to their bounds in one step, it takes a second look.)
+    without branches up to one look at the host, which tells how many samples are left and what there is to do. The
+    changes from step to step, which only convergence depends on, are followed where a residual is within its bound. How
+    many of those samples have converged, the next look tells; where all that are left may have, this one must.
 
     Args:
         stopping: When a sample is done.
@@ -46,9 +44,9 @@ class ToleranceTest:
         remembers, confirms: As they were given.
         num_done: How many of the samples that are left in the batch have stopped at least, on the host.
         may_have_ended: Whether some may have stopped in the last step.
-        lost: (B,) bool, the samples to be taken back: their last step led to infinity, NaN or far away. None if there
-            are none.
+        lost: (B,) bool, the samples to be taken back, whose last step led to infinity, NaN or far away; None for none.
         latest: The latest iterate and its image.
+        moved: (B,) bool, samples for which f returned something else after they had stopped; None if that is not known.
     """
 
     # Set by the first update.
@@ -73,6 +71,8 @@ class ToleranceTest:
         self._step = 0
         # The last step at which the residual of every active sample fell: none of them can be stagnant soon after it.
         self._all_improved_at = 0
+        # From where on to count, since a look has shown that no active sample had waited for half of the patience.
+        self._none_waited_at = 0
         # Whether samples may converge in the next step; all that are left, or some as in this one.
         self._near = True
         # For how many samples the map has contracted in every step: for all, for some at most.
@@ -81,8 +81,7 @@ class ToleranceTest:
         self._some_grown = self._some_taken_back = self._some_lost = False
         # A sample at the floor has been within its bound, unless that is smaller.
         self._some_at_floor = not measure.least_rtol >= FLOOR * eps
-        # During an update, what gives Newton's step; the iterate before the latest; and the entries of both that a
-        # secant takes, if it was asked.
+        # In an update, what gives Newton's step, the iterate before the latest, and the entries of both for a secant.
         self._newton_step: Callable[[Tensor], Tensor] | None = None
         self._before: State | None = None
         self._entries_before: State | None = None
@@ -91,9 +90,9 @@ class ToleranceTest:
         self.num_done = 0
         self.may_have_ended = False
         self.lost: Tensor | None = None
-        # After drop_done: which samples of the batch are left, and what is known of all of them.
-        self._rows: Tensor | None = None
-        self._aside: Samples | None = None
+        self.moved: Tensor | None = None
+        # After drop_done: what is known of all samples of the batch, and which of them are left.
+        self._aside: tuple[Samples, Tensor] | None = None
 
     def update(self, step: int, state: State, f: FlatMap, *, taken_back: bool = False) -> bool:
         """Take in the state after a step of the map ``f``; True when every sample has stopped.
@@ -116,7 +115,7 @@ class ToleranceTest:
                 max_growth = self._stopping.max_growth
                 self._samples = Samples.at_start(state, self._measure, scales, errors, max_growth, f.unit)
                 self._all_contract = self._some_contract = state.image_is_nearer is not False
-            waited = step - self._all_improved_at >= self._patience
+            waited = step - max(self._all_improved_at, self._none_waited_at) >= self._patience
             near = self._near or waited or step == self._stopping.max_steps or self._stopping.check_every > 1
             # Whether the map contracts is asked at steps that do not depend on the batch.
             asked = not first and self._some_contract and (step <= 3 or step % 4 == 0)
@@ -140,9 +139,21 @@ class ToleranceTest:
                     return False
                 secant = secant or self._secant()  # for the estimate of the error
             taken = self._take_in(news, verdict, secant)
+            ended = self.num_done == news.error.shape[0]
+            if f.held_calls and (ended or step == self._stopping.max_steps):
+                self.judge_again(f, *f.held_calls[-1], f.moved())
         self._before = self._entries_before = self._newton_step = None  # what follows, and the next step, need the room
         self._take_value(taken)
-        return self.num_done == news.error.shape[0]
+        return ended
+
+    def judge_again(self, f: FlatMap, held: Tensor, image: Tensor, moved: Tensor | None = None) -> None:
+        """Judge the samples ``held`` (B,) since they stopped by what f returns for them by now, ``image`` (B, D).
+
+        Some of them may have ``moved`` (B,): f has returned something else since.
+        """
+        samples, self.moved = self._samples, moved
+        lost = _rules.unsettled(samples, self._measure, held, image, moved, f.unit)
+        samples.status = samples.status.masked_fill(lost, Status.UNSETTLED)
 
     @property
     def _patience(self) -> int:
@@ -199,7 +210,7 @@ class ToleranceTest:
         # The look at the host.
         *counts, num_active, num_before, num_contracting = count_true(torch.stack(flags))
         if idle is not None and not counts.pop(0):
-            self._all_improved_at = self._step - self._patience // 2 + 1
+            self._none_waited_at = self._step - self._patience // 2 + 1
         return Verdict(met, idle, active, contracts, Tests(*counts), num_before, num_active, True, num_contracting)
 
     def _met(self, news: News, secant: Secant | None, grown: bool) -> Tensor:
@@ -224,21 +235,17 @@ class ToleranceTest:
 
         The latter is (B,) int64: STAGNATED or PRECISION_FLOOR where no smaller residual is to be expected, else ACTIVE.
         """
-        waited = self._waited().masked_fill(news.improved, 0)
+        waited = (self._step - self._best_step).masked_fill(news.improved, 0)
         sure = self._is_sure(news, secant)
         idle = _rules.idle(self._samples, news, sure, waited, patience=self._stopping.patience, eps=self._eps)
         return waited >= self._patience // 2, idle
-
-    def _waited(self) -> Tensor:
-        """(B,) int64: steps since that with the smallest residual before this one."""
-        return self._step - self._samples.best_step.clamp_min(self._all_improved_at)
 
     def _lost(self, news: News, verdict: Verdict) -> Tensor | None:
         """(B,) bool: the samples that a step has led to infinity or NaN, or what the solver remembers far away."""
         samples = self._samples
         if verdict.count.allowed == verdict.num_before:
             return None
-        lost = _rules.lost(samples, news, self._waited(), remembers=self.remembers)
+        lost = _rules.lost(samples, news, self._step - self._best_step, remembers=self.remembers)
         if not bool(lost.any()):
             return None
         self._some_taken_back = True
@@ -256,7 +263,8 @@ class ToleranceTest:
             residual = relative(news.error, news.scale)
             if verdict.num_before < size:
                 residual = torch.where(samples.active, residual, samples.residual)
-            self._history.append(residual if self._aside is None else self._merged(self._aside.residual, residual))
+            whole = self._aside and self._aside[0].residual.index_copy(0, self._aside[1], residual)
+            self._history.append(residual if whole is None else whole)
         taken = samples.active if verdict.num_before < size else None
         if missed:
             taken = news.improved if met is None else news.improved | met
@@ -276,7 +284,11 @@ class ToleranceTest:
         if secant is not None and stopping is not None:
             samples.error_ratio = torch.where(stopping, secant.error_ratio(samples.is_image), samples.error_ratio)
         if ended is not None:
-            self._end(ended, news, verdict)
+            status: Tensor | Status = Status.CONVERGED
+            if verdict.idle is not None or count.allowed < verdict.num_before:
+                status, self._some_lost = _rules.status_at_end(news, verdict.met, verdict.idle), True
+            samples.status = torch.where(ended, status, samples.status)
+            samples.stop(ended, self._step)  # so that they fail all further tests
         if count.ungrown < size or count.unshrunk < size:
             self._some_grown = self._some_grown or count.ungrown < size
             samples.follow_growth(news)
@@ -308,17 +320,6 @@ class ToleranceTest:
             contracts = samples.contracts
             samples.is_image = contracts if taken is None else torch.where(taken, contracts, samples.is_image)
 
-    def _end(self, ended: Tensor, news: News, verdict: Verdict) -> None:
-        """Give the samples ``ended`` (B,) their status, and let them fail all further tests."""
-        samples = self._samples
-        if verdict.idle is None and verdict.count.allowed == verdict.num_before:
-            samples.status = samples.status.masked_fill(ended, Status.CONVERGED)
-        else:
-            self._some_lost = True
-            status = _rules.status_at_end(news, verdict.met, verdict.idle)
-            samples.status = torch.where(ended, status, samples.status)
-        samples.stop(ended, self._step)
-
     def _take_value(self, taken: Tensor | None) -> None:
         """Take in the values of the samples ``taken``, with gradients where they are recorded."""
         samples, z, newest = self._samples, self.latest.z, self.latest.fz
@@ -334,6 +335,11 @@ class ToleranceTest:
         """Stand where another test of the same kind has ended, and where some samples may be active."""
         self._samples, self._step, self.latest = samples, step, State(state.z, state.fz)
         self.num_done = 0 if some_active else len(samples.active)
+
+    @property
+    def _best_step(self) -> Tensor:
+        """(B,) int64: the step with the smallest residual before this one."""
+        return self._samples.best_step.clamp_min(self._all_improved_at)
 
     @property
     def value(self) -> Tensor:
@@ -358,8 +364,7 @@ class ToleranceTest:
         # As many as are known to have stopped, so that nothing waits for the device.
         order = self._samples.active.to(torch.int8).argsort(descending=True, stable=True)
         keep = order[: len(order) - self.num_done]
-        self._aside = self._whole()
-        self._rows = keep if self._rows is None else self._rows[keep]
+        self._aside = self._whole(self._samples), keep if self._aside is None else self._aside[1][keep]
         for name in ("_samples", "latest"):
             setattr(self, name, with_tensors(getattr(self, name), lambda tensor: tensor.index_select(0, keep)))
         self.num_done, self._entries = 0, None
@@ -367,34 +372,27 @@ class ToleranceTest:
 
     def outcome(self) -> Outcome:
         """Where the samples stand; one that is still active has not made it within the steps taken."""
-        samples, whole = self._samples, self._whole()
-        active = samples.active
+        samples = self._samples
         # torch.export splits a graph where the mode changes, and does not find the loops in the parts.
         with contextlib.nullcontext() if torch.compiler.is_exporting() else torch.no_grad():
-            status, num_steps = samples.status, samples.num_steps
-            if self.num_done < active.shape[0]:
+            if self.num_done < len(samples.active):
                 status = _rules.status_out_of_steps(samples, self._stopping.max_growth)
-                num_steps = num_steps.masked_fill(active, self._step)
-            change = self._measure.in_units(whole.error)
-            estimate = whole.error_ratio * change
+                num_steps = samples.num_steps.masked_fill(samples.active, self._step)
+                samples = dataclasses.replace(samples, status=status, num_steps=num_steps)
+        whole = self._whole(samples)
+        change = self._measure.in_units(whole.error)
+        estimate = whole.error_ratio * change
         return Outcome(
             value=whole.value,
             is_image=whole.is_image,
-            status=self._merged(whole.status, status).to(torch.int8),
+            status=whole.status.to(torch.int8),
             residual=whole.residual,
             change=change,
             error_estimate=estimate.masked_fill(change == 0, 0.0),
-            num_steps=self._merged(whole.num_steps, num_steps),
+            num_steps=whole.num_steps,
             history=None if self._history is None else torch.stack(self._history),
         )
 
-    def _whole(self) -> Samples:
+    def _whole(self, samples: Samples) -> Samples:
         """What is known of all samples, those put aside too."""
-        aside, samples = self._aside, self._samples
-        if aside is None:
-            return samples
-        names = [field.name for field in dataclasses.fields(Samples)]
-        return Samples(**{name: self._merged(getattr(aside, name), getattr(samples, name)) for name in names})
-
-    def _merged(self, whole: Tensor, current: Tensor) -> Tensor:
-        return current if self._rows is None else whole.index_copy(0, self._rows, current)
+        return samples if self._aside is None else samples.within(*self._aside)

@@ -128,6 +128,33 @@ def status_at_end(news: News, met: Tensor | None, idle: Tensor | None) -> Tensor
     return status if met is None else status.masked_fill(met, Status.CONVERGED)
 
 
+def unsettled(
+    samples: Samples, measure: Measure, held: Tensor, image: Tensor, moved: Tensor | None, unit: Tensor | None
+) -> Tensor:
+    """(B,) bool: samples that had converged, and are off again: the map mixes samples, or changes from call to call.
+
+    Twice its bound is off where it has ``moved``. Where that is not known, so it is for a value z, whose residual was
+    tested, and ten times for a value f(z). Of a root nothing is known then, as steps of Newton's method are tested.
+
+    Args:
+        samples: What is known of each sample.
+        measure: The norms and bounds.
+        held: (B,) bool, those for which the map is called with their values.
+        image: (B, D) what it returns for these.
+        moved: (B,) bool, those for which it returned something else before; None if that is not known.
+        unit: As in :meth:`Measure.absolute`.
+    """
+    start = samples.start_size if measure.is_of_whole else measure.parts(samples.start)
+    bounds, errors = measure.parts(image), measure.parts(image - samples.value)
+    bounds = measure.bound(bounds, measure.absolute(start, unit))
+    (twice, error), (tenfold, far) = measure.compared(2 * bounds, errors), measure.compared(10 * bounds, errors)
+    off = (samples.status == Status.CONVERGED) & held & (twice < error)
+    if measure.of_root:
+        return torch.zeros_like(off) if moved is None else off & moved
+    sure = (tenfold < far) | ~samples.is_image
+    return off & (sure if moved is None else sure | moved)
+
+
 def status_out_of_steps(samples: Samples, max_growth: float) -> Tensor:
     """(B,) int64: the status of each sample, MAX_STEPS or DIVERGED where it is still active."""
     far = torch.maximum(min(1.0, FAR / max_growth) * samples.limit, WILD * samples.error)

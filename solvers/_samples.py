@@ -85,10 +85,10 @@ class Samples:
         error, scale, size = (measure.whole(parts) for parts in (errors, scales, starts))  # (B,)
         zero, true = torch.zeros_like(error, dtype=torch.int64), torch.ones_like(error, dtype=torch.bool)
         infinite = torch.full_like(error, math.inf)
-        may_contract = state.image_is_nearer is not False
+        may_contract, finite = state.image_is_nearer is not False, (error < math.inf).unsqueeze(1)
         contracts = true if may_contract else torch.zeros_like(true)
         return cls(
-            value=state.fz if may_contract else state.z,
+            value=state.fz if may_contract else torch.where(finite, state.z, state.fz),
             contracts=contracts,
             is_image=contracts,
             status=torch.full_like(zero, ACTIVE),
@@ -122,6 +122,11 @@ class Samples:
             old, other = getattr(self, field.name), getattr(new, field.name)
             mixed[field.name] = old if other is old else replaced(old, rows, other)
         return Samples(**mixed)
+
+    def within(self, whole: "Samples", rows: Tensor) -> "Samples":
+        """``whole`` with these samples at the positions ``rows`` (n,)."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return Samples(**{name: getattr(whole, name).index_copy(0, rows, getattr(self, name)) for name in names})
 
     def news(
         self, measure: Measure, errors: Tensor, scales: Tensor, eps: float, changes: tuple[Tensor, Tensor] | None

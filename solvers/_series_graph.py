@@ -71,17 +71,22 @@ def _goes_on(task: SeriesTask, now: Progress) -> Tensor:
 def _turn(task: SeriesTask, now: Progress) -> Progress:
     """A step of :meth:`solvers.linear.Richardson.series` for ``A = I - J'``, with J the Jacobian at ``task.z0``."""
     old = now.series
-    next_r = torch.func.vjp(task.map_of(FlatMap).image, now.z)[1](old.r)[0]
+    running = old.running.unsqueeze(1)
+    step = torch.where(running, old.r, 0.0)
+    product = torch.func.vjp(task.map_of(FlatMap).image, now.z)[1](step)[0]
+    # Of samples that are done, the product is zero if they do not mix.
+    next_r = torch.where(running, product, old.r + product)
     next_error = rms_norm(next_r)
     fast = next_error <= task.max_rate * old.error
     taken = all_of(old.running, next_error < old.error)
-    rows = taken.unsqueeze(1)
+    done = all_of(~old.running, ~old.slow, next_error.isfinite())
+    rows, renewed = taken.unsqueeze(1), taken | done
     series = dataclasses.replace(
         old,
         x=torch.where(rows, old.x + old.r, old.x),
-        r=torch.where(rows, next_r, old.r),
-        error=torch.where(taken, next_error, old.error),
-        running=all_of(old.running, fast, next_error > task.tolerance),
+        r=torch.where(renewed.unsqueeze(1), next_r, old.r),
+        error=torch.where(renewed, next_error, old.error),
+        running=all_of(old.running, fast, next_error > task.tolerance) | all_of(done, next_error > 2 * task.tolerance),
         slow=old.slow | all_of(old.running, ~fast),
         num_steps=old.num_steps + old.running,
     )

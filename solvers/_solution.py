@@ -56,6 +56,11 @@ class Status(enum.IntEnum):
         "allows, and the tolerance asks for more. Loosen rtol or atol, or use a wider dtype (also in autocast).",
     )
 
+    UNSETTLED = (
+        9,
+        "The sample met the tolerance and stopped, but the map has returned another value for it since then: it mixes "
+        "samples, or changes from call to call. Samples that are one coupled problem are solved with batch_dims=0.",
+    )
     NOT_A_SOLUTION = (
         8,
         "The given answer does not satisfy the condition that it is differentiated by, so that its derivatives would "

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from solvers import _compiled as compiled
 from solvers._branch_free import Limits
-from solvers._failure import report_failure
+from solvers._failure import report_failure, warn_caller
 from solvers._fixed_steps import FixedSteps
 from solvers._graph import Plan, complete, on_host, take_back
 from solvers._measure import Measure
 from solvers._progress import ToleranceTest
 from solvers._registry import get_solver
-from solvers._solution import Solution
+from solvers._solution import ConvergenceWarning, Solution
 from solvers._stopping import NOT_GIVEN, NotGiven, Stopping, StopRule, Tolerance, stop_rule
 from solvers.methods.newton import Newton, NewtonState
 from solvers.methods.newton_krylov import FEW_UNKNOWNS
@@ -183,6 +183,7 @@ class Iteration(Generic[S]):
             raise ValueError(f"compact=True needs batch_dims=1, so that samples can leave the batch; got {batch_dims}.")
         self._layout = Layout(z0, batch_dims)
         self._map = RootMap(f, args, self._layout) if root else FlatMap(f, args, self._layout)
+        rule = rule.resolved(self._map.eps)
         # For F at the end, with the arguments of all samples.
         self._whole_map = copy.copy(self._map) if isinstance(self._map, RootMap) else None
         if compact:
@@ -257,6 +258,8 @@ class Iteration(Generic[S]):
         self.state, self._in_graph, self.num_steps = course.state, in_graph, step
         map_.num_evals += num_evals - 1
         progress.take_over(course.samples, course.state, step, some_active=some_active)
+        if not in_graph:
+            progress.judge_again(map_, course.samples.num_steps < step, course.state.fz)
         return True
 
     def run(self, on_failure: OnFailure = "warn", *, what: str = "") -> Solution[S]:
@@ -273,7 +276,12 @@ class Iteration(Generic[S]):
         solution = self.solution()
         if self.tested and not self._in_graph:
             kind = "root" if isinstance(self._map, RootMap) else "fixed-point"
-            report_failure(solution, on_failure, what or f"The {kind} solve", goal=self._goal, advice=self._advice)
+            what = what or f"The {kind} solve"
+            report_failure(solution, on_failure, what, goal=self._goal, advice=self._advice)
+            moved = self._progress.moved if isinstance(self._progress, ToleranceTest) else None
+            if moved is not None and on_failure != "ignore" and bool(moved.any()) and not bool(solution.failed.any()):
+                message = f"{what} converged for every sample by itself, but {self._advice()}"
+                warn_caller(message, ConvergenceWarning, same=what)
         return solution
 
     def step(self) -> None:

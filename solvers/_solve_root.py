@@ -86,7 +86,7 @@ def solve_root(
     number = None if chunk_size is None else checked_int("chunk_size", chunk_size, or_else=" or None")
     check_compile(compile, compact=compact)
     batch = _Batch(F, z0, args, batch_dims, in_dims, compact=compact, chunk_size=number)
-    solver = get_solver(solver)
+    solver, stopping = get_solver(solver), stopping.resolved(batch.eps)
     iteration = functools.partial(Iteration, solver=solver, stopping=stopping, history=history, root=True)
     if batch.takes_full_steps(solver, stopping, history):
         batch.take_full_steps(stopping, compile=compile)
@@ -134,6 +134,11 @@ class _Batch:
         self._rest = torch.arange(len(self._z0), device=self._z0.device)
         self._states: list[Any] = []
         self._histories: list[Tensor] = []
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding error of the function."""
+        return self._map.eps
 
     @property
     def is_empty(self) -> bool:

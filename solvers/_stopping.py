@@ -22,6 +22,9 @@ class NotGiven(enum.Enum):
 
 NOT_GIVEN = NotGiven.NOT_GIVEN
 
+# The relative tolerance where none is given and the map's rounding allows it.
+DEFAULT_RTOL = 1e-4
+
 # A number for the whole state, or a pytree of numbers like the state. Any, because a pytree has no static type.
 Tolerance = Any
 
@@ -44,7 +47,8 @@ class Stopping(Hyperparameters):
 
     Args:
         rtol: Relative tolerance; a number, or a pytree of numbers like the state. None counts as 0; without ``atol``,
-            it means that nothing is tested, as in :class:`Steps`.
+            it means that nothing is tested, as in :class:`Steps`. If it is not given, it is 1e-4, or the rounding unit
+            eps of the map where that is larger: 1e-3 in float16 and 8e-3 in bfloat16, also under autocast.
         atol: Absolute tolerance, in the units of the state; likewise. If it is not given, it is
             ``rtol * sqrt(eps) * size``, where eps is the rounding unit of the solver's dtype and size the larger one of
             ``norm(z0)`` and ``norm(f(z0))``, but at most ten times ``norm(z0)`` if that is not 0. So the test does not
@@ -70,7 +74,7 @@ class Stopping(Hyperparameters):
         tensor([True, True])
     """
 
-    rtol: Tolerance = 1e-4
+    rtol: Tolerance = NOT_GIVEN
     atol: Tolerance = NOT_GIVEN
     norm: Literal["rms", "max", "l2"] = "rms"
     max_steps: int = 50
@@ -95,7 +99,7 @@ class Stopping(Hyperparameters):
         shown = [
             f"{field.name}={value!r}"
             for field in dataclasses.fields(self)
-            if (value := getattr(self, field.name)) != field.default or field.name in ("rtol", "max_steps")
+            if (value := getattr(self, field.name)) != field.default or field.name == "max_steps"
         ]
         return f"Stopping({', '.join(shown)})"
 
@@ -107,13 +111,19 @@ class Stopping(Hyperparameters):
     @property
     def relative(self) -> float | None:
         """The smallest positive relative tolerance, or None if there is none."""
+        if self.rtol is NOT_GIVEN:
+            return DEFAULT_RTOL
         return min((float(leaf) for leaf in tree_flatten(self.rtol)[0] if leaf), default=None)
 
     @property
     def tolerances(self) -> str:
         """The tolerances that were given, for messages."""
-        given = {"rtol": self.rtol, "atol": self.atol}
+        given = {"rtol": DEFAULT_RTOL if self.rtol is NOT_GIVEN else self.rtol, "atol": self.atol}
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not NOT_GIVEN)
+
+    def resolved(self, eps: float) -> "Stopping":
+        """The same with a relative tolerance, for a map of rounding unit ``eps``."""
+        return dataclasses.replace(self, rtol=max(DEFAULT_RTOL, eps)) if self.rtol is NOT_GIVEN else self
 
     def flattened(self, spec: TreeSpec) -> "Stopping":
         """The same for the list of the leaves of a state of this structure.
@@ -155,6 +165,10 @@ class Steps:
     def max_steps(self) -> int:
         """The number of steps."""
         return self.n
+
+    def resolved(self, eps: float) -> "Steps":
+        """The same: no tolerance is tested."""
+        return self
 
     def flattened(self, spec: TreeSpec) -> "Steps":
         """The same: there is nothing in it that depends on the structure of the state."""

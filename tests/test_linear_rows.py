@@ -173,7 +173,7 @@ def test_names():
     for name in ("gmres", "cg", "normal_cg", "bicgstab", "dense", "richardson", "neumann", "auto"):
         assert get_linear_solver(name) == get_linear_solver(get_linear_solver(name))
     assert get_linear_solver("gmres", restart=7) == GMRES(restart=7)
-    with pytest.raises(ValueError, match="There is no linear solver 'lu'. The known ones: gmres, cg,"):
+    with pytest.raises(ValueError, match="There is no linear solver 'lu'..* The known ones: gmres, cg,"):
         get_linear_solver("lu")
     with pytest.raises(TypeError, match="preconditioner=...\\) must be a function"):
         CG(preconditioner=torch.eye(2))

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from implicit.autograd.explicit_map import ExplicitMap
 from implicit.autograd.problem import Leaves, Problem, jvp, split
 from implicit.autograd.torch_internals import (
     backward_pass_keeps_graph,
@@ -140,6 +141,12 @@ def _pull_back(
         leaves = [t.detach().requires_grad_(i < len(z) or t.requires_grad) for i, t in enumerate((*z, *tensors))]
         with torch.enable_grad():
             outputs = problem.map(leaves[: len(z)], leaves[len(z) :])
+        if isinstance(problem.map, ExplicitMap) and not any(output.requires_grad for output in outputs):
+            raise RuntimeError(
+                "There is no gradient, because what the map returned depends on no tensor that requires grad, not even "
+                "on z: it runs under torch.no_grad() or torch.inference_mode(), or detaches its result. Take that out "
+                "of the map; a solve records no graph anyway."
+            )
         sources = [leaves[len(z) + i] for i in some] + [captured[i - len(tensors)] for i in others]
         u = (
             adjoint_solution()

@@ -166,7 +166,7 @@ class Problem:
             list(rhs),
             solver,
             rmatvec=None if transposed is None else functools.partial(operator, transposed),
-            rtol=self.rtol,
+            rtol=None if self.rtol is None else max(self.rtol, self.resolution),
             rescale=self.root,
             batch_dims=batch_dims,
             on_failure="ignore",

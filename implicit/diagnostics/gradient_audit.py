@@ -23,7 +23,7 @@ MODES = ("unrolled", "checkpointed", "implicit", "neumann", "phantom", "jfb", "s
 
 # What a gradient must be good enough for: the smallest cosine, and how far the ratio of norms may be from 1.
 USES = {
-    "derivatives that must be exact (bilevel problems, sensitivities, higher orders)": (0.99999, 0.001),
+    "derivatives that must be exact (bilevel problems, sensitivities)": (0.99999, 0.001),
     "training to the end": (0.99, 0.1),
     "the beginning of training": (0.9, 0.5),
 }
@@ -268,7 +268,9 @@ class _Run:
         with restored([self._model], self._device), torch.inference_mode(False), torch.enable_grad():
             value = self._loss(self._model(*self._inputs))
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                came = repr(value)
+                if isinstance(value, Tensor):
+                    came = f"shape {tuple(value.shape)}" + ("" if value.requires_grad else ", without a gradient")
                 raise ValueError(f"loss must return a scalar that depends on the model's parameters, got {came}.")
             groups: dict[str, list[Tensor]] = dict(self._named)
             if self._free:

@@ -132,31 +132,33 @@ def _changes(observed: ObservedMap, z: Tensor) -> list[MapProblem]:
     first = observed(z)
     found = []
 
-    def add(module: nn.Module | None, message: str) -> None:
-        modules = {} if module is None else {observed.name_of(module): module}
-        found.append(MapProblem(message, mixes=False, modules=modules))
+    def add(message: str, *modules: nn.Module | None) -> None:
+        named = {observed.name_of(module): module for module in modules if module is not None}
+        found.append(MapProblem(message, mixes=False, modules=named))
 
     for argument, module in first.changed_arguments.items():
         add(
-            module,
             f"{observed.name_of(module)} changes {argument} in place. Write z + x instead of z += x, and construct "
             "activations with inplace=False.",
+            module,
         )
     for module, names in observed.changed(before).items():
         add(
-            module,
             f"A call changes {', '.join(names)} of {observed.name_of(module)}. Use GroupNorm or LayerNorm instead of "
             "BatchNorm, torch.nn.utils.parametrizations instead of hooks on weights, or eval mode.",
+            module,
         )
     calls = (observed(z) for _ in range(_REPETITIONS))
     different = next((call for call in calls if not same([first.value], [call.value])), None)
     if different is not None:
-        module = first.first_difference(different)
+        culprits = first.drawing or [first.first_difference(different)]
+        blamed = ", ".join(map(observed.name_of, culprits))
         add(
-            module,
-            f"{observed.name_of(module)} returns something else in each call for the same "
+            f"{blamed} {'returns' if len(culprits) == 1 else 'return'} something else in each call for the same "
             "input. Draw random numbers before the solve and pass them to the map as an input (for dropout, use "
-            "implicit.dropout_mask), carry no state from call to call, or use eval mode.",
+            "implicit.dropout_mask; where it is built in, as in nn.MultiheadAttention, construct the module with "
+            "dropout=0), carry no state from call to call, or use eval mode.",
+            *culprits,
         )
     return found
 

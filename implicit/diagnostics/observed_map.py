@@ -37,12 +37,14 @@ class Call:
         modules: The calls of modules in the order in which they ended, so inner modules come before outer ones.
         changed_arguments: Maps the name of each argument that was changed in place to the innermost module that changed
             it, or to None if no module did.
+        drawing: The modules that draw random numbers by themselves; None if f itself does.
     """
 
     layout: Layout
     value: Tensor
     modules: list[ModuleCall]
     changed_arguments: dict[str, nn.Module | None]
+    drawing: list[nn.Module | None]
 
     def first_difference(self, other: "Call") -> nn.Module | None:
         """Return the innermost module whose outputs differ in the other call although its inputs are the same."""
@@ -104,11 +106,21 @@ class ObservedMap:
 
         ended: list[ModuleCall] = []
         running: list[ModuleCall] = []
+        drawing: dict[nn.Module | None, None] = {}
+        generator = self._generator_state()
+
+        def notice_drawing() -> None:
+            nonlocal generator
+            before, generator = generator, self._generator_state()
+            if not torch.equal(before, generator):
+                drawing[running[-1].module if running else None] = None
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            notice_drawing()
             running.append(ModuleCall(module, _copies((args, kwargs)), [leaf._version for leaf in arguments.values()]))
 
         def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            notice_drawing()
             call = running.pop()
             call.outputs, call.changed = _copies(output), changed(call.versions)
             ended.append(call)
@@ -118,11 +130,19 @@ class ObservedMap:
                 hooks.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(end, with_kwargs=True).remove)
             output = self._f(state, *inputs)
+            notice_drawing()
         self._layout.check(output)
         culprits = {
             name: next((call.module for call in ended if name in call.changed), None) for name in changed(versions)
         }
-        return Call(self._layout, self._layout.pack(output).clone(), ended, culprits)
+        return Call(self._layout, self._layout.pack(output).clone(), ended, culprits, list(drawing))
+
+    def _generator_state(self) -> Tensor:
+        """The state of PyTorch's random number generator on the device of the state of the map."""
+        device = self._layout.device
+        if device.type in ("cpu", "meta"):
+            return torch.get_rng_state()
+        return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
 
     def name_of(self, module: nn.Module | None) -> str:
         """Return the name of a module for messages; None stands for f itself."""

@@ -45,7 +45,8 @@ class Setting:
         options = {"solver": self.solver, "rtol": self.rtol, "max_steps": self.max_steps, "batch_dims": self.batch_dims}
         code = [f"{name}={_short(value)}" for name, value in options.items() if value is not None]
         code += [self.start[0]] if self.start else []
-        code += [f"{name} in eval mode" for name, _ in self.evaluating]
+        if self.evaluating:
+            code.append(f"{', '.join(name for name, _ in self.evaluating)} in eval mode")
         return ", ".join(code)
 
 
@@ -76,6 +77,7 @@ class Replay:
         self.layout = Layout(self.z0, self.options.batch_dims)
         self.start = self.layout.pack(self.z0)  # (B, D)
         self._flat = FlatMap(self.f, self.inputs, self.layout)
+        self.options = dataclasses.replace(self.options, stopping=self.options.stopping.resolved(self._flat.eps))
 
     def flat(self, z: Tensor) -> Tensor:
         """The map, or the function whose root is sought, on (B, D)."""
@@ -90,7 +92,9 @@ class Replay:
     def tested(self) -> Stopping:
         """When the solve stops; by the default tolerances where it takes a fixed number of steps."""
         rule = self.options.stopping
-        return rule if isinstance(rule, Stopping) else Stopping(max_steps=max(rule.max_steps, 50))
+        if isinstance(rule, Stopping):
+            return rule
+        return Stopping(max_steps=max(rule.max_steps, 50)).resolved(self._flat.eps)
 
     def asked(self, size: Tensor) -> Tensor:
         """(B,) the relative residual that the tolerances ask for, given the size of the state."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from implicit.autograd.constant_weights import constant_weights
 from solvers.problem.flat_map import FlatMap
@@ -69,7 +70,8 @@ def jacobian_regularization(
     num_samples = checked_int("num_samples", num_samples)
     layout = Layout(z, batch_dims)
     flat = layout.pack(z)  # (B, D)
-    with constant_weights():
+    # The term's own gradient differentiates twice, which the other kernels of attention cannot.
+    with constant_weights(), sdpa_kernel(SDPBackend.MATH):
         _, pullback = torch.func.vjp(FlatMap(f, inputs, layout), flat)[:2]
     total = flat.new_zeros(len(flat))
     for _ in range(num_samples):

@@ -128,6 +128,10 @@ class KrylovSolver(LinearSolver):
             status = status.masked_fill(active & ~new_error.isfinite(), Status.NONFINITE)
             error = torch.where(improved, new_error, error)
             status = status.masked_fill(active & (error <= tolerance), Status.CONVERGED)
+            # A finished sample that is off again: the operator mixes samples.
+            again = (status == Status.CONVERGED) & ~active & (new_error > 2 * tolerance)
+            r, error = torch.where(again.unsqueeze(1), new_r, r), torch.where(again, new_error, error)
+            status = status.masked_fill(again, ACTIVE)
             status = status.masked_fill((status == ACTIVE) & (num_steps >= self.max_steps), Status.MAX_STEPS)
         # A start of zero that nothing finite was found to improve on is no answer.
         lost = (status == Status.NONFINITE) & ~(error < norm_b)

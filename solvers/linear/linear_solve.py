@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers._failure import report_failure
-from solvers._solution import Solution
+from solvers._solution import Solution, Status
 from solvers.linear.dense import AutoLinear
 from solvers.linear.linear_solver import LinearResult, LinearSolver, default_rtol
 from solvers.linear.names import get_linear_solver
@@ -91,9 +91,12 @@ def linear_solve(
         if not isinstance(result, LinearResult) or result.x.shape != rhs.shape:
             got = f"x of {tuple(result.x.shape)}" if isinstance(result, LinearResult) else f"a {type(result).__name__}"
             raise TypeError(f"{solver!r}.run must return a LinearResult with x of {tuple(rhs.shape)}, got {got}.")
+        x = result.x * unit
+        overflown = (result.status == Status.CONVERGED) & ~x.isfinite().all(dim=1)
+        status = result.status.masked_fill(overflown, Status.NONFINITE)
     solution = Solution(
-        value=layout.unpack(result.x * unit),
-        status=layout.unpack_batch(result.status),
+        value=layout.unpack(x),
+        status=layout.unpack_batch(status),
         residual=layout.unpack_batch(result.residual),
         num_steps=layout.unpack_batch(result.num_steps),
         num_evals=num_evals + result.num_compiled,

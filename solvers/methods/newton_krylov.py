@@ -60,6 +60,10 @@ class NewtonKrylovState(State):
     def displacement(self) -> Tensor:
         return self.g
 
+    @property
+    def image_is_nearer(self) -> bool | None:
+        return False  # as for Newton
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NewtonKrylov(Solver):

@@ -1,7 +1,7 @@
 """The user's map as the solvers see it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from solvers.problem.layout import Layout
 
 # Which dimension of each argument indexes the samples, as in torch.func.vmap.
 InDims = int | None | tuple[int | None, ...]
+# What a map returns twice for the same arguments may differ by so many rounding errors.
+ROUNDING = 64
 
 
 def version_of(z: Tensor) -> int | None:
@@ -59,6 +61,8 @@ class FlatMap:
         self._active: Tensor | None = None
         self._value: Tensor | None = None
         self.num_evals: Any = 0
+        # Of the last two calls in which rows were frozen: which ones (B,), and what f returned (B, D).
+        self.held_calls: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def eps(self) -> float:
@@ -100,6 +104,7 @@ class FlatMap:
         self.args = self.args_of(keep, in_dims)
         self.layout = self.layout.resized(len(keep))
         self._active = self._value = None
+        self.held_calls = ()
 
     def args_of(self, keep: Tensor | range, in_dims: InDims) -> tuple[Any, ...]:
         """The arguments for only the samples at the positions ``keep`` (n,); views of them for a range."""
@@ -128,6 +133,8 @@ class FlatMap:
         version = version_of(z)
         output = self._evaluated(z)
         check_not_written(z, version, f"{self.called} changed its argument z in place, so the iterate is lost.")
+        if self._active is not None:
+            self.held_calls = (*self.held_calls[-1:], (~self._active.squeeze(1), output.detach()))
         return output
 
     def image(self, z: Tensor) -> Tensor:
@@ -141,42 +148,60 @@ class FlatMap:
             self.layout.check(output, self.called)
         return self.layout.pack(output)
 
-    @torch.no_grad()
-    def mixes_samples(self, z: Tensor) -> bool:
-        """Whether f at ``z`` (B, D) returns something else for a sample when others are changed.
+    def moved(self) -> Tensor | None:
+        """(B,) bool: frozen samples for which f has returned something else in its last call; None after one alone."""
+        if len(self.held_calls) < 2:
+            return None
+        (held, image), (_, latest) = self.held_calls
+        return held & differs(latest, image, self.eps)
 
-        For the report of a failed solve: costs up to four calls of f, and is False where f fails or is random.
+    @torch.no_grad()
+    def varies(self, z: Tensor) -> Literal["", "mixes", "changes"]:
+        """Whether f at ``z`` (B, D) mixes samples: returns something else for one when others are changed.
+
+        Or whether it changes: returns something else when it is called again. Costs up to four calls of f; where f
+        fails, nothing is found.
         """
         number = torch.arange(len(z), device=z.device)
         if len(z) < 2:
-            return False
+            return ""
         self._active = self._value = None
         try:
             with torch.random.fork_rng(devices=[]):
                 image = self(z)
-                if not torch.equal(image, self(z)):
-                    return False
+                if bool(differs(self(z), image, self.eps).any()):
+                    return "changes"
                 for changed in (number % 2 == 1, number < len(z) // 2):
                     other = torch.where(changed.unsqueeze(1), z + 0.1 * torch.where(z == 0, 1.0, z.abs()), z)
-                    difference = (self(other) - image).abs()[~changed]
-                    rounding = 64 * self.eps * image.abs()[~changed].amax(dim=1, keepdim=True)
-                    if bool((difference > rounding).any()):
-                        return True
+                    if bool((differs(self(other), image, self.eps) & ~changed).any()):
+                        return "mixes"
         except Exception:
-            return False
-        return False
+            return ""
+        return ""
+
+
+def differs(image: Tensor, other: Tensor, eps: float) -> Tensor:
+    """(B,) bool: whether rows of what a map of rounding error ``eps`` has returned differ by more than rounding."""
+    change, size = (image - other).abs().amax(dim=1), other.abs().amax(dim=1)
+    return change > ROUNDING * eps * size
 
 
 def mixing_advice(f: FlatMap, z: Tensor, batch_shape: torch.Size) -> str:
-    """What to do about a map that mixes samples, as far as it shows at ``z`` (B, D); empty if it does not.
+    """What to do about a map that mixes samples or changes, as far as it shows at ``z`` (B, D); empty if it does not.
 
     Args:
         f: The map.
         z: Where to look.
         batch_shape: The leading dimensions of the state that count as samples.
     """
-    if not f.mixes_samples(z):
+    found = f.varies(z)
+    if not found:
         return ""
+    if found == "changes":
+        return (
+            f"{f.called} changes from call to call: called again with the same arguments, it returns something else. "
+            "Look for the cause, such as dropout, with implicit.check_map."
+        )
     return (
         f"{f.called} mixes samples: what it returns for one sample depends on others. If the whole state "
         "is one coupled problem, such as a vector of parameters, solve it with batch_dims=0; now its leading "

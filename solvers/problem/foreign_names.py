@@ -73,11 +73,14 @@ def hint(option: str, known: list[str]) -> str:
 
 def names_options(function: Callable[P, R]) -> Callable[P, R]:
     """A decorator: an unknown option is a TypeError that says what it is called here and lists those that exist."""
+    parameters = inspect.signature(function).parameters
     known = [
         name
-        for name, parameter in inspect.signature(function).parameters.items()
+        for name, parameter in parameters.items()
         if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
+    takes_inputs = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values())
+    elsewhere = " What the map takes is given without a name." if takes_inputs else ""
     allowed = frozenset(known)
     title = function.__qualname__.removesuffix(".__init__")
 
@@ -85,7 +88,8 @@ def names_options(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **options: P.kwargs) -> R:
         if not allowed.issuperset(options):
             option = next(name for name in options if name not in allowed)
-            raise TypeError(f"{title} has no option {option!r}.{hint(option, known)} Its options: {', '.join(known)}.")
+            advice = hint(option, known) or elsewhere
+            raise TypeError(f"{title} has no option {option!r}.{advice} Its options: {', '.join(known)}.")
         return function(*args, **options)
 
     return checked
