@@ -22,8 +22,12 @@ class NotGiven(enum.Enum):
 
 NOT_GIVEN = NotGiven.NOT_GIVEN
 
-# The relative tolerance where none is given and the map's rounding allows it.
-DEFAULT_RTOL = 1e-4
+
+class _Default(float):
+    """A tolerance that nobody gave: a solve may ask for less."""
+
+
+DEFAULT_RTOL = _Default(1e-4)
 
 # A number for the whole state, or a pytree of numbers like the state. Any, because a pytree has no static type.
 Tolerance = Any
@@ -74,7 +78,7 @@ class Stopping(Hyperparameters):
         tensor([True, True])
     """
 
-    rtol: Tolerance = NOT_GIVEN
+    rtol: Tolerance = DEFAULT_RTOL
     atol: Tolerance = NOT_GIVEN
     norm: Literal["rms", "max", "l2"] = "rms"
     max_steps: int = 50
@@ -99,7 +103,7 @@ class Stopping(Hyperparameters):
         shown = [
             f"{field.name}={value!r}"
             for field in dataclasses.fields(self)
-            if (value := getattr(self, field.name)) != field.default or field.name == "max_steps"
+            if (value := getattr(self, field.name)) != field.default or field.name in ("rtol", "max_steps")
         ]
         return f"Stopping({', '.join(shown)})"
 
@@ -111,19 +115,17 @@ class Stopping(Hyperparameters):
     @property
     def relative(self) -> float | None:
         """The smallest positive relative tolerance, or None if there is none."""
-        if self.rtol is NOT_GIVEN:
-            return DEFAULT_RTOL
         return min((float(leaf) for leaf in tree_flatten(self.rtol)[0] if leaf), default=None)
 
     @property
     def tolerances(self) -> str:
         """The tolerances that were given, for messages."""
-        given = {"rtol": DEFAULT_RTOL if self.rtol is NOT_GIVEN else self.rtol, "atol": self.atol}
+        given = {"rtol": self.rtol, "atol": self.atol}
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not NOT_GIVEN)
 
     def resolved(self, eps: float) -> "Stopping":
-        """The same with a relative tolerance, for a map of rounding unit ``eps``."""
-        return dataclasses.replace(self, rtol=max(DEFAULT_RTOL, eps)) if self.rtol is NOT_GIVEN else self
+        """The same for a map of rounding unit ``eps``, which may be larger than the default tolerance."""
+        return dataclasses.replace(self, rtol=eps) if isinstance(self.rtol, _Default) and eps > self.rtol else self
 
     def flattened(self, spec: TreeSpec) -> "Stopping":
         """The same for the list of the leaves of a state of this structure.
@@ -237,7 +239,7 @@ def _hashable(field: Any) -> tuple[Hashable, ...]:
 
 def _flattened(tolerance: Any, spec: TreeSpec, name: str) -> Any:
     """A number for the whole state, or a list with one for each leaf; NOT_GIVEN stays."""
-    if tolerance is NOT_GIVEN:
+    if tolerance is NOT_GIVEN or isinstance(tolerance, _Default):
         return tolerance
     leaves, found = tree_flatten(tolerance)
     values = [float(leaf or 0.0) for leaf in leaves]

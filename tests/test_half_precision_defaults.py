@@ -1,5 +1,8 @@
 """What a solve asks for where nothing is said and the map rounds coarsely."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -50,11 +53,14 @@ def test_a_tolerance_that_was_given_is_taken_at_its_word():
     loose, strict = (solve(f, z0, "picard", on_failure="ignore", **kw) for kw in ({}, {"rtol": 1e-4}))
     assert loose.num_evals < strict.num_evals
     assert (strict.residual[strict.converged] <= 1e-4).all()
-    assert Stopping().relative == 1e-4
-    assert repr(Stopping()) == "Stopping(max_steps=50)"
-    assert Stopping().resolved(1e-3).rtol == 1e-3
-    assert Stopping().resolved(1e-7).rtol == 1e-4
-    assert Stopping(rtol=1e-5).resolved(1e-3).rtol == 1e-5
+    for rule in (Stopping(), Stopping(max_steps=9), copy.deepcopy(Stopping()), pickle.loads(pickle.dumps(Stopping()))):
+        assert rule.rtol == 1e-4
+        assert rule.resolved(1e-3).rtol == 1e-3
+        assert rule.resolved(1e-7).rtol == 1e-4
+    assert Stopping(rtol=1e-4).resolved(1e-3).rtol == 1e-4
+    layer = FixedPointLayer(f)
+    layer.max_steps = 60
+    assert layer.stopping.resolved(1e-3).rtol == 1e-3
 
 
 def test_attention_can_be_regularized():
