@@ -375,7 +375,7 @@ class ToleranceTest:
         samples = self._samples
         # torch.export splits a graph where the mode changes, and does not find the loops in the parts.
         with contextlib.nullcontext() if torch.compiler.is_exporting() else torch.no_grad():
-            if self.num_done < len(samples.active):
+            if self.num_done < samples.active.shape[0]:  # len() would fix the size of the batch in a graph
                 status = _rules.status_out_of_steps(samples, self._stopping.max_growth)
                 num_steps = samples.num_steps.masked_fill(samples.active, self._step)
                 samples = dataclasses.replace(samples, status=status, num_steps=num_steps)
