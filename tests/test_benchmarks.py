@@ -64,6 +64,7 @@ def test_steps() -> None:
     assert all(int(row[4]) <= int(row[3]) for row in rows if row[2].strip() != "auto")
 
 
+@pytest.mark.long
 def test_kepler() -> None:
     done = run("benchmarks.kepler", "--samples", "2000", "--repeats", "1")
     assert done.returncode == 0, done.stderr

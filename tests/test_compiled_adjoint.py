@@ -102,6 +102,7 @@ def test_layers(norm):
     assert graphs[0] == graphs[-1]
 
 
+@pytest.mark.long
 def test_batches_of_all_sizes_take_one_more_graph():
     f, graphs = TanhMap(False).eval(), []
     for size in (4, 6, 3, 9):

@@ -44,8 +44,10 @@ def assert_same(eager, compiled, rtol=1e-12, atol=1e-14):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.parametrize("rtol", [pytest.param(1e-3, marks=pytest.mark.long), 1e-8, 1e-13])
-@pytest.mark.parametrize("chunk_size", [None, pytest.param(64, marks=pytest.mark.long), 150])
+@pytest.mark.parametrize(
+    ("rtol", "chunk_size"),
+    [pytest.param(1e-3, 64, marks=pytest.mark.long), (1e-8, None), pytest.param(1e-13, 150, marks=pytest.mark.long)],
+)
 def test_kepler(rtol, chunk_size):
     z0, *args = orbits(200)
     eager, compiled = both(kepler, z0, tuple(args), Stopping(rtol=rtol), chunk_size=chunk_size)
@@ -53,6 +55,7 @@ def test_kepler(rtol, chunk_size):
     assert_same(eager, compiled)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("max_steps", [1, 2, 6, 50])
 def test_few_steps_and_shorter_ones(max_steps):
     """Samples that full steps do not solve go on as in eager mode: to the limit, or by steps that are not full."""
@@ -92,6 +95,7 @@ def test_classical_systems(name):
     torch.testing.assert_close(compiled.value, eager.value, rtol=1e-8, atol=1e-8, equal_nan=True)
 
 
+@pytest.mark.long
 def test_pytrees_and_dimensions_of_a_problem():
     z0, eccentricity, mean = orbits(24)
 
@@ -135,6 +139,7 @@ def power(z, exponent, factor):
     return z**exponent - factor
 
 
+@pytest.mark.long
 def test_python_numbers_are_taken_for_what_they_are():
     """Those of every solve, not those of the first one; and the way in which PyTorch takes them elsewhere stays."""
     before = {name: getattr(torch._dynamo.config, name) for name in _compiled._SETTINGS}
@@ -173,6 +178,7 @@ def test_modules_have_the_gradients_of_eager_mode(training):
     assert not _compiled._refused
 
 
+@pytest.mark.long
 def test_derivatives_of_two_orders_in_parts():
     z0, eccentricity, mean = orbits(6)
     inputs = eccentricity.requires_grad_(), mean.requires_grad_()

@@ -37,6 +37,7 @@ def test_kepler_is_what_the_driver_loop_finds(rtol, parts):
     assert_same(solution, loop, rtol=1e-15)
 
 
+@pytest.mark.long
 @settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**31),

@@ -141,6 +141,7 @@ def train(correction, seed):
         return [(head(z) - target).square().mean().item() for z in (*layer.iterates(y, steps=(1, 3)), layer(y))]
 
 
+@pytest.mark.long
 def test_a_loss_on_iterates_makes_early_ones_better():
     without, with_ = train(correction=False, seed=0), train(correction=True, seed=0)
     assert with_[0] < 0.8 * without[0]

@@ -100,6 +100,7 @@ def test_settings_versions_and_results_are_kept(run: TrainingResult) -> None:
     assert (summary["last"]["epoch"], summary["updates"], summary["nonfinite_updates"]) == (3, 60, 0)
 
 
+@pytest.mark.long
 def test_each_imlp_is_looked_at_in_some_epochs_and_the_last(digits: ImageData, tmp_path: Path) -> None:
     changes = {
         "num_blocks": 2,

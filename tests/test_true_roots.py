@@ -52,6 +52,7 @@ def test_claimed_roots_are_roots(solver, name):
     assert_true(problem, SOLVERS[solver], ones, ones, max_steps=100)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NONLINEAR)
 @pytest.mark.parametrize("solver", ["newton", "newton_krylov", "anderson", "broyden"])
 def test_in_any_units_of_equations_and_unknowns(solver, name):

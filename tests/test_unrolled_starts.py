@@ -89,6 +89,7 @@ def test_gradients_from_a_solved_start_are_those_of_the_steps_taken(solver):
     assert not torch.allclose(found, expected, rtol=0.01)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [1, 3, 8])
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)

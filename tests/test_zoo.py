@@ -84,6 +84,7 @@ def small_transformer() -> tuple[ModuleType, Any, Tensor, int]:
     return zoo, zoo.DEQTransformer(num_characters, context=24, width=32, heads=2), text, num_characters
 
 
+@pytest.mark.long
 def test_text_is_long_and_without_repetitions() -> None:
     zoo = load("deq_transformer")
     text, num_characters = zoo.load_text()
