@@ -141,7 +141,8 @@ class ToleranceTest:
             taken = self._take_in(news, verdict, secant)
             ended = self.num_done == news.error.shape[0]
             if f.held_calls and (ended or step == self._stopping.max_steps):
-                self.judge_again(f, *f.held_calls[-1], f.moved())
+                was_active, image = f.held_calls[-1]
+                self.judge_again(f, ~was_active.squeeze(1), image, f.moved())
         self._before = self._entries_before = self._newton_step = None  # what follows, and the next step, need the room
         self._take_value(taken)
         return ended
@@ -152,8 +153,9 @@ class ToleranceTest:
         Some of them may have ``moved`` (B,): f has returned something else since.
         """
         samples, self.moved = self._samples, moved
-        lost = _rules.unsettled(samples, self._measure, held, image, moved, f.unit)
+        lost, error, scale = _rules.unsettled(samples, self._measure, held, image, moved, f.unit)
         samples.status = samples.status.masked_fill(lost, Status.UNSETTLED)
+        samples.error, samples.scale = torch.where(lost, error, samples.error), torch.where(lost, scale, samples.scale)
 
     @property
     def _patience(self) -> int:

@@ -130,8 +130,8 @@ def status_at_end(news: News, met: Tensor | None, idle: Tensor | None) -> Tensor
 
 def unsettled(
     samples: Samples, measure: Measure, held: Tensor, image: Tensor, moved: Tensor | None, unit: Tensor | None
-) -> Tensor:
-    """(B,) bool: samples that had converged, and are off again: the map mixes samples, or changes from call to call.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which samples had converged and are off again, because the map mixes samples or changes from call to call.
 
     Twice its bound is off where it has ``moved``. Where that is not known, so it is for a value z, whose residual was
     tested, and ten times for a value f(z). Of a root nothing is known then, as steps of Newton's method are tested.
@@ -143,16 +143,19 @@ def unsettled(
         image: (B, D) what it returns for these.
         moved: (B,) bool, those for which it returned something else before; None if that is not known.
         unit: As in :meth:`Measure.absolute`.
+
+    Returns:
+        (B,) bool, which samples; (B,) the norms of ``image`` less the value, and of ``image``.
     """
     start = samples.start_size if measure.is_of_whole else measure.parts(samples.start)
-    bounds, errors = measure.parts(image), measure.parts(image - samples.value)
-    bounds = measure.bound(bounds, measure.absolute(start, unit))
+    scales, errors = measure.parts(image), measure.parts(image - samples.value)
+    bounds = measure.bound(scales, measure.absolute(start, unit))
     (twice, error), (tenfold, far) = measure.compared(2 * bounds, errors), measure.compared(10 * bounds, errors)
     off = (samples.status == Status.CONVERGED) & held & (twice < error)
-    if measure.of_root:
-        return torch.zeros_like(off) if moved is None else off & moved
-    sure = (tenfold < far) | ~samples.is_image
-    return off & (sure if moved is None else sure | moved)
+    known = torch.zeros_like(off) if moved is None else moved
+    if not measure.of_root:
+        known = known | (tenfold < far) | ~samples.is_image
+    return off & known, measure.whole(errors), measure.whole(scales)
 
 
 def status_out_of_steps(samples: Samples, max_growth: float) -> Tensor:

@@ -38,6 +38,7 @@ def test_chain_is_not_solved_by_its_first_link(solver):
     solution = solve(f, torch.zeros(10, 3), solver, on_failure="ignore")
     assert_true(f, solution, 1e-4)
     assert "UNSETTLED" in solution.statuses()
+    assert (solution.residual[solution.status == Status.UNSETTLED] > 1e-4).all()
     with pytest.warns(ConvergenceWarning, match=r"UNSETTLED: .*\nf mixes samples: .* batch_dims=0"):
         solve(f, torch.zeros(10, 3), solver)
     whole = solve(f, torch.zeros(10, 3), solver, batch_dims=0)

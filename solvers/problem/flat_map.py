@@ -61,7 +61,7 @@ class FlatMap:
         self._active: Tensor | None = None
         self._value: Tensor | None = None
         self.num_evals: Any = 0
-        # Of the last two calls in which rows were frozen: which ones (B,), and what f returned (B, D).
+        # Of the last two calls in which rows were frozen: which ones were not (B, 1), and what f returned (B, D).
         self.held_calls: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
@@ -134,7 +134,7 @@ class FlatMap:
         output = self._evaluated(z)
         check_not_written(z, version, f"{self.called} changed its argument z in place, so the iterate is lost.")
         if self._active is not None:
-            self.held_calls = (*self.held_calls[-1:], (~self._active.squeeze(1), output.detach()))
+            self.held_calls = (*self.held_calls[-1:], (self._active, output.detach()))
         return output
 
     def image(self, z: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ class FlatMap:
         """(B,) bool: frozen samples for which f has returned something else in its last call; None after one alone."""
         if len(self.held_calls) < 2:
             return None
-        (held, image), (_, latest) = self.held_calls
-        return held & differs(latest, image, self.eps)
+        (active, image), (_, latest) = self.held_calls
+        return ~active.squeeze(1) & differs(latest, image, self.eps)
 
     @torch.no_grad()
     def varies(self, z: Tensor) -> Literal["", "mixes", "changes"]:
