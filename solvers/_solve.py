@@ -280,8 +280,10 @@ class Iteration(Generic[S]):
             report_failure(solution, on_failure, what, goal=self._goal, advice=self._advice)
             moved = self._progress.moved if isinstance(self._progress, ToleranceTest) else None
             if moved is not None and on_failure != "ignore" and bool(moved.any()) and not bool(solution.failed.any()):
-                message = f"{what} converged for every sample by itself, but {self._advice()}"
-                warn_caller(message, ConvergenceWarning, same=what)
+                advice = mixing_advice(self._map, self.state.z, self._layout.batch_shape)
+                if advice:
+                    message = f"{what} converged for every sample by itself, but {advice}"
+                    warn_caller(message, ConvergenceWarning, same=what)
         return solution
 
     def step(self) -> None:
