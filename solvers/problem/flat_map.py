@@ -133,7 +133,7 @@ class FlatMap:
         version = version_of(z)
         output = self._evaluated(z)
         check_not_written(z, version, f"{self.called} changed its argument z in place, so the iterate is lost.")
-        if self._active is not None:
+        if self._active is not None and not torch.compiler.is_compiling():  # which would make graphs for 0, 1 and 2
             self.held_calls = (*self.held_calls[-1:], (self._active, output.detach()))
         return output
 
