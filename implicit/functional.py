@@ -159,7 +159,7 @@ def solve_unobserved(
     if exporting and isinstance(options.stopping, Stopping):
         if not options.solver.compiles or options.compact or options.history:
             raise ValueError(
-                f"A solve to a tolerance, got rtol={options.stopping.relative!r}, is exported as a loop, for which "
+                f"A solve to a tolerance, got rtol={options.stopping.rtol!r}, is exported as a loop, for which "
                 f"{options.solver!r} has no form, nor has any solver with compact=True or a history. Use Picard, "
                 "Anderson or Broyden (without a limited memory or a line search), or a fixed number of steps: "
                 "rtol=None, atol=None, max_steps=n."

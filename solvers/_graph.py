@@ -23,7 +23,7 @@ from torch import Tensor
 
 from solvers import _loop, _rules
 from solvers._branch_free import Limits, first, take_in
-from solvers._loop import Carry, Run, Task, copies, while_loop
+from solvers._loop import Carry, Run, Task, copies
 from solvers._samples import Samples
 from solvers.methods.root_map import RootMap
 from solvers.methods.solver import FlatMapping, Solver, State
@@ -157,9 +157,9 @@ def complete(plan: Plan, fz0: Tensor) -> Course:
 
     def go_on(*values: Tensor) -> tuple[Tensor, ...]:
         now = copies(carry.run(values))
-        return carry.copies(advanced(recovered(plan, now, held_map(plan, now.samples), while_loop)))
+        return carry.copies(advanced(recovered(plan, now, held_map(plan, now.samples), torch.while_loop)))
 
-    return carry.run(while_loop(goes_on, go_on, carry.start))
+    return carry.run(torch.while_loop(goes_on, go_on, carry.start))
 
 
 def held_map(plan: Plan, samples: Samples) -> FlatMapping:

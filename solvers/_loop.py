@@ -118,18 +118,9 @@ def _whole(loop: Loop[T, R], in_place: bool, task: T, run: R, num_spares: int) -
         now = carry.run(values)
         return carry.copies(loop.turn(task, now if in_place else copies(now)))
 
-    run = carry.run(while_loop(goes_on, turn, carry.start))
+    run = carry.run(torch.while_loop(goes_on, turn, carry.start))
     end = run if loop.end is None else loop.end(task, run)
     return end, _stacked(loop.numbers(run))
-
-
-def while_loop(
-    goes_on: Callable[..., Tensor], turn: Callable[..., tuple[Tensor, ...]], start: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """``torch.while_loop`` for tensors alone, of which ``torch.compile`` traces nothing but the two functions."""
-    if torch.compiler.is_dynamo_compiling():
-        return torch.ops.higher_order.while_loop(goes_on, turn, start, ())  # type: ignore[no-any-return]
-    return torch.while_loop(goes_on, turn, start)  # type: ignore[no-any-return]
 
 
 def start(loop: Loop[T, R], task: T, like: Tensor, run: R | None) -> tuple[R, Tensor]:

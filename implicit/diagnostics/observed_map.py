@@ -142,7 +142,8 @@ class ObservedMap:
         device = self._layout.device
         if device.type in ("cpu", "meta"):
             return torch.get_rng_state()
-        return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
+        state: Tensor = torch.get_device_module(device).get_rng_state(device)
+        return state
 
     def name_of(self, module: nn.Module | None) -> str:
         """Return the name of a module for messages; None stands for f itself."""

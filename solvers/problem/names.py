@@ -1,8 +1,9 @@
 """Objects by name, for command lines and configuration files."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
+
+from solvers.problem.foreign_names import hint
 
 T = TypeVar("T")
 
@@ -36,7 +37,6 @@ def resolve(
             got = f"the class {choice.__name__}. Make an object of it: {choice.__name__}()"
         raise TypeError(f"A {what} must be {article} {qualified} object or a name, got {got}.")
     if choice not in known:
-        near = difflib.get_close_matches(choice.lower(), known, n=1)
-        advice = f" Did you mean {near[0]!r}?" if near else ""
+        advice = hint(choice.lower(), [*known])
         raise ValueError(f"There is no {what} {choice!r}.{advice} The known ones: {', '.join(known)}.")
     return known[choice](**options)

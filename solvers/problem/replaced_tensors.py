@@ -23,27 +23,13 @@ def with_tensors(thing: T, change: Callable[[Any], Any], kinds: type | tuple[typ
         kinds: The types to apply it to instead of tensors.
     """
     this: Any = thing
+    changed: Any = thing
     if isinstance(this, kinds):
-        return change(this)  # type: ignore[no-any-return]
-    if isinstance(this, _ATOMS):
-        return thing
-    # The kinds of pytrees that states are made of are taken apart here: torch.compile traces all that PyTorch's own
-    # functions do, which takes it longer than the steps of a solver.
-    if dataclasses.is_dataclass(this) and not isinstance(this, type):
+        changed = change(this)
+    elif dataclasses.is_dataclass(this) and not isinstance(this, type):
         fields = {field.name: getattr(this, field.name) for field in dataclasses.fields(this)}
-        changed: Any = type(this)(
-            **{
-                name: change(value) if isinstance(value, kinds) else with_tensors(value, change, kinds)
-                for name, value in fields.items()
-            }
-        )
-    elif type(this) in (tuple, list):
-        changed = type(this)(
-            [change(value) if isinstance(value, kinds) else with_tensors(value, change, kinds) for value in this]
-        )
-    elif tree_is_leaf(this):
-        return thing
-    else:
+        changed = type(this)(**{name: with_tensors(value, change, kinds) for name, value in fields.items()})
+    elif not isinstance(this, _ATOMS) and not tree_is_leaf(this):
         changed = tree_map(lambda leaf: with_tensors(leaf, change, kinds), this)
     return changed  # type: ignore[no-any-return]
 
