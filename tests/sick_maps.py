@@ -151,6 +151,10 @@ SICK: dict[str, tuple[Cause, Make]] = {
         _made(lambda z, x: torch.tanh(z @ (1.6 * _rotation(1.0, 1.2)).to(z)) + 0.1 * x, solver="picard", start=0.5),
     ),
     "several": (Cause.SEVERAL_EQUILIBRIA, _made(lambda z, x: torch.tanh(3 * z) + 0.01 * x, curable=False)),
+    "continuum": (
+        Cause.SINGULAR_JACOBIAN,
+        _made(lambda z, x: z - 0.5 * (z - x).mean(dim=1, keepdim=True), curable=False),
+    ),
     "none": (Cause.NO_EQUILIBRIUM, _made(lambda z, x: z + 1 + 0.1 * torch.sin(z) + 0 * x, curable=False)),
     "none, slower and slower": (
         Cause.NO_EQUILIBRIUM,

@@ -356,10 +356,12 @@ def test_error_in_the_map_is_the_users_own_and_leaves_the_model_as_it_was():
     assert layer.on_failure == "warn"
 
 
-def test_empty_batch():
-    report = diagnose(FixedPointLayer(lambda z, x: 0.5 * z + x), torch.ones(0, 3)).layers[""]
-    assert report.findings == ()
-    assert report.statuses == {}
+@pytest.mark.parametrize(("shape", "statuses"), [((0, 3), {}), ((2, 0), {"CONVERGED": 2})])
+def test_no_samples_or_samples_without_entries(shape, statuses):
+    diagnosis = diagnose(FixedPointLayer(lambda z, x: 0.5 * z + x), torch.ones(shape))
+    assert diagnosis.healthy
+    assert diagnosis.layers[""].statuses == statuses
+    assert "Nothing is wrong." in str(diagnosis)
 
 
 def test_figure_has_a_row_of_three_for_each_layer():

@@ -110,8 +110,8 @@ class Cause(enum.Enum):
     )
     SINGULAR_JACOBIAN = (
         "singular Jacobian",
-        "The Jacobian of F is singular at the root, or nearly so: the root is a multiple one, or one of a continuum. "
-        "Steps converge slowly, digits are lost, and the root has no derivative.",
+        "The Jacobian of F, which is z - f(z) for a map f, is singular at the solution, or nearly so: it is a multiple "
+        "one, or one of a continuum. Steps converge slowly, digits are lost, and the solution has no derivative.",
         "remove the common factor of the equations, or add the equation that is missing.",
     )
     UNSUITED_SOLVER = (

@@ -61,6 +61,11 @@ class Examination(abc.ABC):
         self._trials = Trials(replay, solution, self._point, self._failed)
         self.findings: list[Finding] = []
         self.proposal: Proposal | None = None
+        self.advice = ""
+        if not self._point.numel():
+            self.floor = torch.full(self._status.shape, math.nan, dtype=torch.float64)
+            self.spectrum = Spectrum.unknown(len(self._point))
+            return
         self.floor = precision_floor(self._map, self._point, self._generator).cpu().double()
         if self._map_is_unfit():
             self._measure(self._point)
@@ -71,9 +76,8 @@ class Examination(abc.ABC):
             self.proposal = self._trials.proposal(self._failed)
         else:
             self._measure(self._point)
-            if len(self._failed):
-                self._check_accuracy()
-                self._check_success()
+            self._check_accuracy()
+            self._check_success()
         self.findings.sort(key=lambda finding: -finding.num_samples)
         self.advice = next((f.cause.advice for f in self.findings if f.cause.advice), "")
 

@@ -145,7 +145,7 @@ def leading(eigenvalues: Tensor) -> complex:
 
 def complex_text(value: complex) -> str:
     """``0.95``, or ``0.3 +- 0.8i`` for a pair."""
-    if abs(value.imag) <= 1e-4 * abs(value):
+    if math.isnan(value.real) or abs(value.imag) <= 1e-4 * abs(value):
         return f"{value.real:.3g}"
     return f"{value.real:.3g} +- {abs(value.imag):.3g}i"
 

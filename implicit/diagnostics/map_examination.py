@@ -22,6 +22,8 @@ GOOD_RATE = 0.8
 APART = 0.05
 # A solve that converges is slow from so many steps on.
 MANY_STEPS = 100
+# An eigenvalue that is 1 but for so many times the rounding of the dtype.
+SINGULAR = 100
 # Plain steps that lead away from an equilibrium that repels.
 PLAIN = 20
 
@@ -33,6 +35,7 @@ class MapExamination(Examination):
         return self._replay.flat
 
     def _check_success(self) -> None:
+        self._find_singular()
         self._check_other_starts()
         self._check_speed()
 
@@ -133,6 +136,14 @@ class MapExamination(Examination):
             self._trials.make_damped(values[found])
         if causes & {Cause.SLOW_CONTRACTION, Cause.OSCILLATION, Cause.TOO_FEW_STEPS} and count <= 1000:
             self._trials.make(Setting(max_steps=math.ceil(1.2 * count) + 5))
+
+    def _find_singular(self) -> None:
+        distance = (self.spectrum.eigenvalues - 1).abs().nan_to_num(math.inf).amin(dim=1)
+        self._add(
+            Cause.SINGULAR_JACOBIAN,
+            distance <= SINGULAR * torch.finfo(self._replay.layout.dtype).eps,
+            "The Jacobian of the map has the eigenvalue 1 at the solution.",
+        )
 
     def _check_other_starts(self) -> None:
         """Solve again from two starts that differ, and compare the values.

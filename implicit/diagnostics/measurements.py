@@ -39,6 +39,12 @@ class Spectrum:
     residual: Tensor
     growth: Tensor
 
+    @classmethod
+    def unknown(cls, samples: int) -> "Spectrum":
+        """That of samples without entries, or of no samples."""
+        nan = torch.full((samples,), math.nan, dtype=torch.float64)
+        return cls(nan.to(torch.complex128).unsqueeze(1), nan, nan)
+
     @property
     def radius(self) -> Tensor:
         """(B,) the absolute value of the largest."""
