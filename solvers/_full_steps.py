@@ -10,6 +10,7 @@ from solvers._measure import Measure
 from solvers._rules import TINY
 from solvers._samples import count_true
 from solvers._secant import Secant, some_entries
+from solvers._solution import Status
 from solvers._stopping import Stopping
 from solvers.methods.dense_jacobian import with_jacobian
 from solvers.methods.descent import SUFFICIENT
@@ -21,6 +22,8 @@ from solvers.problem.norms import underflow
 
 # The part of the samples that must have ended before the others are copied together.
 SHARE = 0.25
+# A step of so many units of rounding is none.
+ROUNDED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,29 +35,34 @@ class Reached:
         num_steps: (B,) int64, the step at which the sample converged; 0 for one that has not.
         residual: (B,) the step that would have come next, relative to the value.
         error_estimate: (B,) as in :class:`Solution`.
+        limit: (B,) the norm of F that belongs to a next step as long as the tolerance; NaN where there is no root.
     """
 
     value: Tensor
     num_steps: Tensor
     residual: Tensor
     error_estimate: Tensor
+    limit: Tensor
 
     @classmethod
     def nothing(cls, z0: Tensor) -> "Reached":
         """No roots, from the start ``z0`` (B, D)."""
         nan = z0.new_full((len(z0),), math.nan)
-        return cls(z0.clone(), torch.zeros_like(nan, dtype=torch.int64), nan, nan.clone())
+        return cls(z0.clone(), torch.zeros_like(nan, dtype=torch.int64), nan, nan.clone(), nan.clone())
 
     def part(self, start: int, stop: int) -> "Reached":
         """A view of some samples."""
         return Reached(*(getattr(self, field.name)[start:stop] for field in dataclasses.fields(self)))
 
-    def store(self, rows: Tensor, step: int, value: Tensor, residual: Tensor, error_estimate: Tensor) -> None:
+    def store(
+        self, rows: Tensor, step: int, value: Tensor, residual: Tensor, error_estimate: Tensor, limit: Tensor
+    ) -> None:
         """Take in the samples ``rows`` (n,), which have converged in this step."""
         self.num_steps.index_fill_(0, rows, step)
         self.value.index_copy_(0, rows, value)
         self.residual.index_copy_(0, rows, residual)
         self.error_estimate.index_copy_(0, rows, error_estimate)
+        self.limit.index_copy_(0, rows, limit)
 
 
 @dataclasses.dataclass
@@ -114,6 +122,34 @@ def found(
     return met, estimate.masked_fill(error == 0, 0.0)
 
 
+def limit_of(measure: Measure, size: Tensor, error: Tensor, bound: Tensor) -> Tensor:
+    """(n,) what |F| may be at a root, if the next step, as long as ``bound``, were to ``error`` as it is to ``size``."""
+    return torch.where(error > 0, measure.in_units(size) * (bound / error), 0.0)
+
+
+def judged_again(f: RootMap, measure: Measure, reached: Reached, change: Tensor) -> Tensor:
+    """(B,) the status of each root, now that the others are where they are; for other samples, CONVERGED.
+
+    A root is none any more where F mixes samples, or changes from call to call. Where |F| is larger than the tolerance
+    would have it, the next step tells.
+
+    Args:
+        f: The map; called once more, with its Jacobian, where some |F| is so large.
+        measure: The norms and bounds.
+        reached: The roots; the residuals of those that are none become those of now.
+        change: (B,) the norm of F.
+    """
+    status = torch.full_like(reached.num_steps, Status.CONVERGED, dtype=torch.int8)
+    large = change > reached.limit
+    if not bool(large.any()):
+        return status
+    step = next_step(*with_jacobian(f.residual, reached.value)[:2])
+    error, scale = measure.parts(step), measure.parts(reached.value)
+    off = large & ~(error <= 2 * measure.bound(scale, ROUNDED * f.eps * scale))
+    reached.residual.copy_(torch.where(off, relative(error, scale), reached.residual))
+    return status.masked_fill(off, Status.UNSETTLED)
+
+
 class FullSteps:
     """Newton's method for as long as every full step of a sample is accepted.
 
@@ -171,7 +207,8 @@ class FullSteps:
         if num_met:
             rows = met.nonzero().squeeze(1)
             residual = relative(error[rows], scale[rows])
-            self._reached.store(rows, 1, self._fz[rows], residual, residual.new_full((num_met,), math.nan))
+            limit = limit_of(measure, size, error, measure.bound(scale, self._absolute))[rows]
+            self._reached.store(rows, 1, self._fz[rows], residual, torch.full_like(residual, math.nan), limit)
         if num_met or num_allowed < len(met):
             self._ended = met | ~allowed
 
@@ -207,10 +244,11 @@ class FullSteps:
         pace = with_tensors(self._pace, some)
         met, estimate = found(self._measure, secant, pace, error, scale, some(self._start_size), some(self._absolute))
         residual = relative(error, scale)
+        limit = limit_of(self._measure, pace.size, error, self._measure.bound(scale, some(self._absolute)))
         if not bool(met.all()):
-            rows, fz, residual, estimate = rows[met], fz[met], residual[met], estimate[met]
+            rows, fz, residual, estimate, limit = (part[met] for part in (rows, fz, residual, estimate, limit))
         places = rows if self._rows is None else self._rows.index_select(0, rows)
-        self._reached.store(places, step, fz, residual, estimate)
+        self._reached.store(places, step, fz, residual, estimate, limit)
         ended = torch.zeros(len(self._z), dtype=torch.bool, device=rows.device) if self._ended is None else self._ended
         self._ended = ended.index_fill(0, rows, True)
 

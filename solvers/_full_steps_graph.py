@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from solvers._full_steps import Pace, Reached, at_start, found, next_step
+from solvers._full_steps import Pace, Reached, at_start, found, limit_of, next_step
 from solvers._graph import LimitedTask
 from solvers._loop import Loop, Run
 from solvers._secant import Secant
@@ -80,7 +80,7 @@ def _start(task: LimitedTask, _: Tensor) -> Progress:
     start_size = measure.sizes_at_start(z0, first.scale)
     absolute = measure.absolute(start_size, of_root.unit)
     met, allowed = at_start(measure, first.error, first.scale, first.size, start_size, absolute)
-    nan = torch.full_like(first.error, math.nan)
+    nan, bound = torch.full_like(first.error, math.nan), measure.bound(first.scale, absolute)
     return Progress(
         start=z0,
         start_size=start_size,
@@ -93,6 +93,7 @@ def _start(task: LimitedTask, _: Tensor) -> Progress:
             num_steps=met.to(torch.int64),
             residual=torch.where(met, relative(first.error, first.scale), nan),
             error_estimate=nan,
+            limit=torch.where(met, limit_of(measure, first.size, first.error, bound), nan),
         ),
         pace=Pace(first.size, first.rounded, torch.minimum(start_size, first.scale)),
     )
@@ -111,12 +112,14 @@ def _turn(task: LimitedTask, now: Progress) -> Progress:
     last, latest = limits.entries_of(State(now.before, z)), limits.entries_of(State(z, fz))
     secant = Secant.between(last, latest, complete=limits.stride == 1, contracts=True)
     shown, estimate = found(measure, secant, pace, error, scale, now.start_size, now.absolute)
-    met, step = all_of(allowed, measure.bound(scale, now.absolute) >= error, shown), now.step + 1
+    bound, step = measure.bound(scale, now.absolute), now.step + 1
+    met = all_of(allowed, bound >= error, shown)
     reached = Reached(
         value=torch.where(allowed.unsqueeze(1), fz, z),
         num_steps=torch.where(met, step, known.num_steps),
         residual=torch.where(met, relative(error, scale), known.residual),
         error_estimate=torch.where(met, estimate, known.error_estimate),
+        limit=torch.where(met, limit_of(measure, size, error, bound), known.limit),
     )
     return dataclasses.replace(now, step=step, left=met < allowed, before=z, reached=reached, pace=pace)
 

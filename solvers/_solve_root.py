@@ -12,7 +12,7 @@ from torch import Tensor
 from solvers import _compiled as compiled
 from solvers._branch_free import Limits
 from solvers._failure import report_failure
-from solvers._full_steps import FullSteps, Reached
+from solvers._full_steps import FullSteps, Reached, judged_again
 from solvers._graph import LimitedTask
 from solvers._measure import Measure
 from solvers._registry import get_solver
@@ -129,6 +129,9 @@ class _Batch:
         self._z0 = self._layout.pack(z0).contiguous()
         self._chunk_size = len(self._z0) if chunk_size is None else chunk_size
         self._num_evals = 0
+        # What full steps have reached, and the norms in which it is judged.
+        self._reached: Reached | None = None
+        self._measure: Measure | None = None
         # What is known of the samples, flat; and which of them are not solved yet.
         self._found: dict[str, Tensor] = {}
         self._rest = torch.arange(len(self._z0), device=self._z0.device)
@@ -163,8 +166,8 @@ class _Batch:
     def take_full_steps(self, stopping: StopRule, *, compile: bool) -> None:
         """Solve the samples for which full Newton steps suffice."""
         assert isinstance(stopping, Stopping)
-        reached, number, changes = Reached.nothing(self._z0), len(self._z0), []
-        measure = Measure(stopping, self._layout)
+        reached, number, changes, statuses = Reached.nothing(self._z0), len(self._z0), [], []
+        self._measure = measure = Measure(stopping, self._layout)
         with without_autocast(self._layout.device.type):
             for start in range(0, number, self._chunk_size):
                 f, part = copy.copy(self._map), reached
@@ -181,10 +184,14 @@ class _Batch:
                     FullSteps(f, part, self._layout, stopping, self._in_dims, compact=self._separable).run()
                     change = measure.norm(of_all.residual(part.value))
                 changes.append(change)
+                if self._separable or bool((part.num_steps > 0).all()):
+                    statuses.append(judged_again(of_all, measure, part, change))
+                else:  # when the others are solved as well
+                    statuses.append(torch.full_like(part.num_steps, Status.CONVERGED, dtype=torch.int8))
                 self._num_evals += f.num_evals + of_all.num_evals
-        self._found = {field.name: getattr(reached, field.name) for field in dataclasses.fields(reached)}
-        self._found["change"] = changes[0] if len(changes) == 1 else torch.cat(changes)
-        self._found["status"] = torch.full_like(reached.num_steps, Status.CONVERGED, dtype=torch.int8)
+        self._reached = reached
+        self._found = {name: getattr(reached, name) for name in ("value", "num_steps", "residual", "error_estimate")}
+        self._found |= {"change": torch.cat(changes), "status": torch.cat(statuses)}
         self._rest = (reached.num_steps == 0).nonzero().squeeze(1)
 
     def _compiled_full_steps(self, f: RootMap, part: Reached, stopping: Stopping) -> Tensor | None:
@@ -225,6 +232,19 @@ class _Batch:
             if solution.history is not None:  # then the parts are the chunks, in their order
                 self._histories.append(solution.history)
             self._take_in(rows, dataclasses.replace(solution, value=layout.pack(solution.value)))
+        if self._reached is not None and not self._separable and len(self._rest):
+            self._judge_again(self._reached)
+
+    @torch.no_grad()
+    def _judge_again(self, reached: Reached) -> None:
+        """Judge what full steps have reached by F at the values of all samples."""
+        assert self._measure is not None
+        f, found = copy.copy(self._map), self._found
+        with without_autocast(self._layout.device.type):
+            found["change"] = self._measure.norm(f.residual(found["value"]))
+            status = judged_again(f, self._measure, reached, found["change"])
+        found["status"] = torch.maximum(found["status"], status)
+        self._num_evals += f.num_evals
 
     def _among_all(self, rows: Tensor, layout: Layout) -> Callable[..., Any]:
         """F for only the samples ``rows`` (n,), called with all: the others stay where they are."""

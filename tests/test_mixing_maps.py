@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from implicit import FixedPointLayer
-from solvers import ConvergenceWarning, Status, solve
+from solvers import ConvergenceWarning, Status, Stopping, solve, solve_root
 from solvers.linear import GMRES, BiCGStab, NormalCG, Richardson, get_linear_solver, linear_solve
 
 SOLVERS = ("picard", "anderson", "broyden", "squarem", "auto")
@@ -67,6 +67,37 @@ def test_samples_of_any_mixing_map_that_count_as_converged_are(seed, solver, str
 
     solution = solve(f, torch.zeros(7, 4), solver, on_failure="ignore")
     assert_true(f, solution, 1e-4)
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["newton", "newton_krylov", "anderson", "auto"]),
+    st.floats(0.01, 1.5),
+    st.sampled_from([1, 3]),
+    st.booleans(),
+)
+def test_roots_of_any_mixing_system_that_count_as_found_are(seed, solver, strength, size, linear):
+    generator = torch.Generator().manual_seed(seed)
+    mixing, source = (torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (5, size))
+    mixing /= torch.linalg.matrix_norm(mixing, 2)
+
+    def F(z):  # noqa: N802
+        return z + strength * (mixing @ z) + (0.0 if linear else 0.3 * z**3) - source
+
+    solution = solve_root(F, torch.ones(5, size), solver, on_failure="ignore", stopping=Stopping(rtol=1e-5))
+    if solution.converged.all():
+        assert F(solution.value).norm() <= 1e-3 * source.norm()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_coupled_unknowns_taken_for_samples_are_reported(compile, without_a_compiler):
+    matrix = torch.tensor([[4.0, 1.0], [2.0, 5.0]])
+    with pytest.warns(ConvergenceWarning, match=r"UNSETTLED: .*\nF mixes samples: .* batch_dims=0"):
+        solution = solve_root(lambda z: matrix @ z - 1, torch.ones(2), compile=compile)
+    assert "UNSETTLED" in solution.statuses()
+    assert (solution.residual[solution.status == Status.UNSETTLED] > 1e-4).all()
+    whole = solve_root(lambda z: matrix @ z - 1, torch.ones(2), batch_dims=0)
+    torch.testing.assert_close(matrix @ whole.value, torch.ones(2))
 
 
 def test_mixing_that_costs_no_digits_is_reported_and_leaves_the_statuses():
