@@ -14,7 +14,7 @@ from implicit.autograd.explicit_map import FirstCall, make_explicit
 from implicit.autograd.fixed_point_function import fixed_point_of
 from implicit.autograd.problem import Leaves, OneAtATime, Problem, vjp
 from implicit.autograd.torch_internals import cached_weights, current_loans, is_followed, transform_active
-from implicit.backward.implicit import for_leaves
+from implicit.backward.implicit import for_leaves, for_matrices
 from solvers import Solution, Status, report_failure
 from solvers.linear import AutoLinear, LinearSolver, get_linear_solver
 from solvers.problem import (
@@ -215,7 +215,8 @@ class _Answer:
 
         tensors = [leaf for leaf, known in zip(leaves, is_tensor, strict=True) if known]
         placeholder = torch.empty(0)
-        problem = self._problem(map_, self._linear_solver, 1, OneAtATime(find), transformed=True)
+        linear_solver = for_matrices(self._linear_solver, lambda: layouts[0])
+        problem = self._problem(map_, linear_solver, 1, OneAtATime(find), transformed=True)
         found = fixed_point_of(problem, [placeholder], tensors, [])
         if not found:
             raise ValueError(
@@ -266,7 +267,9 @@ class _Answer:
                     f"{self._name} must return a tensor or a pytree of tensors, got {type(leaf).__name__} in its "
                     "answer. Convert arrays with torch.as_tensor; return only what the condition determines."
                 )
-        return tree_map(Tensor.detach, value)
+        return tree_map(
+            lambda leaf: leaf.detach().clone(), value
+        )  # the next answer may be written into the same memory
 
     def _map(self, z: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         positional, named = self._arguments.of_condition(args, options)

@@ -123,7 +123,7 @@ def found(
 
 
 def limit_of(measure: Measure, size: Tensor, error: Tensor, bound: Tensor) -> Tensor:
-    """(n,) what |F| may be at a root, if the next step, as long as ``bound``, were to ``error`` as it is to ``size``."""
+    """(n,) the norm of F for a next step of ``bound``, if ``error`` belongs to ``size``."""
     return torch.where(error > 0, measure.in_units(size) * (bound / error), 0.0)
 
 

@@ -165,12 +165,19 @@ class Samples:
         """(B,) bool: whether the residual has fallen tenfold since the value grew so, with room for rounding in f."""
         tenfold = torch.add(10 * underflow(news.rounded), news.rounded, alpha=10)
         fallen = torch.add(tenfold, news.scale, alpha=10 * FLOOR * torch.finfo(tenfold.dtype).eps)
-        return fallen <= torch.where(news.of_samples.ungrown, self.reference, self.latest)
+        return fallen <= torch.where(news.of_samples.ungrown, self.reference, self._before_growth())
+
+    def _before_growth(self) -> Tensor:
+        """(B,) the residual before a step in which the value grows tenfold.
+
+        The smallest one, where the latest is larger than the value itself: that tells of an iterate far from its image.
+        """
+        return torch.where(self.latest <= self.next_growth, self.latest, self.least)
 
     def follow_growth(self, news: "News") -> None:
         """Remember where the value has grown tenfold, or is smaller than before."""
         grown = news.of_samples.ungrown < news.of_samples.allowed
-        self.reference = torch.where(grown, self.latest, self.reference)
+        self.reference = torch.where(grown, self._before_growth(), self.reference)
         self.smallest = torch.where(grown, news.scale, torch.minimum(self.smallest, news.scale))
         self.next_growth = 10 * self.smallest
 

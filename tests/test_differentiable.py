@@ -13,6 +13,7 @@ from sklearn.linear_model import Lasso
 from implicit import differentiable, projected_gradient, proximal_gradient, stationary
 from implicit.optima import project_affine, project_simplex, prox_l1
 from solvers import ConvergenceError, ConvergenceWarning, Status
+from solvers.linear import CG
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -309,6 +310,43 @@ def test_refusals():
         differentiable(optimality=torch.cos, rtol=-1)
     with pytest.raises(TypeError, match="differentiable has no option 'solve'. It is linear_solver"):
         differentiable(optimality=torch.cos, solve="cg")
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_preconditioners_get_what_they_are_written_for(batch_dims):
+    scale, x = torch.linspace(1, 9, 40), torch.ones(3, 40)[0 if batch_dims == 0 else slice(None)]
+    solved = differentiable(
+        optimality=lambda z, x: {"a": scale * z["a"] - x, "b": 2 * z["b"] - x},
+        linear_solver=CG(preconditioner=lambda r: {"a": r["a"] / scale, "b": r["b"] / 2}),
+        batch_dims=batch_dims,
+    )(lambda x: {"a": x / scale, "b": x / 2})
+
+    def total(x):
+        return sum(leaf.sum() for leaf in solved(x).values())
+
+    expected = (1 / scale + 0.5).expand_as(x)
+    torch.testing.assert_close(torch.func.grad(total)(x), expected)
+    torch.testing.assert_close(torch.func.jvp(total, (x,), (x,))[1], expected.sum())
+    pair = torch.stack((x, 2 * x))
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(total))(pair), expected.expand_as(pair))
+
+
+@pytest.mark.parametrize("transform", [torch.autograd.functional.jacobian, lambda f, x: torch.func.jacrev(f)(x)])
+def test_answers_that_are_written_into_the_same_memory(transform):
+    buffer = np.zeros(2)
+
+    @differentiable(optimality=lambda z, x: z**2 - x)
+    def root(x):
+        buffer[:] = np.sqrt(x.numpy())
+        return torch.from_numpy(buffer)
+
+    def first(x):
+        value = root(x)
+        root(4 * x.detach() + 1)
+        return value
+
+    x = torch.tensor([1.0, 4.0])
+    torch.testing.assert_close(transform(first, x), torch.diag(0.5 / x.sqrt()))
 
 
 def test_grad_mode_and_memory():

@@ -218,6 +218,24 @@ def test_dense_notices_matrices_that_are_singular_to_rounding(dtype):
         assert linear_solve(lambda x, a=a: x @ a.T, off, Dense(), on_failure="ignore").statuses() == ["BREAKDOWN"]
 
 
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6, 1e8, 1e10])
+def test_dense_claims_no_solution_whose_digits_are_all_lost(condition):
+    """In float32 and in any units, beside float64."""
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        a, size = decaying(generator, condition).float(), 8
+        rows, columns = (10.0 ** torch.randint(-3, 4, (size,), generator=generator) for _ in range(2))
+        b = rows * torch.randn(1, size, generator=generator)
+        a, b = (rows.unsqueeze(1) * a * columns).float(), b.float()
+        solution = linear_solve(product(a[None]), b, Dense(), on_failure="ignore")
+        exact = torch.linalg.solve(a.double(), b[0].double())
+        error = (columns * (solution.value[0] - exact)).norm() / (columns * exact).norm()
+        if condition <= 1e4:
+            assert solution.converged.all()
+        if solution.converged.all():
+            assert error < 0.5
+
+
 def test_dense_takes_a_tolerance_at_its_word():
     a, b = decaying(torch.Generator().manual_seed(0), 1e12), torch.ones(1, 8)
     without, strict = (

@@ -17,6 +17,7 @@ from implicit.autograd.torch_internals import cached_weights, copy_of_cache, cur
 from implicit.backward.backward import Backward, SolveOptions
 from solvers import Solution
 from solvers.linear import LinearSolver, Richardson, get_linear_solver
+from solvers.problem import Layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,20 @@ def for_leaves(linear_solver: LinearSolver, spec: TreeSpec) -> LinearSolver:
     return linear_solver.with_preconditioners(
         lambda preconditioner: lambda leaves: tree_leaves(preconditioner(tree_unflatten(leaves, spec)))
     )
+
+
+def for_matrices(linear_solver: LinearSolver, layout: Callable[[], Layout]) -> LinearSolver:
+    """The same for a state that is given as one matrix (B, D), in a list, of a layout that is known when it solves."""
+
+    def of_matrices(preconditioner: Callable[[Any], Any]) -> Callable[[list[Tensor]], list[Tensor]]:
+        def of_matrix(flat: Tensor) -> Tensor:
+            if flat.dim() > 2:  # mapped by vmap
+                return torch.func.vmap(of_matrix)(flat)
+            return layout().pack(preconditioner(layout().unpack(flat)))
+
+        return lambda leaves: [of_matrix(leaves[0])]
+
+    return linear_solver.with_preconditioners(of_matrices)
 
 
 def solve_implicitly(

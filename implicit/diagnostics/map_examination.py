@@ -138,10 +138,11 @@ class MapExamination(Examination):
             self._trials.make(Setting(max_steps=math.ceil(1.2 * count) + 5))
 
     def _find_singular(self) -> None:
+        dtype = self._replay.layout.dtype
         distance = (self.spectrum.eigenvalues - 1).abs().nan_to_num(math.inf).amin(dim=1)
         self._add(
             Cause.SINGULAR_JACOBIAN,
-            distance <= SINGULAR * torch.finfo(self._replay.layout.dtype).eps,
+            distance <= SINGULAR * torch.finfo(dtype).eps,
             "The Jacobian of the map has the eigenvalue 1 at the solution.",
         )
 
