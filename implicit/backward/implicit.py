@@ -17,6 +17,7 @@ from implicit.autograd.torch_internals import cached_weights, copy_of_cache, cur
 from implicit.backward.backward import Backward, SolveOptions
 from solvers import Solution
 from solvers.linear import LinearSolver, Richardson, get_linear_solver
+from solvers.problem import Layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,8 @@ def solve_under_transform(
         problem_type: What the derivatives are solved by.
         constant: Take no derivative.
     """
+    # Before torch.func.vmap adds its dimensions to the state and to batch_dims.
+    Layout(z0, options.batch_dims)
     start, spec = tree_flatten(z0)
     explicit, tensors = make_explicit_under_transform(f, z0, args)
     if constant:
