@@ -126,6 +126,15 @@ def test_conditions_are_given_by_name():
         differentiable(lambda z, x: z - x)
 
 
+@pytest.mark.parametrize("start", [3.3, 0.5, -20.0])
+@pytest.mark.parametrize("function", [lambda z: z**2 + 1, torch.cosh, lambda z: z**4 + z**2 + 1])
+def test_newton_where_there_is_no_root(function, start):
+    """50 steps without a smaller residual are stagnation, and 50 are the most by default."""
+    for options, expected in (({}, ["MAX_STEPS"]), ({"max_steps": 150}, ["MAX_STEPS", "STAGNATED"])):
+        solution = root(function, torch.tensor([[start]]), on_failure="ignore", return_solution=True, **options)[1]
+        assert solution.statuses()[0] in expected
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [
