@@ -21,7 +21,7 @@ from solvers import (
     get_solver,
     stop_rule,
 )
-from solvers.problem import InDims, OnFailure, S, names_options
+from solvers.problem import InDims, OnFailure, S, names_options, require_callable
 
 # Takes the map, the start, its other arguments, the backward mode, the options and the owner of a solve.
 Solve = Callable[[Callable[..., Any], Any, tuple[Any, ...], Backward, SolveOptions, object], Solution[Any]]
@@ -116,6 +116,7 @@ def fixed_point(
         >>> x.grad  # 1 / (2 sqrt(x))
         tensor([[0.3536]])
     """
+    require_callable("fixed_point(f)", f)
     mode = get_backward(backward)
     options = SolveOptions(
         solver=get_solver(solver),

@@ -24,7 +24,7 @@ from solvers import (
     report_failure,
     stop_rule,
 )
-from solvers.problem import InDims, Layout, OnFailure, check_not_written, version_of
+from solvers.problem import InDims, Layout, OnFailure, check_not_written, require_callable, version_of
 
 
 class InvertibleResidual(ImplicitLayer):
@@ -100,8 +100,7 @@ class InvertibleResidual(ImplicitLayer):
         in_dims: InDims = 0,
         on_failure: OnFailure = "warn",
     ) -> None:
-        if not callable(g):
-            raise TypeError(f"InvertibleResidual(g) must be given a callable, got {g!r}. Pass a module or a function.")
+        require_callable("InvertibleResidual(g)", g)
         default = Stopping(rtol=1e-6, max_steps=100)
         super().__init__(
             solver=solver,

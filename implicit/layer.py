@@ -11,7 +11,7 @@ from implicit.implicit_layer import ImplicitLayer
 from implicit.solve_keywords import LayerKeywords
 from implicit.training.iterates import iterates
 from solvers import NOT_GIVEN, NotGiven, Solution, Solver, StopRule, Tolerance, stop_rule
-from solvers.problem import InDims, OnFailure, S, names_options
+from solvers.problem import InDims, OnFailure, S, names_options, require_callable
 
 
 class FixedPointLayer(ImplicitLayer, Generic[S]):
@@ -116,13 +116,7 @@ class FixedPointLayer(ImplicitLayer, Generic[S]):
         compile: bool = False,
         on_failure: OnFailure = "warn",
     ) -> None:
-        if not callable(f):
-            raise TypeError(f"FixedPointLayer(f) must be given a callable, got {f!r}.")
-        if isinstance(f, type):
-            raise TypeError(
-                f"FixedPointLayer(f) must be given a map, got the class {f.__name__}. Make an object of it first: "
-                f"FixedPointLayer({f.__name__}(...))."
-            )
+        require_callable("FixedPointLayer(f)", f)
         if not (init is None or callable(init)):
             raise TypeError(
                 f"FixedPointLayer(init=...) must be a callable of the inputs that returns the start, got {init!r}. For "

@@ -10,7 +10,7 @@ from implicit.backward import Backward, Implicit, SolveOptions, get_backward
 from implicit.functional import solve_with_gradient
 from implicit.solve_keywords import RootKeywords
 from solvers import NOT_GIVEN, NotGiven, Solution, Solver, Stopping, StopRule, Tolerance, get_solver, stop_rule
-from solvers.problem import InDims, OnFailure, S, names_options
+from solvers.problem import InDims, OnFailure, S, names_options, require_callable
 
 
 @overload
@@ -113,6 +113,7 @@ def root(
         >>> z.item(), x.grad.item()  # the cube root of 2, and a third of its quotient with 2
         (1.259921..., 0.20998...)
     """
+    require_callable("root(F)", F)
     mode = get_backward(backward)
     leaves = [leaf for leaf in tree_leaves(z0) if isinstance(leaf, torch.Tensor) and leaf.dtype.is_floating_point]
     rtol_by_default = max((torch.finfo(leaf.dtype).eps ** 0.5 for leaf in leaves), default=1e-4)

@@ -229,6 +229,8 @@ class Solution(Generic[S]):
             line = f"{len(indices)} of {status.numel()} samples {member.name}"
             if member is not Status.CONVERGED:
                 line += f": {member.message}"
+                if member is Status.BREAKDOWN:
+                    line += getattr(self.solver, "on_breakdown", "")
             if member is not Status.UNTESTED and residual is not None:
                 worst = max(indices, key=lambda i: _nan_to_inf(float(residual[i])))
                 line += f" (worst residual {float(residual[worst]):.2e}, sample {self._index(worst)})"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from solvers import ConvergenceError, ConvergenceWarning, Status
-from solvers.linear import GMRES, BiCGStab, NeumannSeries, Richardson, linear_solve
+from solvers.linear import CG, GMRES, BiCGStab, NeumannSeries, Richardson, linear_solve
 
 
 def systems(dtype, batch=8, size=24):
@@ -237,6 +237,16 @@ def test_richardson_hands_on_what_is_slow():
         alone = linear_solve(product(a[i : i + 1]), b[i : i + 1], solver)
         assert torch.allclose(alone.value[0], solution.value[i], rtol=1e-10)
         assert alone.num_steps[0] == solution.num_steps[i]
+
+
+@pytest.mark.parametrize("preconditioner", [None, lambda x: x * torch.tensor([1.0, -1.0, 2.0])])
+def test_a_breakdown_of_cg_says_what_it_needs(preconditioner):
+    a = torch.tensor([1.0, -1.0, 2.0] if preconditioner is None else [1.0, 1.0, 2.0])
+    with pytest.raises(ConvergenceError, match='preconditioner, is not symmetric positive definite: use "gmres", "no'):
+        linear_solve(lambda x: a * x, torch.ones(1, 3), CG(preconditioner=preconditioner), on_failure="raise")
+    with pytest.raises(ConvergenceError) as caught:
+        linear_solve(lambda x: 0 * x, torch.ones(1, 3), GMRES(), on_failure="raise")
+    assert "definite" not in str(caught.value)
 
 
 def test_richardson_statuses():

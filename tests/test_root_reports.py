@@ -1,11 +1,23 @@
 """What a solve for a root says of starts, functions and options that are not as they should be."""
 
+import re
+
 import pytest
 import torch
 
-from implicit import fixed_point, root
-from solvers import Anderson, ConvergenceError, ConvergenceWarning, solve
-from solvers.linear import GMRES
+from implicit import (
+    FixedPointLayer,
+    Implicit,
+    InvertibleResidual,
+    Phantom,
+    differentiable,
+    fixed_point,
+    root,
+    stationary,
+)
+from implicit.optima import project_simplex, projected_gradient, proximal_gradient
+from solvers import Anderson, Broyden, ConvergenceError, ConvergenceWarning, Newton, Picard, solve, solve_root
+from solvers.linear import CG, GMRES, NeumannSeries
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -72,11 +84,77 @@ def test_refusals():
         (Anderson, "m", "memory=... here"),
         (Anderson, "beta", "damping=... here"),
         (GMRES, "maxiter", "max_steps=... here"),
+        *[
+            (face, "linear_solver", "It is backward=Implicit(linear_solver=...) here")
+            for face in (
+                lambda **options: root(torch.cos, torch.ones(1), **options),
+                lambda **options: fixed_point(torch.cos, torch.ones(1), **options),
+                lambda **options: FixedPointLayer(torch.cos, **options),
+            )
+        ],
+        (Implicit, "tol", "It is linear_solver=GMRES(rtol=...) here"),
+        (Implicit, "rtol", "It is linear_solver=GMRES(rtol=...) here"),
+        (Implicit, "maxiter", "It is linear_solver=GMRES(max_steps=...) here"),
+        (Implicit, "max_steps", "It is linear_solver=GMRES(max_steps=...) here"),
+        *[
+            (solver, option, f"It is {ours}=...")
+            for solver in (Anderson, Broyden, Newton, Picard)
+            for option, ours in (
+                ("maxiter", "max_steps"),
+                ("max_steps", "max_steps"),
+                ("tol", "rtol"),
+                ("rtol", "rtol"),
+                ("atol", "atol"),
+            )
+        ],
+        (Phantom, "maxiter", "It is steps=... here"),
+        (NeumannSeries, "maxiter", "It is terms=... here"),
+        (CG, "M", "It is preconditioner=... here"),
+        (differentiable, "argnums", "Leave it out: derivatives to all tensor arguments are right"),
+        (differentiable, "has_aux", "Leave it out: return only what the condition determines"),
     ],
 )
 def test_names_of_other_libraries(face, option, ours):
-    with pytest.raises(TypeError, match=ours):
+    with pytest.raises(TypeError, match=re.escape(ours)):
         face(**{option: 1})
+
+
+def test_conditions_are_given_by_name():
+    with pytest.raises(
+        TypeError, match=r"takes keyword arguments only, got <function .*optimality=F for F\(z, \*args\)"
+    ):
+        differentiable(lambda z, x: z - x)
+
+
+@pytest.mark.parametrize("start", [3.3, 0.5, -20.0])
+@pytest.mark.parametrize("function", [lambda z: z**2 + 1, torch.cosh, lambda z: z**4 + z**2 + 1])
+def test_newton_where_there_is_no_root(function, start):
+    """50 steps without a smaller residual are stagnation, and 50 are the most by default."""
+    for options, expected in (({}, ["MAX_STEPS"]), ({"max_steps": 150}, ["MAX_STEPS", "STAGNATED"])):
+        solution = root(function, torch.tensor([[start]]), on_failure="ignore", return_solution=True, **options)[1]
+        assert solution.statuses()[0] in expected
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda f: solve(f, torch.ones(1, 1)), "The solver"),
+        (lambda f: solve_root(f, torch.ones(1, 1)), "The solver"),
+        (lambda f: root(f, torch.ones(1, 1)), "root(F)"),
+        (lambda f: fixed_point(f, torch.ones(1, 1)), "fixed_point(f)"),
+        (FixedPointLayer, "FixedPointLayer(f)"),
+        (InvertibleResidual, "InvertibleResidual(g)"),
+        (stationary, "stationary(objective)"),
+        (lambda f: projected_gradient(f, project_simplex), "stationary(objective)"),
+        (lambda f: projected_gradient(torch.sum, f), "projected_gradient(projection)"),
+        (lambda f: proximal_gradient(torch.sum, f), "proximal_gradient(prox)"),
+    ],
+)
+def test_what_cannot_be_called(call, name):
+    with pytest.raises(TypeError, match=re.escape(f"{name} must be given a callable, got 3. Pass a function")):
+        call(3)
+    with pytest.raises(TypeError, match=re.escape(f"{name} must be given a map, got the class Tanh. Make an object")):
+        call(torch.nn.Tanh)
 
 
 @pytest.mark.parametrize("solver", ["newton", "newton_krylov", "anderson", "broyden"])

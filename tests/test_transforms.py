@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
-from implicit import FixedPointLayer, Implicit, fixed_point
+from implicit import FixedPointLayer, Implicit, fixed_point, root
 from solvers.linear import GMRES
 
 OPTIONS = {
@@ -116,3 +116,22 @@ def test_captured_tensors_are_refused_under_transforms():
     for run in (lambda: grad(captured)(w), lambda: jvp(captured, (w,), (w,)), lambda: vmap(captured)(w.unsqueeze(0))):
         with pytest.raises(RuntimeError, match=message):
             run()
+
+
+@pytest.mark.parametrize("backward", ["implicit", "phantom", "unrolled"])
+@pytest.mark.parametrize("solve", [fixed_point, root])
+def test_a_single_number_under_vmap(solve, backward):
+    """What is said of its shape is that of one entry, as the caller sees it."""
+
+    def of_one(x, **options):
+        solver = "picard" if solve is fixed_point else "broyden"
+        return solve(lambda z, x: z / 3 + x if solve is fixed_point else 2 * z / 3 - x, x, x, solver=solver, **options)
+
+    x = torch.rand(3, 2)
+    with pytest.raises(
+        ValueError, match=r"batch_dims=1 but a state tensor has shape \(\)\. Lower batch_dims \(0 means"
+    ):
+        vmap(vmap(lambda x: of_one(x, backward=backward)))(x)
+    if backward != "unrolled":
+        z = vmap(vmap(lambda x: of_one(x, backward=backward, batch_dims=0, rtol=1e-8)))(x)
+        assert torch.allclose(z, 1.5 * x)

@@ -151,6 +151,8 @@ def solve_under_transform(
         problem_type: What the derivatives are solved by.
         constant: Take no derivative.
     """
+    # Before torch.func.vmap adds its dimensions to the state and to batch_dims.
+    Layout(z0, options.batch_dims)
     start, spec = tree_flatten(z0)
     explicit, tensors = make_explicit_under_transform(f, z0, args)
     if constant:

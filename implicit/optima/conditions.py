@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from solvers.problem import require_callable
+
 
 def stationary(objective: Callable[..., Any]) -> Callable[..., Any]:
     """The condition that the gradient of an objective is zero: ``F(z, *args) = d objective(z, *args) / dz``.
@@ -35,6 +37,7 @@ def stationary(objective: Callable[..., Any]) -> Callable[..., Any]:
         >>> torch.autograd.grad(fit(x, y, penalty).sum(), penalty)
         (tensor(-0.5000),)
     """
+    require_callable("stationary(objective)", objective)
 
     def gradient(z: Any, *args: Any, **options: Any) -> Any:
         def total(z: Any) -> Tensor:
@@ -77,6 +80,7 @@ def projected_gradient(
         >>> torch.autograd.grad(nearest(x)[0], x)
         (tensor([ 0.5000, -0.5000,  0.0000]),)
     """
+    require_callable("projected_gradient(projection)", projection)
     condition = proximal_gradient(objective, lambda point, step, *args: projection(point), step)
     return _of_objective(condition, "projected_gradient", objective)
 
@@ -112,6 +116,7 @@ def proximal_gradient(objective: Callable[..., Any], prox: Callable[..., Any], s
         >>> torch.autograd.grad(fit(x, y, penalty).sum(), penalty)
         (tensor(-1.),)
     """
+    require_callable("proximal_gradient(prox)", prox)
     if not step > 0:
         raise ValueError(f"The step must be a number > 0, got {step!r}.")
     gradient = stationary(objective)

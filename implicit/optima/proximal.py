@@ -1,12 +1,13 @@
 """Proximal operators, differentiable almost everywhere.
 
 That of a convex g with a strength t is ``argmin over z of |z - x|^2 / 2 + t g(z)``; a step of proximal gradient descent
-takes the step times the weight of g for t.
+takes the step times the weight of g for t. A strength that is a negative number is a ValueError; where a tensor is
+negative, the result is NaN, because a check would wait for the device.
 """
 
 from torch import Tensor
 
-from implicit.optima.projections import project_ball, project_box
+from implicit.optima.projections import nonnegative, project_ball, project_box
 
 Number = float | Tensor
 
@@ -24,6 +25,7 @@ def prox_l1(x: Tensor, strength: Number) -> Tensor:
         >>> prox_l1(torch.tensor([-2.0, 0.5, 3.0]), 1.0)
         tensor([-1.,  0.,  2.])
     """
+    strength = nonnegative("prox_l1(strength=...)", strength)
     return x - project_box(x, -strength, strength)
 
 
@@ -35,7 +37,8 @@ def prox_elastic_net(x: Tensor, strength: Number, ridge: Number) -> Tensor:
         strength: t >= 0, a number or a tensor that is broadcast against x.
         ridge: The weight of the squares beside that of the absolute values, >= 0; likewise.
     """
-    return prox_l1(x, strength) / (1 + strength * ridge)
+    strength = nonnegative("prox_elastic_net(strength=...)", strength)
+    return prox_l1(x, strength) / (1 + strength * nonnegative("prox_elastic_net(ridge=...)", ridge))
 
 
 def prox_squared_l2(x: Tensor, strength: Number) -> Tensor:
@@ -45,7 +48,7 @@ def prox_squared_l2(x: Tensor, strength: Number) -> Tensor:
         x: Any shape.
         strength: t >= 0, a number or a tensor that is broadcast against x.
     """
-    return x / (1 + strength)
+    return x / (1 + nonnegative("prox_squared_l2(strength=...)", strength))
 
 
 def prox_group_lasso(x: Tensor, strength: Number) -> Tensor:
@@ -55,4 +58,5 @@ def prox_group_lasso(x: Tensor, strength: Number) -> Tensor:
         x: (..., D); each vector along the last dimension is a group.
         strength: t >= 0, a number or (...), one for each group.
     """
+    strength = nonnegative("prox_group_lasso(strength=...)", strength)
     return x - project_ball(x, strength)  # Moreau's decomposition

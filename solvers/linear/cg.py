@@ -1,6 +1,7 @@
 """Conjugate gradients, for symmetric positive definite systems and for normal equations."""
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class CG(KrylovSolver):
         Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", J. Res. Nat. Bur. Standards
         49 (1952).
     """
+
+    on_breakdown: ClassVar[str] = (
+        " With CG it may also mean that the operator, or the preconditioner, is not symmetric positive definite: use "
+        '"gmres", "normal_cg" or "dense" for such an operator.'
+    )
 
     def cycle(
         self, matvec: FlatMatvec, r: Tensor, limits: CycleLimits, history: list[Tensor]

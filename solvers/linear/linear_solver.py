@@ -69,10 +69,12 @@ class LinearSolver(Hyperparameters, abc.ABC):
     Attributes:
         tested: Whether the method tests its residual. One that does not never waits for the device, and compiles.
         is_series: Whether the method sums powers of I - A, so that the size and the sign of A matter.
+        on_breakdown: What else BREAKDOWN may mean for this method, for messages; a sentence that begins with a space.
     """
 
     tested: ClassVar[bool] = True
     is_series: ClassVar[bool] = False
+    on_breakdown: ClassVar[str] = ""
 
     def with_default_rtol(self, rtol: float) -> Self:
         """This solver, with ``rtol`` for its relative tolerance if its own is None."""

@@ -81,6 +81,7 @@ class Solver(Hyperparameters, abc.ABC):
 
     differentiable: ClassVar[bool] = True
     estimates_inverse: ClassVar[bool] = False
+    options_of_solves: ClassVar[tuple[str, ...]] = ("rtol", "atol", "max_steps")
 
     @abc.abstractmethod
     def init(self, f: FlatMapping, z0: Tensor) -> State:

@@ -2,7 +2,7 @@
 
 from solvers.problem.autocast import AutocastMode, without_autocast
 from solvers.problem.compile_option import check_compile
-from solvers.problem.flat_map import FlatMap, InDims, check_not_written, mixing_advice, version_of
+from solvers.problem.flat_map import FlatMap, InDims, check_not_written, mixing_advice, require_callable, version_of
 from solvers.problem.foreign_names import names_options
 from solvers.problem.hyperparameters import (
     Hyperparameters,
@@ -57,6 +57,7 @@ __all__ = [
     "names_options",
     "recorded",
     "relative",
+    "require_callable",
     "require_damping",
     "require_positive",
     "require_positive_int",

@@ -30,6 +30,16 @@ def check_not_written(z: Tensor, version: int | None, what_happened: str) -> Non
         )
 
 
+def require_callable(name: str, f: object) -> None:
+    """Raise a TypeError that begins with ``name`` unless ``f`` can be called, and is no class."""
+    if isinstance(f, type):
+        raise TypeError(
+            f"{name} must be given a map, got the class {f.__name__}. Make an object of it first: {f.__name__}(...)."
+        )
+    if not callable(f):
+        raise TypeError(f"{name} must be given a callable, got {f!r}. Pass a function or a module.")
+
+
 class FlatMap:
     """The user's map as the solvers see it: (B, D) -> (B, D), counted, checked, and frozen for finished samples.
 
@@ -49,6 +59,7 @@ class FlatMap:
     def __init__(
         self, f: Callable[..., Any], args: tuple[Any, ...], layout: Layout, autocast: AutocastMode | None = None
     ) -> None:
+        require_callable("The solver", f)
         if not isinstance(args, (tuple, list)):
             raise TypeError(
                 f"args must be a tuple of what f takes after z, got a {type(args).__name__}. For one, write args=(x,)."

@@ -9,14 +9,25 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_NOTHING = "nothing"
+_UNNAMED = ""  # what is given without a name
+_STEPS = (
+    ("max_steps", "max_steps=..."),
+    ("steps", "steps=..."),
+    ("terms", "terms=..."),
+    ("linear_solver", "linear_solver=GMRES(max_steps=...)"),
+)
+_RTOL = (("rtol", "rtol=..."), ("linear_solver", "linear_solver=GMRES(rtol=...)"))
+_TOLERANCE = (("rtol", "rtol=... for a relative tolerance, atol=... for an absolute one"), _RTOL[1])
+
 # The other name -> the options that it may mean here, the likeliest first, each with how to write it.
 _OURS: dict[str, tuple[tuple[str, str], ...]] = {
     # torchdeq
     "f_solver": (("solver", 'solver="anderson"'),),
-    "f_max_iter": (("max_steps", "max_steps=..."),),
-    "f_tol": (("rtol", "rtol=..."),),
-    "f_eps": (("rtol", "rtol=..."),),
-    "f_stop_mode": (("rtol", "rtol=... for a relative tolerance, atol=... for an absolute one"),),
+    "f_max_iter": _STEPS,
+    "f_tol": _RTOL,
+    "f_eps": _RTOL,
+    "f_stop_mode": _TOLERANCE,
     "b_solver": (("backward", 'backward=Implicit(linear_solver="gmres")'),),
     "b_max_iter": (("backward", "backward=Implicit(linear_solver=GMRES(max_steps=...))"),),
     "b_tol": (("backward", "backward=Implicit(linear_solver=GMRES(rtol=...))"),),
@@ -26,17 +37,17 @@ _OURS: dict[str, tuple[tuple[str, str], ...]] = {
     "hook_ift": (("backward", 'backward="implicit"'),),
     "grad": (("backward", "backward=Phantom(steps=...)"),),
     "tau": (("damping", "damping=..."), ("backward", "backward=Phantom(damping=...)")),
-    "stop_mode": (("rtol", "rtol=... for a relative tolerance, atol=... for an absolute one"),),
-    "eps": (("rtol", "rtol=..."),),
+    "stop_mode": _TOLERANCE,
+    "eps": _RTOL,
     "lam": (("least_squares", "nothing: the least-squares problem needs no ridge"),),
     # jaxopt, optimistix, scipy
-    "max_iter": (("max_steps", "max_steps=..."),),
-    "maxiter": (("max_steps", "max_steps=..."),),
-    "max_iters": (("max_steps", "max_steps=..."),),
-    "num_iters": (("max_steps", "max_steps=..."),),
-    "max_iterations": (("max_steps", "max_steps=..."),),
-    "tol": (("rtol", "rtol=... for a relative tolerance, atol=... for an absolute one"),),
-    "xtol": (("rtol", "rtol=..."),),
+    "max_iter": _STEPS,
+    "maxiter": _STEPS,
+    "max_iters": _STEPS,
+    "num_iters": _STEPS,
+    "max_iterations": _STEPS,
+    "tol": _TOLERANCE,
+    "xtol": _RTOL,
     "ftol": (("atol", "atol=..."),),
     "m": (("memory", "memory=..."), ("solver", "solver=Anderson(memory=...)")),
     "history_size": (("memory", "memory=..."), ("solver", "solver=Anderson(memory=...)")),
@@ -54,19 +65,32 @@ _OURS: dict[str, tuple[tuple[str, str], ...]] = {
     "optimality_fun": (("optimality", "optimality=..."), ("F", "F")),
     "fixed_point_fun": (("fixed_point", "fixed_point=..."), ("f", "f")),
     "has_aux": (("optimality", "nothing: return only what the condition determines"), ("f", "nothing")),
+    "argnums": (("optimality", "nothing: derivatives to all tensor arguments are right"),),
+    # Ours, where they are called otherwise.
+    "linear_solver": (("backward", "backward=Implicit(linear_solver=...)"),),
+    "max_steps": _STEPS,
+    "rtol": _RTOL,
+    "atol": (("atol", "atol=..."), ("linear_solver", "linear_solver=GMRES(atol=...)")),
+    "M": (("preconditioner", "preconditioner=..."),),
+    _UNNAMED: (("optimality", "optimality=F for F(z, *args) = 0, or fixed_point=T for T(z, *args) = z,"),),
 }
 
 
-def hint(option: str, known: list[str]) -> str:
+def hint(option: str, known: list[str], of_solves: tuple[str, ...] = ()) -> str:
     """What an unknown option is called here, as a sentence that begins with a space; empty if nobody knows.
 
     Args:
         option: The unknown option.
         known: Those that exist.
+        of_solves: Those that belong to the call of what is constructed.
     """
     for name, written in _OURS.get(option, ()):
+        if name in known and written.startswith(_NOTHING):
+            return f" Leave it out{written.removeprefix(_NOTHING)}."
         if name in known:
             return f" It is {written} here."
+        if name in of_solves:
+            return f" It is {written}, in the call of solve, fixed_point, root or FixedPointLayer."
     near = difflib.get_close_matches(option, known, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
@@ -79,6 +103,7 @@ def names_options(function: Callable[P, R]) -> Callable[P, R]:
         for name, parameter in parameters.items()
         if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
+    is_named = all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters.values())
     takes_inputs = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values())
     elsewhere = " What the map takes is given without a name." if takes_inputs else ""
     allowed = frozenset(known)
@@ -90,6 +115,11 @@ def names_options(function: Callable[P, R]) -> Callable[P, R]:
             option = next(name for name in options if name not in allowed)
             advice = hint(option, known) or elsewhere
             raise TypeError(f"{title} has no option {option!r}.{advice} Its options: {', '.join(known)}.")
+        if args and is_named:
+            ours = hint(_UNNAMED, known)
+            raise TypeError(
+                f"{title} takes keyword arguments only, got {args[0]!r}.{ours} Its options: {', '.join(known)}."
+            )
         return function(*args, **options)
 
     return checked

@@ -19,6 +19,8 @@ class Hyperparameters:
 
     # Of each class by itself, found when it is first used.
     _option_names: ClassVar[list[str]]
+    # Options that do not belong to the object but to the solve that it is given to, for messages.
+    options_of_solves: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         if not dataclasses.is_dataclass(cls):
@@ -37,7 +39,8 @@ class Hyperparameters:
             raise TypeError(f"{cls.__name__} takes keyword arguments only, got {args!r}. Its options: {known}.")
         for option in options:
             if option not in names:
-                raise TypeError(f"{cls.__name__} has no option {option!r}.{hint(option, names)} Its options: {known}.")
+                ours = hint(option, names, cls.options_of_solves)
+                raise TypeError(f"{cls.__name__} has no option {option!r}.{ours} Its options: {known}.")
         return super().__new__(cls)
 
 

@@ -49,7 +49,8 @@ class Layout:
             if leaf.dim() < batch_dims:
                 raise ValueError(
                     f"batch_dims={batch_dims} but a state tensor has shape {tuple(leaf.shape)}. Lower batch_dims "
-                    "(0 means one problem) or give the state its batch dimensions."
+                    "(0 means one problem, also for each entry of torch.func.vmap) or give the state its batch "
+                    "dimensions."
                 )
         first = leaves[0]
         self.batch_shape = first.shape[:batch_dims]
