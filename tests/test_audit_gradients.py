@@ -146,3 +146,77 @@ def test_unfit_arguments_are_refused():
         audit_gradients(layer, x, loss=torch.sum, modes=("exact",))
     with pytest.raises(ValueError, match="no implicit layer"):
         audit_gradients(nn.Linear(3, 3), x, loss=torch.sum)
+
+
+@pytest.mark.parametrize(("q", "options"), [(-1.5, {}), (0.999, {"max_steps": 50})], ids=["diverges", "is slow"])
+def test_solve_that_fails_is_compared_with_the_solution_that_another_solver_finds(q, options):
+    """The gradient of ``z' z`` to x is proportional to z: at ``x / (1 - q)``, and at what Picard has reached."""
+    layer = FixedPointLayer(Linear(q), solver="picard", on_failure="ignore", **options)
+    x = torch.randn(4, 3)
+    audit = audit_gradients(layer, x, loss=lambda z: z.square().sum(), modes=("implicit",))
+    assert audit.unsolved == audit.to_dict()["unsolved"] == {}
+    share = float(layer(x).detach().norm() / (x / (1 - q)).norm())
+    assert not 0.5 < share < 2
+    assert audit.modes["implicit"].groups["(inputs)"].norm_ratio == pytest.approx(share, rel=1e-3)
+    assert audit.cheapest("the beginning of training") is None
+
+
+def test_reference_is_the_solution_that_the_layer_found():
+    """The solutions are x and -x. Plain steps jump to -x, where they are slow; shorter ones lead to x."""
+
+    def f(z, x):
+        return torch.where(z > 5, -1.001 * x, z - 0.025 * z * (z * z - x * x))
+
+    layer = FixedPointLayer(f, solver="picard", init=lambda x: 10 * x, max_steps=10)
+    audit = audit_gradients(layer, torch.ones(2, 1), loss=torch.sum, modes=("implicit",))
+    assert audit.unsolved == {}
+    assert audit.modes["implicit"].worst.cosine == pytest.approx(1)
+    assert audit.modes["implicit"].worst.norm_ratio == pytest.approx(1, rel=0.01)
+
+
+class Noisy(Linear):
+    """Drops entries of the state, or adds the mean of the samples to each."""
+
+    def __init__(self, kind):
+        super().__init__(0.3)
+        self.kind = kind
+
+    def forward(self, z, x):
+        z = super().forward(z, x)
+        return nn.functional.dropout(z, 0.5) if self.kind == "changes" else z + 0.3 * z.tanh().mean(0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (lambda z, x: torch.where(z > 0, z - 1, z + 1) + 0 * x, "the solve: 4 of 4 samples "),
+        (Noisy("changes"), "returns something else in each call"),
+        (Noisy("mixes"), "depends on the others in the batch"),
+    ],
+    ids=["no solution", "changes", "mixes"],
+)
+def test_where_no_exact_gradient_is_found_no_mode_is_recommended(f, reason):
+    layer = FixedPointLayer(f, solver="picard", max_steps=10, on_failure="ignore")
+    audit = audit_gradients(nn.Sequential(layer), torch.randn(4, 3), loss=torch.sum, modes=("implicit", "jfb"))
+    assert any(reason in entry for entry in audit.unsolved["0"])
+    assert all(audit.cheapest(use) is None for use in USES)
+    assert "Exact is" not in str(audit)
+    assert f"- 0: {audit.unsolved['0'][0]}" in str(audit)
+    found = json.loads(json.dumps(audit.to_dict(), allow_nan=False))
+    assert found["unsolved"] == {"0": list(audit.unsolved["0"])}
+    assert set(found["cheapest"].values()) == {None}
+
+
+def test_adjoint_that_is_not_solved_is_reported():
+    """The start is a solution, but 1 is an eigenvalue of the Jacobian, so that the adjoint has no solution."""
+    layer = FixedPointLayer(lambda z, x: z + 0 * x, solver="picard", on_failure="ignore")
+    audit = audit_gradients(layer, torch.randn(4, 3), loss=torch.sum, modes=("jfb",))
+    assert [reason.partition(":")[0] for reason in audit.unsolved[""]] == ["its adjoint"]
+
+
+def test_steps_without_a_gradient_are_compared_with_the_solution():
+    layer = FixedPointLayer(Linear(0.5), solver="newton_krylov", rtol=None, max_steps=3)
+    audit = audit_gradients(layer, torch.randn(2, 3), loss=torch.sum, modes=("implicit",))
+    assert audit.exact == "the gradient of the solution"
+    assert audit.modes["implicit"].worst.norm_ratio == pytest.approx(1)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from implicit.autograd.modules_used import modules_used_by
-from implicit.backward import Backward, Implicit, Unrolled, get_backward
+from implicit.backward import Backward, get_backward
 from implicit.diagnostics.observed_map import restored
+from implicit.diagnostics.reference_solve import ReferenceSolves
 from implicit.diagnostics.solve_hook import Around, SolveCall, SolveNames, around_solves
-from solvers import Solution, Steps
-from solvers.linear import GMRES
+from solvers import Solution
 from solvers.problem.peak_memory import PeakMemory
 
 MODES = ("unrolled", "checkpointed", "implicit", "neumann", "phantom", "jfb", "shine")
@@ -89,19 +89,25 @@ class GradientAudit:
         layers: The implicit layers of the model and its calls of ``fixed_point`` and ``root``, and the names of the
             groups of parameters that belong to each.
         exact: What the exact gradient is, in words.
+        unsolved: The layers and calls for which no exact gradient was found, and why: the statuses of the solve or of
+            its adjoint, or what makes the map one that cannot be solved. The gradients are then compared with one that
+            is not exact.
     """
 
     modes: dict[str, ModeAudit]
     layers: dict[str, tuple[str, ...]]
     exact: str
+    unsolved: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def cheapest(self, use: str) -> str | None:
         """Return the mode with the fewest calls and products among those that are good enough; None if there is none.
 
+        It is None as well if a solve is ``unsolved``: no mode can be compared with the exact gradient then.
+
         Args:
             use: One of ``implicit.diagnostics.USES``.
         """
-        good = [mode for mode in self.modes.values() if mode.is_good_for(use)]
+        good = [mode for mode in self.modes.values() if mode.is_good_for(use) and not self.unsolved]
         best = min(good, key=lambda mode: (mode.calls + mode.products, mode.peak_bytes), default=None)
         return None if best is None else best.mode
 
@@ -119,6 +125,13 @@ class GradientAudit:
         widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"{mode.mode}: {mode.error}" for mode in self.modes.values() if mode.error]
+        if self.unsolved:
+            lines += [
+                "",
+                "No mode can be recommended: the gradient that they are compared with is not exact, because of",
+            ]
+            lines += [f"- {name or 'the model'}: {reason}" for name, why in self.unsolved.items() for reason in why]
+            return "\n".join(lines)
         lines += ["", f"Exact is {self.exact}. The cheapest mode that is good enough"]
         lines += [f"- for {use}: {self.cheapest(use) or 'none'}" for use in USES]
         return "\n".join(lines)
@@ -134,7 +147,8 @@ class GradientAudit:
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
         found = plain(dataclasses.asdict(self))
-        found["layers"] = {name: list(groups) for name, groups in self.layers.items()}
+        for field in ("layers", "unsolved"):
+            found[field] = {name: list(entries) for name, entries in getattr(self, field).items()}
         found["cheapest"] = {use: self.cheapest(use) for use in USES}
         assert isinstance(found, dict)
         return found
@@ -152,9 +166,11 @@ def audit_gradients(
     :func:`implicit.root` in its forward pass, are switched to it, and ``loss(model(*inputs))`` is differentiated. The
     gradient of each module's parameters, and that of the inputs, is compared with the exact one. For a solve to a
     tolerance, the exact gradient is that of the implicit function theorem, with the forward solve and the adjoint
-    solved a thousand times as accurately; for a fixed number of steps, it is that of these steps. The costs are those
-    of one forward and backward pass at the solves' own tolerances. They take three passes per mode: one for the
-    gradients, one for time, and one for memory.
+    solved a thousand times as accurately, by other solvers where the solve's own does not get so far; for a fixed
+    number of steps, it is that of these steps. Where no solver gets there, the adjoint does not converge, or the map
+    changes from call to call or mixes samples, ``audit.unsolved`` says so and no mode is recommended. The costs are
+    those of one forward and backward pass by the solves' own solvers and tolerances. They take three passes per mode:
+    one for the gradients, one for time, and one for memory.
 
     The model, its buffers and gradients, and PyTorch's random number generators are left as they were; each pass
     draws the same random numbers.
@@ -183,8 +199,8 @@ def audit_gradients(
     names = SolveNames(model)
     chosen = dict(modes) if isinstance(modes, Mapping) else {name: name for name in modes}
     backwards = {name: get_backward(mode) for name, mode in chosen.items()}
-    run, exactly = _Run(model, inputs, loss, names), _Exactly()
-    with around_solves(names, exactly, alone=True):
+    run, references = _Run(model, inputs, loss, names), ReferenceSolves()
+    with around_solves(names, references, alone=True):
         exact = run.gradients()
     names.require_solves()
     audits = {}
@@ -197,35 +213,13 @@ def audit_gradients(
         except (RuntimeError, ValueError) as error:
             audits[name] = ModeAudit(name, {}, error=str(error))
     solved = "the gradient of the solution"
-    what = solved if not any(exactly.fixed) else "the gradient of the steps that are taken"
-    if any(exactly.fixed) and not all(exactly.fixed):
+    fixed = references.fixed.values()
+    what = solved if not any(fixed) else "the gradient of the steps that are taken"
+    if any(fixed) and not all(fixed):
         what = f"{solved}, and of the steps in layers with a fixed number of them"
     groups = tuple(exact)
-    return GradientAudit(audits, {name: _groups_of(names.seen[name], groups) for name in names.in_order()}, what)
-
-
-class _Exactly:
-    """Makes solves whose gradient is exact, and remembers which of them took a fixed number of steps.
-
-    That is the gradient of the steps of these; the others, and those by a solver whose steps have no gradient, solve a
-    thousand times as accurately, as far as float32 or float64 allows. A solve that does not get so far counts as it is.
-    """
-
-    def __init__(self) -> None:
-        self.fixed: list[bool] = []
-
-    def __call__(self, call: SolveCall) -> Solution[Any]:
-        rule = call.options.stopping
-        self.fixed.append(isinstance(rule, Steps))
-        mode: Backward = Implicit(linear_solver=GMRES(restart=50, max_steps=500))
-        if not isinstance(rule, Steps):
-            eps = max(torch.finfo(leaf.dtype).eps for leaf in tree_leaves(call.z0))
-            rtol = max(1e-3 * (rule.relative or 1e-4), 10 * eps)
-            rule = dataclasses.replace(rule, rtol=rtol, max_steps=4 * rule.max_steps)
-        elif call.options.solver.differentiable:
-            mode = Unrolled()
-        options = dataclasses.replace(call.options, stopping=rule, on_failure="ignore")
-        return dataclasses.replace(call, mode=mode, options=options).solve()
+    layers = {name: _groups_of(names.seen[name], groups) for name in names.in_order()}
+    return GradientAudit(audits, layers, what, references.unsolved())
 
 
 def _by(mode: Backward) -> Around:
