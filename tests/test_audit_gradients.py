@@ -138,6 +138,11 @@ def test_unfit_arguments_are_refused():
     x = torch.ones(2, 3)
     with pytest.raises(TypeError, match="loss must be a callable"):
         audit_gradients(layer, x, loss=None)
+    for modes in ("jfb", JFB(), (JFB(),)):
+        with pytest.raises(
+            TypeError, match=re.escape(f'such as ("jfb",), or a dictionary of .* got {modes!r}.').replace(r"\.\*", ".*")
+        ):
+            audit_gradients(layer, x, loss=torch.sum, modes=modes)
     with pytest.raises(ValueError, match=re.escape("got shape (2, 3)")):
         audit_gradients(layer, x, loss=lambda z: z)
     with pytest.raises(ValueError, match="scalar that depends"):
@@ -220,3 +225,21 @@ def test_steps_without_a_gradient_are_compared_with_the_solution():
     audit = audit_gradients(layer, torch.randn(2, 3), loss=torch.sum, modes=("implicit",))
     assert audit.exact == "the gradient of the solution"
     assert audit.modes["implicit"].worst.norm_ratio == pytest.approx(1)
+
+
+def test_parameters_of_a_shared_map_belong_to_both_layers():
+    shared, own = Linear(0.5), Linear(0.3)
+    model = nn.Sequential(FixedPointLayer(shared), FixedPointLayer(own), FixedPointLayer(shared))
+    audit = audit_gradients(model, torch.randn(2, 3), loss=torch.sum, modes=("implicit",))
+    assert audit.layers == {"0": ("0.f",), "1": ("1.f",), "2": ("0.f",)}
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+def test_implicit_is_exact_at_the_default_tolerances_and_ten_terms_of_a_series_are_not(solver):
+    """Ten terms leave out ``0.5 ** 10`` of the gradient, a thousandth."""
+    layer = FixedPointLayer(Linear(0.5), solver=solver)
+    audit = audit_gradients(layer, torch.randn(4, 3), loss=lambda z: z.square().sum(), modes=("implicit", "neumann"))
+    exact, training, _ = USES
+    assert audit.modes["neumann"].worst.norm_ratio == pytest.approx(1 - 0.5**10, rel=2e-4)
+    assert audit.cheapest(exact) == "implicit"
+    assert audit.cheapest(training) == "neumann"

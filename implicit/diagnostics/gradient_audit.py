@@ -23,7 +23,7 @@ MODES = ("unrolled", "checkpointed", "implicit", "neumann", "phantom", "jfb", "s
 
 # What a gradient must be good enough for: the smallest cosine, and how far the ratio of norms may be from 1.
 USES = {
-    "derivatives that must be exact (bilevel problems, sensitivities)": (0.99999, 0.001),
+    "derivatives that must be exact (bilevel problems, sensitivities)": (0.999999, 0.0005),
     "training to the end": (0.99, 0.1),
     "the beginning of training": (0.9, 0.5),
 }
@@ -196,6 +196,11 @@ def audit_gradients(
     """
     if not callable(loss):
         raise TypeError(f"loss must be a callable that makes a scalar of the model's output, got {loss!r}.")
+    if isinstance(modes, (str, Backward)) or not all(isinstance(name, str) for name in modes):
+        raise TypeError(
+            'modes must be a tuple of names of backward modes, such as ("jfb",), or a dictionary of backward modes by '
+            f"names of your choice, got {modes!r}."
+        )
     names = SolveNames(model)
     chosen = dict(modes) if isinstance(modes, Mapping) else {name: name for name in modes}
     backwards = {name: get_backward(mode) for name, mode in chosen.items()}
@@ -218,7 +223,8 @@ def audit_gradients(
     if any(fixed) and not all(fixed):
         what = f"{solved}, and of the steps in layers with a fixed number of them"
     groups = tuple(exact)
-    layers = {name: _groups_of(names.seen[name], groups) for name in names.in_order()}
+    owners = _owners(model)
+    layers = {name: _groups_of(names.seen[name], groups, owners) for name in names.in_order()}
     return GradientAudit(audits, layers, what, references.unsolved())
 
 
@@ -335,11 +341,27 @@ def _owner(name: str) -> str:
     return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
 
 
-def _groups_of(name: str, groups: tuple[str, ...]) -> tuple[str, ...]:
+def _owners(model: nn.Module) -> dict[str, set[str]]:
+    """By the name of each group, those of all modules that its parameters belong to: several if a module is shared."""
+    owners: dict[str, set[str]] = {}
+    first: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(first.setdefault(parameter, _owner(name)), set()).add(_owner(name))
+    return owners
+
+
+def _groups_of(name: str, groups: tuple[str, ...], owners: dict[str, set[str]]) -> tuple[str, ...]:
     """The groups within a layer; if it has none, as in an iMLP, those of the module around it."""
-    inside = tuple(group for group in groups if name == "" or group == name or group.startswith(f"{name}."))
+
+    def within(module: str) -> tuple[str, ...]:
+        return tuple(
+            group
+            for group in groups
+            if any(module in ("", owner) or owner.startswith(f"{module}.") for owner in owners.get(group, {group}))
+        )
+
     parent = name.rpartition(".")[0]
-    return inside or tuple(g for g in groups if parent and (g == parent or g.startswith(f"{parent}.")))
+    return within(name) or (within(parent) if parent else ())
 
 
 def _compared(found: dict[str, list[Tensor]], exact: dict[str, list[Tensor]]) -> dict[str, GroupGradient]:
