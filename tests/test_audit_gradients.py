@@ -139,9 +139,7 @@ def test_unfit_arguments_are_refused():
     with pytest.raises(TypeError, match="loss must be a callable"):
         audit_gradients(layer, x, loss=None)
     for modes in ("jfb", JFB(), (JFB(),)):
-        with pytest.raises(
-            TypeError, match=re.escape(f'such as ("jfb",), or a dictionary of .* got {modes!r}.').replace(r"\.\*", ".*")
-        ):
+        with pytest.raises(TypeError, match=re.escape(f"got {modes!r}.")):
             audit_gradients(layer, x, loss=torch.sum, modes=modes)
     with pytest.raises(ValueError, match=re.escape("got shape (2, 3)")):
         audit_gradients(layer, x, loss=lambda z: z)
@@ -243,3 +241,30 @@ def test_implicit_is_exact_at_the_default_tolerances_and_ten_terms_of_a_series_a
     assert audit.modes["neumann"].worst.norm_ratio == pytest.approx(1 - 0.5**10, rel=2e-4)
     assert audit.cheapest(exact) == "implicit"
     assert audit.cheapest(training) == "neumann"
+
+
+def test_model_that_was_built_in_inference_mode_is_audited():
+    with torch.inference_mode():
+        model, x = Model(), torch.randn(5, 3)
+        model.norm.momentum = None
+    weight, mean = model.before.weight, model.norm.running_mean
+    audit = audit_gradients(model, x, loss=lambda y: y.square().sum() + y[0, 0], modes=("implicit", "unrolled"))
+    assert audit.modes["unrolled"].worst.cosine > 1 - 1e-5
+    assert set(audit.modes["unrolled"].groups) == {"before", "linear", "norm", "(inputs)"}
+    assert model.before.weight is weight
+    assert model.norm.running_mean is mean
+    assert not mean.any()
+
+
+def test_keyword_inputs_have_gradients_too():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = FixedPointLayer(lambda z, x: 0.5 * z + x)
+
+        def forward(self, x, *, scale):
+            return self.layer(scale * x)
+
+    x = torch.randn(2, 3)
+    audit = audit_gradients(Scaled(), x, loss=torch.sum, modes=("jfb",), kwargs={"scale": torch.tensor(2.0)})
+    assert audit.modes["jfb"].groups["(inputs)"].norm_ratio == pytest.approx(0.5)

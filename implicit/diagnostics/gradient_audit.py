@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from implicit.autograd.modules_used import modules_used_by
 from implicit.backward import Backward, get_backward
 from implicit.diagnostics.observed_map import restored
+from implicit.diagnostics.ordinary_tensors import ordinary_tensors
 from implicit.diagnostics.reference_solve import ReferenceSolves
 from implicit.diagnostics.solve_hook import Around, SolveCall, SolveNames, around_solves
 from solvers import Solution
@@ -159,21 +160,23 @@ def audit_gradients(
     *inputs: Any,
     loss: Callable[[Any], Tensor],
     modes: Mapping[str, Backward | str] | tuple[str, ...] = MODES,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> GradientAudit:
     """Compare the gradients of all backward modes with the exact one, and say which is the cheapest good one.
 
     For every mode, all implicit layers of the model, and the calls of :func:`implicit.fixed_point` and
-    :func:`implicit.root` in its forward pass, are switched to it, and ``loss(model(*inputs))`` is differentiated. The
-    gradient of each module's parameters, and that of the inputs, is compared with the exact one. For a solve to a
-    tolerance, the exact gradient is that of the implicit function theorem, with the forward solve and the adjoint
-    solved a thousand times as accurately, by other solvers where the solve's own does not get so far; for a fixed
-    number of steps, it is that of these steps. Where no solver gets there, the adjoint does not converge, or the map
-    changes from call to call or mixes samples, ``audit.unsolved`` says so and no mode is recommended. The costs are
+    :func:`implicit.root` in its forward pass, are switched to it, and ``loss(model(*inputs, **kwargs))`` is
+    differentiated. The gradient of each module's parameters, and that of the inputs, is compared with the exact one.
+    For a solve to a tolerance, the exact gradient is that of the implicit function theorem, with the forward solve and
+    the adjoint solved a thousand times as accurately, by other solvers where the solve's own does not get so far; for a
+    fixed number of steps, it is that of these steps. Where no solver gets there, the adjoint does not converge, or the
+    map changes from call to call or mixes samples, ``audit.unsolved`` says so and no mode is recommended. The costs are
     those of one forward and backward pass by the solves' own solvers and tolerances. They take three passes per mode:
     one for the gradients, one for time, and one for memory.
 
-    The model, its buffers and gradients, and PyTorch's random number generators are left as they were; each pass
-    draws the same random numbers.
+    The parameters, buffers and gradients of the model, and PyTorch's random number generators on the CPU and on the
+    model's device, are left as they were, so that each pass draws the same random numbers from them. What else the
+    model changes when it is called stays changed: Python attributes, and the generators of numpy and Python.
 
     Args:
         model: A model with implicit layers or calls of ``fixed_point`` and ``root``.
@@ -181,6 +184,7 @@ def audit_gradients(
         loss: Makes a scalar of what the model returns.
         modes: Names of backward modes, or backward modes by a name of your choice. Those that do not go with a
             solver are reported with the reason.
+        kwargs: Keyword arguments of the model.
 
     Raises:
         TypeError, ValueError: The model makes no solve, an option is invalid, or the loss is not a scalar with a
@@ -204,19 +208,20 @@ def audit_gradients(
     names = SolveNames(model)
     chosen = dict(modes) if isinstance(modes, Mapping) else {name: name for name in modes}
     backwards = {name: get_backward(mode) for name, mode in chosen.items()}
-    run, references = _Run(model, inputs, loss, names), ReferenceSolves()
-    with around_solves(names, references, alone=True):
-        exact = run.gradients()
-    names.require_solves()
-    audits = {}
-    for name, mode in backwards.items():
-        try:
-            with around_solves(names, _by(mode), alone=True), warnings.catch_warnings():
-                # A mode that does not solve the adjoint shows it by its gradient.
-                warnings.simplefilter("ignore")
-                audits[name] = ModeAudit(name, _compared(run.gradients(), exact), **run.costs())
-        except (RuntimeError, ValueError) as error:
-            audits[name] = ModeAudit(name, {}, error=str(error))
+    with ordinary_tensors(model):
+        run, references = _Run(model, inputs, dict(kwargs or {}), loss, names), ReferenceSolves()
+        with around_solves(names, references, alone=True):
+            exact = run.gradients()
+        names.require_solves()
+        audits = {}
+        for name, mode in backwards.items():
+            try:
+                with around_solves(names, _by(mode), alone=True), warnings.catch_warnings():
+                    # A mode that does not solve the adjoint shows it by its gradient.
+                    warnings.simplefilter("ignore")
+                    audits[name] = ModeAudit(name, _compared(run.gradients(), exact), **run.costs())
+            except (RuntimeError, ValueError) as error:
+                audits[name] = ModeAudit(name, {}, error=str(error))
     solved = "the gradient of the solution"
     fixed = references.fixed.values()
     what = solved if not any(fixed) else "the gradient of the steps that are taken"
@@ -245,6 +250,7 @@ class _Run:
         self,
         model: nn.Module,
         inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
         loss: Callable[[Any], Tensor],
         names: SolveNames,
     ) -> None:
@@ -254,8 +260,8 @@ class _Run:
             return x.detach().clone().requires_grad_(x.is_floating_point())
 
         with torch.inference_mode(False):
-            self._inputs = tree_map_only(Tensor, leaf, inputs)
-        self._free = [x for x in tree_leaves(self._inputs) if isinstance(x, Tensor) and x.requires_grad]
+            self._inputs, self._kwargs = tree_map_only(Tensor, leaf, (inputs, kwargs))
+        self._free = [x for x in tree_leaves((self._inputs, self._kwargs)) if isinstance(x, Tensor) and x.requires_grad]
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._named: dict[str, list[Tensor]] = {}
         for name, parameter in named:
@@ -266,7 +272,7 @@ class _Run:
     def gradients(self) -> dict[str, list[Tensor]]:
         """Return the gradients by group."""
         with restored([self._model], self._device), torch.inference_mode(False), torch.enable_grad():
-            value = self._loss(self._model(*self._inputs))
+            value = self._loss(self._model(*self._inputs, **self._kwargs))
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 came = repr(value)
                 if isinstance(value, Tensor):

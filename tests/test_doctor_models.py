@@ -1,0 +1,38 @@
+"""Models that the doctor takes: built in inference mode, and with keyword inputs."""
+
+import pytest
+import torch
+from torch import nn
+
+from implicit import FixedPointLayer, diagnose
+from implicit.diagnostics import Cause
+
+
+@pytest.mark.parametrize("rate", [0.5, -1.5], ids=["healthy", "sick"])
+def test_model_that_was_built_in_inference_mode_is_diagnosed(rate):
+    with torch.inference_mode():
+        linear = nn.Linear(3, 3, bias=False)
+        linear.weight.copy_(rate * torch.eye(3))
+        layer = FixedPointLayer(lambda z, x: linear(z) + x, solver="picard", on_failure="ignore")
+        model, x = nn.Sequential(linear, layer, nn.BatchNorm1d(3)), torch.randn(4, 3)
+    mean = model[2].running_mean
+    assert diagnose(model, x).healthy == (rate == 0.5)
+    assert model[2].running_mean is mean
+    assert not mean.any()
+    assert linear.weight.is_inference()
+
+
+def test_keyword_inputs_reach_the_model():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = FixedPointLayer(lambda z, x, rate: rate * z + x, solver="picard", on_failure="ignore")
+
+        def forward(self, x, *, rate):
+            return self.layer(x, rate)
+
+    model, x = Scaled(), torch.ones(2, 3)
+    assert diagnose(model, x, kwargs={"rate": 0.5}).healthy
+    assert diagnose(model, x, kwargs={"rate": torch.tensor(-1.5)}).causes == (Cause.OSCILLATION,)
+    with pytest.raises(TypeError, match="rate"):
+        diagnose(model, x)
