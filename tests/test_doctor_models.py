@@ -1,5 +1,7 @@
 """Models that the doctor takes: built in inference mode, and with keyword inputs."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -36,3 +38,25 @@ def test_keyword_inputs_reach_the_model():
     assert diagnose(model, x, kwargs={"rate": torch.tensor(-1.5)}).causes == (Cause.OSCILLATION,)
     with pytest.raises(TypeError, match="rate"):
         diagnose(model, x)
+
+
+def test_what_a_model_changes_besides_its_tensors_stays_changed():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = FixedPointLayer(lambda z, x: 0.5 * z + x)
+            self.norm = nn.BatchNorm1d(3)
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            random.random()
+            return self.norm(self.layer(x + torch.rand(3)))
+
+    model = Counting()
+    ours, python = torch.get_rng_state(), random.getstate()
+    diagnose(model, torch.ones(2, 3))
+    assert torch.equal(torch.get_rng_state(), ours)
+    assert not model.norm.running_mean.any()
+    assert model.calls == 2
+    assert random.getstate() != python
