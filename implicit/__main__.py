@@ -4,8 +4,8 @@ import argparse
 import difflib
 import importlib
 import json
-import pickle
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 if every layer is healthy, 1 if not, 2 for a wrong argument."""
+    """Run the command line; returns 0 if all layers are healthy, 1 if not, 2 if an argument or the model fails."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -46,8 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps(diagnosis.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
         if options.html is not None:
             options.html.write_text(html_page(diagnosis, f"Diagnosis of {options.model}"), encoding="utf-8")
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:  # the code of the model may raise anything
+        if options.traceback:
+            traceback.print_exc()
+        speaks = isinstance(error, (ImportError, OSError, RuntimeError, TypeError, ValueError)) and str(error)
+        print(f"error: {error if speaks else _raised(error)}", file=sys.stderr)
         return 2
     return 0 if diagnosis.healthy else 1
 
@@ -59,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         help="say why the solves of a model do not converge, and what to do",
         description="Run a model on a batch, diagnose every implicit layer and every call of fixed_point and root, and "
-        "print the report. The exit status is 0 if all are healthy, 1 if one is not, and 2 if an argument is wrong.",
+        "print the report. The exit status is 0 if all are healthy, 1 if one is not, and 2 if an argument is wrong or "
+        "the model fails.",
     )
     add = doctor.add_argument
     add(
@@ -80,7 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="for random inputs and directions (default: 0)")
     add("--html", type=Path, metavar="FILE", help="write the report with figures as one HTML page (needs matplotlib)")
     add("--json", type=Path, metavar="FILE", help="write all numbers")
+    add("--traceback", action="store_true", help="show where in the code an error was raised")
     return parser
+
+
+def _raised(error: Exception) -> str:
+    """The type of an error, what it says, and where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno}; --traceback shows the calls)"
 
 
 def _positive(text: str) -> int:
@@ -105,7 +116,12 @@ def _model_and_inputs(options: argparse.Namespace) -> tuple[nn.Module, tuple[Any
     make = getattr(_imported(module), name, None)
     if not callable(make):
         raise ValueError(f"--model {options.model}: the module {module} has no callable {name!r}.")
-    found = make()
+    try:
+        found = make()
+    except Exception as error:
+        raise RuntimeError(
+            f"--model {options.model}: the callable, without arguments, raised {_raised(error)}"
+        ) from error
     model, *inputs = found if isinstance(found, tuple) else (found,)
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -146,7 +162,10 @@ def _weights(path: Path) -> dict[str, Tensor]:
     except (ImportError, OSError):
         raise
     except Exception as error:  # damaged files make the readers raise errors of any kind
-        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+        raise ValueError(
+            f"{path} cannot be read: it is no checkpoint that holds only tensors, or it is damaged "
+            f"({type(error).__name__}: {error})."
+        ) from error
     if isinstance(found, dict):
         found = next((found[key] for key in _WEIGHTS if isinstance(found.get(key), dict)), found)
     named = isinstance(found, dict) and all(isinstance(name, str) for name in found)

@@ -138,6 +138,9 @@ def test_unfit_arguments_are_refused():
     x = torch.ones(2, 3)
     with pytest.raises(TypeError, match="loss must be a callable"):
         audit_gradients(layer, x, loss=None)
+    for modes in ("jfb", JFB(), (JFB(),)):
+        with pytest.raises(TypeError, match=re.escape(f"got {modes!r}.")):
+            audit_gradients(layer, x, loss=torch.sum, modes=modes)
     with pytest.raises(ValueError, match=re.escape("got shape (2, 3)")):
         audit_gradients(layer, x, loss=lambda z: z)
     with pytest.raises(ValueError, match="scalar that depends"):
@@ -146,3 +149,122 @@ def test_unfit_arguments_are_refused():
         audit_gradients(layer, x, loss=torch.sum, modes=("exact",))
     with pytest.raises(ValueError, match="no implicit layer"):
         audit_gradients(nn.Linear(3, 3), x, loss=torch.sum)
+
+
+@pytest.mark.parametrize(("q", "options"), [(-1.5, {}), (0.999, {"max_steps": 50})], ids=["diverges", "is slow"])
+def test_solve_that_fails_is_compared_with_the_solution_that_another_solver_finds(q, options):
+    """The gradient of ``z' z`` to x is proportional to z: at ``x / (1 - q)``, and at what Picard has reached."""
+    layer = FixedPointLayer(Linear(q), solver="picard", on_failure="ignore", **options)
+    x = torch.randn(4, 3)
+    audit = audit_gradients(layer, x, loss=lambda z: z.square().sum(), modes=("implicit",))
+    assert audit.unsolved == audit.to_dict()["unsolved"] == {}
+    share = float(layer(x).detach().norm() / (x / (1 - q)).norm())
+    assert not 0.5 < share < 2
+    assert audit.modes["implicit"].groups["(inputs)"].norm_ratio == pytest.approx(share, rel=1e-3)
+    assert audit.cheapest("the beginning of training") is None
+
+
+def test_reference_is_the_solution_that_the_layer_found():
+    """The solutions are x and -x. Plain steps jump to -x, where they are slow; shorter ones lead to x."""
+
+    def f(z, x):
+        return torch.where(z > 5, -1.001 * x, z - 0.025 * z * (z * z - x * x))
+
+    layer = FixedPointLayer(f, solver="picard", init=lambda x: 10 * x, max_steps=10)
+    audit = audit_gradients(layer, torch.ones(2, 1), loss=torch.sum, modes=("implicit",))
+    assert audit.unsolved == {}
+    assert audit.modes["implicit"].worst.cosine == pytest.approx(1)
+    assert audit.modes["implicit"].worst.norm_ratio == pytest.approx(1, rel=0.01)
+
+
+class Noisy(Linear):
+    """Drops entries of the state, or adds the mean of the samples to each."""
+
+    def __init__(self, kind):
+        super().__init__(0.3)
+        self.kind = kind
+
+    def forward(self, z, x):
+        z = super().forward(z, x)
+        return nn.functional.dropout(z, 0.5) if self.kind == "changes" else z + 0.3 * z.tanh().mean(0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (lambda z, x: torch.where(z > 0, z - 1, z + 1) + 0 * x, "the solve: 4 of 4 samples "),
+        (Noisy("changes"), "returns something else in each call"),
+        (Noisy("mixes"), "depends on the others in the batch"),
+    ],
+    ids=["no solution", "changes", "mixes"],
+)
+def test_where_no_exact_gradient_is_found_no_mode_is_recommended(f, reason):
+    layer = FixedPointLayer(f, solver="picard", max_steps=10, on_failure="ignore")
+    audit = audit_gradients(nn.Sequential(layer), torch.randn(4, 3), loss=torch.sum, modes=("implicit", "jfb"))
+    assert any(reason in entry for entry in audit.unsolved["0"])
+    assert all(audit.cheapest(use) is None for use in USES)
+    assert "Exact is" not in str(audit)
+    assert f"- 0: {audit.unsolved['0'][0]}" in str(audit)
+    found = json.loads(json.dumps(audit.to_dict(), allow_nan=False))
+    assert found["unsolved"] == {"0": list(audit.unsolved["0"])}
+    assert set(found["cheapest"].values()) == {None}
+
+
+def test_adjoint_that_is_not_solved_is_reported():
+    """The start is a solution, but 1 is an eigenvalue of the Jacobian, so that the adjoint has no solution."""
+    layer = FixedPointLayer(lambda z, x: z + 0 * x, solver="picard", on_failure="ignore")
+    audit = audit_gradients(layer, torch.randn(4, 3), loss=torch.sum, modes=("jfb",))
+    assert [reason.partition(":")[0] for reason in audit.unsolved[""]] == ["its adjoint"]
+
+
+def test_steps_without_a_gradient_are_compared_with_the_solution():
+    layer = FixedPointLayer(Linear(0.5), solver="newton_krylov", rtol=None, max_steps=3)
+    audit = audit_gradients(layer, torch.randn(2, 3), loss=torch.sum, modes=("implicit",))
+    assert audit.exact == "the gradient of the solution"
+    assert audit.modes["implicit"].worst.norm_ratio == pytest.approx(1)
+
+
+def test_parameters_of_a_shared_map_belong_to_both_layers():
+    shared, own = Linear(0.5), Linear(0.3)
+    model = nn.Sequential(FixedPointLayer(shared), FixedPointLayer(own), FixedPointLayer(shared))
+    audit = audit_gradients(model, torch.randn(2, 3), loss=torch.sum, modes=("implicit",))
+    assert audit.layers == {"0": ("0.f",), "1": ("1.f",), "2": ("0.f",)}
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+def test_implicit_is_exact_at_the_default_tolerances_and_ten_terms_of_a_series_are_not(solver):
+    """Ten terms leave out ``0.5 ** 10`` of the gradient, a thousandth."""
+    layer = FixedPointLayer(Linear(0.5), solver=solver)
+    audit = audit_gradients(layer, torch.randn(4, 3), loss=lambda z: z.square().sum(), modes=("implicit", "neumann"))
+    exact, training, _ = USES
+    assert audit.modes["neumann"].worst.norm_ratio == pytest.approx(1 - 0.5**10, rel=2e-4)
+    assert audit.cheapest(exact) == "implicit"
+    assert audit.cheapest(training) == "neumann"
+
+
+def test_model_that_was_built_in_inference_mode_is_audited():
+    with torch.inference_mode():
+        model, x = Model(), torch.randn(5, 3)
+        model.norm.momentum = None
+    weight, mean = model.before.weight, model.norm.running_mean
+    audit = audit_gradients(model, x, loss=lambda y: y.square().sum() + y[0, 0], modes=("implicit", "unrolled"))
+    assert audit.modes["unrolled"].worst.cosine > 1 - 1e-5
+    assert set(audit.modes["unrolled"].groups) == {"before", "linear", "norm", "(inputs)"}
+    assert model.before.weight is weight
+    assert model.norm.running_mean is mean
+    assert not mean.any()
+
+
+def test_keyword_inputs_have_gradients_too():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = FixedPointLayer(lambda z, x: 0.5 * z + x)
+
+        def forward(self, x, *, scale):
+            return self.layer(scale * x)
+
+    x = torch.randn(2, 3)
+    audit = audit_gradients(Scaled(), x, loss=torch.sum, modes=("jfb",), kwargs={"scale": torch.tensor(2.0)})
+    assert audit.modes["jfb"].groups["(inputs)"].norm_ratio == pytest.approx(0.5)

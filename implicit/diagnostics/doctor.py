@@ -17,6 +17,7 @@ from implicit.diagnostics.diagnosis import Diagnosis
 from implicit.diagnostics.layer_report import LayerReport, count_statuses
 from implicit.diagnostics.map_examination import MapExamination
 from implicit.diagnostics.observed_map import restored
+from implicit.diagnostics.ordinary_tensors import ordinary_tensors
 from implicit.diagnostics.replay import Replay
 from implicit.diagnostics.root_examination import RootExamination
 from implicit.diagnostics.solve_hook import Around, SolveCall, SolveNames, around_solves
@@ -29,30 +30,36 @@ from solvers.problem.peak_memory import PeakMemory
 
 
 def diagnose(
-    model: nn.Module, *inputs: Any, known: Mapping[type[nn.Module], Constant] = MappingProxyType({}), seed: int = 0
+    model: nn.Module,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    known: Mapping[type[nn.Module], Constant] = MappingProxyType({}),
+    seed: int = 0,
 ) -> Diagnosis:
     """Find out how every implicit layer of a model solves, and why a solve fails.
 
-    Runs ``model(*inputs)`` twice, without gradients, and a third time for solves within F of a root that need it. For
-    each layer, and each call of :func:`implicit.fixed_point` or :func:`implicit.root` in the model's methods, it
-    reports the statuses, the steps, the residuals, the leading eigenvalues of the Jacobian, the rounding in the map,
+    Runs ``model(*inputs, **kwargs)`` twice, without gradients, and a third time for solves within F of a root that need
+    it. For each layer, and each call of :func:`implicit.fixed_point` or :func:`implicit.root` in the model's methods,
+    it reports the statuses, the steps, the residuals, the leading eigenvalues of the Jacobian, the rounding in the map,
     the cost, and a certified contraction bound where :func:`implicit.lipschitz_bound` knows the map. If a solve fails,
     or its result is not to be trusted, it names the :class:`Cause` and proposes a setting that it has tried on the same
     inputs. If a layer solves more than once, the worst solve is examined. Of an :class:`implicit.InvertibleResidual`
-    whose inverse the model does not call, the inverse at its own output is examined. Calls are named by the module
-    that makes them and the function that they solve, such as ``"head: root of kepler"``. Solves in other threads are
-    not seen, and compiled models run as they are written.
+    whose inverse the model does not call, the inverse at its own output is examined. Calls are named by the module that
+    makes them and the function that they solve, such as ``"head: root of kepler"``. Solves in other threads are not
+    seen, and compiled models run as they are written.
 
     One layer takes at most twenty solves, a check of its map (as :func:`implicit.check_map`), about 40 products with
     its Jacobian, and the memory of as many states; for a root of D unknowns, D at most 64, up to 11 D products more.
-    The model, its buffers and gradients, and PyTorch's random number generators are left as they were. The causes hold
-    for these inputs: call it on a real batch, in the mode (training or evaluation) and under the autocast that you are
-    interested in.
+    The parameters, buffers and gradients of the model, and PyTorch's random number generators on the CPU and on the
+    model's device, are left as they were. What else the model changes when it is called stays changed: Python
+    attributes, such as counters and lists, and the generators of numpy and Python. The causes hold for these inputs:
+    call it on a real batch, in the mode (training or evaluation) and under the autocast that you are interested in.
 
     Args:
         model: A model with implicit layers or calls of ``fixed_point`` and ``root``, or a layer. For a map, pass
             ``FixedPointLayer(f, ...)``.
         *inputs: The inputs of the model.
+        kwargs: Its keyword arguments.
         known: Lipschitz constants of module types, as in :func:`implicit.lipschitz_bound`.
         seed: For the random directions of the measurements.
 
@@ -73,16 +80,17 @@ def diagnose(
         2
     """
     names = SolveNames(model)
-    inputs = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, inputs)
-    tensors = (leaf for leaf in (*tree_leaves(inputs), *model.parameters(), *model.buffers()))
+    inputs, named = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, (inputs, dict(kwargs or {})))
+    tensors = (leaf for leaf in (*tree_leaves((inputs, named)), *model.parameters(), *model.buffers()))
     device = next((leaf.device for leaf in tensors if isinstance(leaf, Tensor)), torch.device("cpu"))
     survey, visit = _Survey(), _Visit(names, known, seed)
 
     def run(around: Around) -> None:
         with restored([model], device), _inverting(names.layers), around_solves(names, around, alone=True):
-            model(*inputs)
+            model(*inputs, **named)
 
-    with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    force_eager = torch.compiler.set_stance("force_eager")
+    with torch.inference_mode(False), torch.no_grad(), force_eager, ordinary_tensors(model):
         run(survey)
         visit.examine(survey.worst())
         run(visit)

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from implicit.autograd.modules_used import modules_used_by
-from implicit.backward import Backward, Implicit, Unrolled, get_backward
+from implicit.backward import Backward, get_backward
 from implicit.diagnostics.observed_map import restored
+from implicit.diagnostics.ordinary_tensors import ordinary_tensors
+from implicit.diagnostics.reference_solve import ReferenceSolves
 from implicit.diagnostics.solve_hook import Around, SolveCall, SolveNames, around_solves
-from solvers import Solution, Steps
-from solvers.linear import GMRES
+from solvers import Solution
 from solvers.problem.peak_memory import PeakMemory
 
 MODES = ("unrolled", "checkpointed", "implicit", "neumann", "phantom", "jfb", "shine")
 
 # What a gradient must be good enough for: the smallest cosine, and how far the ratio of norms may be from 1.
 USES = {
-    "derivatives that must be exact (bilevel problems, sensitivities)": (0.99999, 0.001),
+    "derivatives that must be exact (bilevel problems, sensitivities)": (0.999999, 0.0005),
     "training to the end": (0.99, 0.1),
     "the beginning of training": (0.9, 0.5),
 }
@@ -89,19 +90,25 @@ class GradientAudit:
         layers: The implicit layers of the model and its calls of ``fixed_point`` and ``root``, and the names of the
             groups of parameters that belong to each.
         exact: What the exact gradient is, in words.
+        unsolved: The layers and calls for which no exact gradient was found, and why: the statuses of the solve or of
+            its adjoint, or what makes the map one that cannot be solved. The gradients are then compared with one that
+            is not exact.
     """
 
     modes: dict[str, ModeAudit]
     layers: dict[str, tuple[str, ...]]
     exact: str
+    unsolved: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def cheapest(self, use: str) -> str | None:
         """Return the mode with the fewest calls and products among those that are good enough; None if there is none.
 
+        It is None as well if a solve is ``unsolved``: no mode can be compared with the exact gradient then.
+
         Args:
             use: One of ``implicit.diagnostics.USES``.
         """
-        good = [mode for mode in self.modes.values() if mode.is_good_for(use)]
+        good = [mode for mode in self.modes.values() if mode.is_good_for(use) and not self.unsolved]
         best = min(good, key=lambda mode: (mode.calls + mode.products, mode.peak_bytes), default=None)
         return None if best is None else best.mode
 
@@ -119,6 +126,13 @@ class GradientAudit:
         widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"{mode.mode}: {mode.error}" for mode in self.modes.values() if mode.error]
+        if self.unsolved:
+            lines += [
+                "",
+                "No mode can be recommended: the gradient that they are compared with is not exact, because of",
+            ]
+            lines += [f"- {name or 'the model'}: {reason}" for name, why in self.unsolved.items() for reason in why]
+            return "\n".join(lines)
         lines += ["", f"Exact is {self.exact}. The cheapest mode that is good enough"]
         lines += [f"- for {use}: {self.cheapest(use) or 'none'}" for use in USES]
         return "\n".join(lines)
@@ -134,7 +148,8 @@ class GradientAudit:
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
         found = plain(dataclasses.asdict(self))
-        found["layers"] = {name: list(groups) for name, groups in self.layers.items()}
+        for field in ("layers", "unsolved"):
+            found[field] = {name: list(entries) for name, entries in getattr(self, field).items()}
         found["cheapest"] = {use: self.cheapest(use) for use in USES}
         assert isinstance(found, dict)
         return found
@@ -145,19 +160,23 @@ def audit_gradients(
     *inputs: Any,
     loss: Callable[[Any], Tensor],
     modes: Mapping[str, Backward | str] | tuple[str, ...] = MODES,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> GradientAudit:
     """Compare the gradients of all backward modes with the exact one, and say which is the cheapest good one.
 
     For every mode, all implicit layers of the model, and the calls of :func:`implicit.fixed_point` and
-    :func:`implicit.root` in its forward pass, are switched to it, and ``loss(model(*inputs))`` is differentiated. The
-    gradient of each module's parameters, and that of the inputs, is compared with the exact one. For a solve to a
-    tolerance, the exact gradient is that of the implicit function theorem, with the forward solve and the adjoint
-    solved a thousand times as accurately; for a fixed number of steps, it is that of these steps. The costs are those
-    of one forward and backward pass at the solves' own tolerances. They take three passes per mode: one for the
-    gradients, one for time, and one for memory.
+    :func:`implicit.root` in its forward pass, are switched to it, and ``loss(model(*inputs, **kwargs))`` is
+    differentiated. The gradient of each module's parameters, and that of the inputs, is compared with the exact one.
+    For a solve to a tolerance, the exact gradient is that of the implicit function theorem, with the forward solve and
+    the adjoint solved a thousand times as accurately, by other solvers where the solve's own does not get so far; for a
+    fixed number of steps, it is that of these steps. Where no solver gets there, the adjoint does not converge, or the
+    map changes from call to call or mixes samples, ``audit.unsolved`` says so and no mode is recommended. The costs are
+    those of one forward and backward pass by the solves' own solvers and tolerances. They take three passes per mode:
+    one for the gradients, one for time, and one for memory.
 
-    The model, its buffers and gradients, and PyTorch's random number generators are left as they were; each pass
-    draws the same random numbers.
+    The parameters, buffers and gradients of the model, and PyTorch's random number generators on the CPU and on the
+    model's device, are left as they were, so that each pass draws the same random numbers from them. What else the
+    model changes when it is called stays changed: Python attributes, and the generators of numpy and Python.
 
     Args:
         model: A model with implicit layers or calls of ``fixed_point`` and ``root``.
@@ -165,6 +184,7 @@ def audit_gradients(
         loss: Makes a scalar of what the model returns.
         modes: Names of backward modes, or backward modes by a name of your choice. Those that do not go with a
             solver are reported with the reason.
+        kwargs: Keyword arguments of the model.
 
     Raises:
         TypeError, ValueError: The model makes no solve, an option is invalid, or the loss is not a scalar with a
@@ -180,52 +200,37 @@ def audit_gradients(
     """
     if not callable(loss):
         raise TypeError(f"loss must be a callable that makes a scalar of the model's output, got {loss!r}.")
+    if isinstance(modes, (str, Backward)) or not all(isinstance(name, str) for name in modes):
+        raise TypeError(
+            'modes must be a tuple of names of backward modes, such as ("jfb",), or a dictionary of backward modes by '
+            f"names of your choice, got {modes!r}."
+        )
     names = SolveNames(model)
     chosen = dict(modes) if isinstance(modes, Mapping) else {name: name for name in modes}
     backwards = {name: get_backward(mode) for name, mode in chosen.items()}
-    run, exactly = _Run(model, inputs, loss, names), _Exactly()
-    with around_solves(names, exactly, alone=True):
-        exact = run.gradients()
-    names.require_solves()
-    audits = {}
-    for name, mode in backwards.items():
-        try:
-            with around_solves(names, _by(mode), alone=True), warnings.catch_warnings():
-                # A mode that does not solve the adjoint shows it by its gradient.
-                warnings.simplefilter("ignore")
-                audits[name] = ModeAudit(name, _compared(run.gradients(), exact), **run.costs())
-        except (RuntimeError, ValueError) as error:
-            audits[name] = ModeAudit(name, {}, error=str(error))
+    with ordinary_tensors(model):
+        run, references = _Run(model, inputs, dict(kwargs or {}), loss, names), ReferenceSolves()
+        with around_solves(names, references, alone=True):
+            exact = run.gradients()
+        names.require_solves()
+        audits = {}
+        for name, mode in backwards.items():
+            try:
+                with around_solves(names, _by(mode), alone=True), warnings.catch_warnings():
+                    # A mode that does not solve the adjoint shows it by its gradient.
+                    warnings.simplefilter("ignore")
+                    audits[name] = ModeAudit(name, _compared(run.gradients(), exact), **run.costs())
+            except (RuntimeError, ValueError) as error:
+                audits[name] = ModeAudit(name, {}, error=str(error))
     solved = "the gradient of the solution"
-    what = solved if not any(exactly.fixed) else "the gradient of the steps that are taken"
-    if any(exactly.fixed) and not all(exactly.fixed):
+    fixed = references.fixed.values()
+    what = solved if not any(fixed) else "the gradient of the steps that are taken"
+    if any(fixed) and not all(fixed):
         what = f"{solved}, and of the steps in layers with a fixed number of them"
     groups = tuple(exact)
-    return GradientAudit(audits, {name: _groups_of(names.seen[name], groups) for name in names.in_order()}, what)
-
-
-class _Exactly:
-    """Makes solves whose gradient is exact, and remembers which of them took a fixed number of steps.
-
-    That is the gradient of the steps of these; the others, and those by a solver whose steps have no gradient, solve a
-    thousand times as accurately, as far as float32 or float64 allows. A solve that does not get so far counts as it is.
-    """
-
-    def __init__(self) -> None:
-        self.fixed: list[bool] = []
-
-    def __call__(self, call: SolveCall) -> Solution[Any]:
-        rule = call.options.stopping
-        self.fixed.append(isinstance(rule, Steps))
-        mode: Backward = Implicit(linear_solver=GMRES(restart=50, max_steps=500))
-        if not isinstance(rule, Steps):
-            eps = max(torch.finfo(leaf.dtype).eps for leaf in tree_leaves(call.z0))
-            rtol = max(1e-3 * (rule.relative or 1e-4), 10 * eps)
-            rule = dataclasses.replace(rule, rtol=rtol, max_steps=4 * rule.max_steps)
-        elif call.options.solver.differentiable:
-            mode = Unrolled()
-        options = dataclasses.replace(call.options, stopping=rule, on_failure="ignore")
-        return dataclasses.replace(call, mode=mode, options=options).solve()
+    owners = _owners(model)
+    layers = {name: _groups_of(names.seen[name], groups, owners) for name in names.in_order()}
+    return GradientAudit(audits, layers, what, references.unsolved())
 
 
 def _by(mode: Backward) -> Around:
@@ -245,6 +250,7 @@ class _Run:
         self,
         model: nn.Module,
         inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
         loss: Callable[[Any], Tensor],
         names: SolveNames,
     ) -> None:
@@ -254,8 +260,8 @@ class _Run:
             return x.detach().clone().requires_grad_(x.is_floating_point())
 
         with torch.inference_mode(False):
-            self._inputs = tree_map_only(Tensor, leaf, inputs)
-        self._free = [x for x in tree_leaves(self._inputs) if isinstance(x, Tensor) and x.requires_grad]
+            self._inputs, self._kwargs = tree_map_only(Tensor, leaf, (inputs, kwargs))
+        self._free = [x for x in tree_leaves((self._inputs, self._kwargs)) if isinstance(x, Tensor) and x.requires_grad]
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._named: dict[str, list[Tensor]] = {}
         for name, parameter in named:
@@ -266,7 +272,7 @@ class _Run:
     def gradients(self) -> dict[str, list[Tensor]]:
         """Return the gradients by group."""
         with restored([self._model], self._device), torch.inference_mode(False), torch.enable_grad():
-            value = self._loss(self._model(*self._inputs))
+            value = self._loss(self._model(*self._inputs, **self._kwargs))
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 came = repr(value)
                 if isinstance(value, Tensor):
@@ -341,11 +347,27 @@ def _owner(name: str) -> str:
     return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
 
 
-def _groups_of(name: str, groups: tuple[str, ...]) -> tuple[str, ...]:
+def _owners(model: nn.Module) -> dict[str, set[str]]:
+    """By the name of each group, those of all modules that its parameters belong to: several if a module is shared."""
+    owners: dict[str, set[str]] = {}
+    first: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(first.setdefault(parameter, _owner(name)), set()).add(_owner(name))
+    return owners
+
+
+def _groups_of(name: str, groups: tuple[str, ...], owners: dict[str, set[str]]) -> tuple[str, ...]:
     """The groups within a layer; if it has none, as in an iMLP, those of the module around it."""
-    inside = tuple(group for group in groups if name == "" or group == name or group.startswith(f"{name}."))
+
+    def within(module: str) -> tuple[str, ...]:
+        return tuple(
+            group
+            for group in groups
+            if any(module in ("", owner) or owner.startswith(f"{module}.") for owner in owners.get(group, {group}))
+        )
+
     parent = name.rpartition(".")[0]
-    return inside or tuple(g for g in groups if parent and (g == parent or g.startswith(f"{parent}.")))
+    return within(name) or (within(parent) if parent else ())
 
 
 def _compared(found: dict[str, list[Tensor]], exact: dict[str, list[Tensor]]) -> dict[str, GroupGradient]:
