@@ -20,7 +20,6 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from PIL import Image
 from tiny_trials import tiny_tasks, tiny_trial
 
 from imixer.reproduction import (
@@ -40,8 +39,7 @@ from imixer.reproduction import (
 from imixer.reproduction.command_line import main
 from imixer.reproduction.data_sets import find_data_sets
 from imixer.reproduction.run_trial import has_checkpoint
-from imixer.reproduction.sweep import read_sweep
-from imixer.reproduction.trial import FAILED, TRAINED, folder_of
+from imixer.reproduction.trial import ENVIRONMENTS, FAILED, TRAINED, folder_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,6 +94,8 @@ def test_a_complete_trial_is_not_run_again(tmp_path: Path) -> None:
     assert run_all([more], tmp_path, "three") == {0: Ending.COMPLETE}
     assert training(task, tmp_path) == before
     assert folder_of(task.trial, tmp_path).read("certificate.json")["bound"] > 0
+    (ran_with,) = folder_of(task.trial, tmp_path).read(ENVIRONMENTS)
+    assert {"device", "python", "torch", "timm", "threads", "machine"} <= ran_with.keys()
 
 
 def test_a_failed_trial_says_why_and_leaves_the_others_alone(tmp_path: Path) -> None:
@@ -359,30 +359,6 @@ def test_everything_runs_at_smoke_scale(tmp_path: Path) -> None:
         elif backward in ("unrolled", "checkpointed", "implicit"):
             assert after["cosine"] > 1 - 1e-5
         assert (after["products"] > 0) == (backward in ("implicit", "neumann", "shine"))
-
-
-def test_images_may_move_and_other_images_are_refused(tmp_path: Path) -> None:
-    def folder(name: str, *, side: int = 8) -> Path:
-        for split in ("train", "test"):
-            for label in ("cat", "dog"):
-                (tmp_path / name / "pets" / split / label).mkdir(parents=True)
-                Image.new("RGB", (side, side)).save(tmp_path / name / "pets" / split / label / "0.bmp")
-        return tmp_path / name
-
-    output = tmp_path / "out"
-    Sweep(output=output, scale="cpu", names=("depth",), data_dir=folder("here")).save()
-    moved = Sweep(output=output, scale="cpu", names=("table1",), data_dir=folder("there"))
-    moved.save()
-    with pytest.raises(ValueError, match="holds results on other images than those of pets in .*elsewhere; choose"):
-        Sweep(output=output, scale="cpu", names=("table1",), data_dir=folder("elsewhere", side=9)).save()
-    found = read_sweep(output)
-    assert found is not None
-    assert (found.names, found.data_dir) == (("table1", "depth"), moved.data_dir)
-    with pytest.raises(ValueError, match=r"holds results with data_sets \['pets'\], not \['digits'\]"):
-        Sweep(output=output, scale="cpu", names=("depth",)).save()
-    (output / "sweep.json").write_text("{")
-    with pytest.raises(ValueError, match="sweep.json is damaged"):
-        read_sweep(output)
 
 
 def test_data_sets_are_found_where_they_are(tmp_path: Path) -> None:

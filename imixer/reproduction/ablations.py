@@ -114,7 +114,8 @@ def certified(scale: Scale, data_sets: Sequence[DataSet]) -> Experiment:
         name="certified",
         title="Certified contraction",
         question="What does a guarantee that the map contracts cost? The bound on the Lipschitz constant is certain, "
-        "the largest over the layers; the rate is measured. A bound below 1 is a certificate.",
+        "the rate is measured. Each is the largest over the layers of a model; the table has means and deviations of "
+        "these over seeds. A bound below 1 is a certificate.",
         arms=tuple(arms),
         measurements=("certificate",),
     )

@@ -29,6 +29,7 @@ examples:
   %(prog)s all --output runs/paper --report
       print the tables and write the report from what is there
 """
+INTERRUPTED = 130  # the exit code of a command that SIGINT stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             if read_sweep(sweep.output) is None:
                 raise FileNotFoundError(f"there are no results in {sweep.output}; run it without --report first")
+            sweep.check()
             outcome = 0
         print_tables(sweep)
         print(f"\nreport: {write_report(sweep)}")
@@ -54,8 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        outcome = INTERRUPTED
+    if outcome == INTERRUPTED:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
     return outcome
 
 
@@ -74,7 +77,7 @@ def sweep_of(options: argparse.Namespace) -> Sweep:
         scale=options.scale or (saved.scale if saved else "smoke"),
         names=names,
         data_dir=data_dir.resolve() if data_dir is not None else None,
-        num_seeds=options.seeds or (saved.num_seeds if saved else None),
+        num_seeds=options.seeds,
         device=options.device,
         workers=options.workers,
     )
@@ -115,9 +118,9 @@ def run(tasks: Sequence[Task], sweep: Sweep, options: argparse.Namespace) -> int
     )
     if counts[Ending.BUSY]:
         print(f"{counts[Ending.BUSY]} trials were being run by other processes; --report shows them when they are done")
-    if counts[Ending.FAILED]:
-        return 1
-    return 130 if missing > counts[Ending.BUSY] else 0
+    if missing > counts[Ending.FAILED] + counts[Ending.BUSY]:
+        return INTERRUPTED
+    return 1 if counts[Ending.FAILED] else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,7 +140,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=given_path, metavar="DIR", help="folder of all results [runs/reproduction-<scale>]"
     )
-    parser.add_argument("--seeds", type=positive, metavar="N", help="number of seeds [the scale's]")
+    parser.add_argument(
+        "--seeds",
+        type=positive,
+        metavar="N",
+        help="number of seeds to run [the scale's]; tables show all that were run",
+    )
     parser.add_argument("--report", action="store_true", help="run nothing; print the tables and write the report")
     running = parser.add_argument_group("running")
     running.add_argument("--jobs", type=positive, default=1, metavar="N", help="trials at a time [%(default)s]")

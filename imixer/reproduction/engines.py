@@ -127,7 +127,7 @@ def _report_death(process: BaseProcess, tasks: Sequence[Task], output: Path, swe
     how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
     for number, task in enumerate(tasks):
         folder = folder_of(task.trial, output)
-        started = folder.read(STARTED)
+        started = folder.read_sound(STARTED)
         if started is None or (started["sweep"], started["pid"]) != (sweep, process.pid):
             continue
         if task.missing(output) and not folder.failed_in(sweep):

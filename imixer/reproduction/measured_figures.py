@@ -43,7 +43,10 @@ def convergence_of_layers(experiment: Experiment, results: Sequence[ArmResults])
     shown = [result for result in results if result.measured["iteration"]]
     if not shown:
         return None
-    layers = list(next(iter(shown[0].measured["iteration"].values()))["layers"])
+    measured = [m["layers"] for result in shown for m in result.measured["iteration"].values()]
+    layers = [layer for layer in measured[0] if all(layer in of_seed for of_seed in measured)]
+    if not layers:
+        return None
     figure = new_figure(max(2.2 * len(layers), 5.5), 4.6)
     axes = figure.subplots(2, len(layers), squeeze=False, sharey="row", sharex=True)
     for row, (name, label, scale) in zip(axes, CURVES, strict=True):
@@ -101,16 +104,20 @@ def steps_at_test_time(experiment: Experiment, results: Sequence[ArmResults]) ->
     shown = [result for result in results if result.measured["inference-steps"]]
     if not shown:
         return None
+    found = [m["top1"] for result in shown for m in result.measured["inference-steps"].values()]
+    steps = [step for step in found[0] if all(step in top1 for top1 in found)]
+    if not steps:
+        return None
     figure = new_figure(7.5, 3.0)
     absolute, change = figure.subplots(1, 2)
-    steps = list(next(iter(shown[0].measured["inference-steps"].values()))["top1"])
     for result, color in zip(shown, cycle(COLORS)):
         measured = list(result.measured["inference-steps"].values())
         trained = str(result.arm.settings["n_iter"])
         label = f"trained with {result.arm.name}"
         band(absolute, range(len(steps)), [[m["top1"][step] for m in measured] for step in steps], color, label)
-        differences = [[m["top1"][step] - m["top1"][trained] for m in measured] for step in steps]
-        band(change, range(len(steps)), differences, color, label)
+        if trained in steps:
+            differences = [[m["top1"][step] - m["top1"][trained] for m in measured] for step in steps]
+            band(change, range(len(steps)), differences, color, label)
     for ax in (absolute, change):
         ax.set_xticks(range(len(steps)), [step.replace("fixed point", "fixed\npoint") for step in steps])
         ax.set_xlabel("steps at test time")

@@ -120,7 +120,7 @@ def inference_steps(run: TrainedRun) -> dict[str, Any]:
 
 
 def certificate(run: TrainedRun) -> dict[str, Any]:
-    """The largest certain bound over the layers, and the largest measured rate."""
+    """The largest certain bound of a layer, and the largest rate of one, which is the median over its rows."""
     rows = certify(run.model, run.test_images(IMAGES), show=False)
     rates = [row.rate for row in rows if row.rate is not None]
     return {"bound": max(row.bound for row in rows), "rate": max(rates, default=None)}

@@ -1,11 +1,9 @@
 """The report of a sweep: tables in the terminal, CSV files, figures, and one page of HTML with all of them."""
 
-import platform
 import shlex
-from importlib import metadata
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from imixer.reproduction.experiments import Experiment
 from imixer.reproduction.figures import make_figures
@@ -35,10 +33,13 @@ READING = (
 
 
 def tables_of(sweep: Sweep) -> list[tuple[Experiment, list[ArmResults], Table]]:
-    """The experiments of a sweep with their results and tables, as far as they are there."""
+    """The experiments of a sweep with their results and tables, as far as they are there.
+
+    Tables have all seeds that an experiment was run with in the output folder.
+    """
     found = []
     for experiment in sweep.experiments():
-        results = read_results(experiment, sweep.output, sweep.seeds(experiment), sweep.place)
+        results = read_results(experiment, sweep.output, sweep.seeds_of_tables(experiment), sweep.place)
         found.append((experiment, results, make_table(experiment, results)))
     return found
 
@@ -57,11 +58,14 @@ def print_tables(sweep: Sweep) -> None:
 def write_report(sweep: Sweep) -> Path:
     """Write ``report.html``, and the tables and figures in ``report/``.
 
+    They are those of all experiments that were run in the output folder.
+
     Returns:
         The page.
     """
+    tables = tables_of(sweep.with_all_names())
     sections, entries = [], []
-    for experiment, results, table in tables_of(sweep):
+    for experiment, results, table in tables:
         entries.append((experiment.name, experiment.title))
         replace_file(sweep.output / "report" / f"{experiment.name}.csv", table.csv().encode())
         sections += [heading(experiment.title, experiment.name), paragraph(experiment.question), table_element(table)]
@@ -78,7 +82,7 @@ def write_report(sweep: Sweep) -> Path:
             sections.append(
                 folded(f"Left out: {len(experiment.left_out)}", table_of(("arm", "reason"), experiment.left_out))
             )
-        sections += [paragraph("To run it again:", "muted"), code(command(sweep, experiment.name))]
+        sections += [paragraph("To run it again:", "muted"), code(command(sweep, experiment))]
         settings = [
             (result.arm.name, ", ".join(f"{name}={value!r}" for name, value in sorted(result.arm.settings.items())))
             for result in results
@@ -87,31 +91,41 @@ def write_report(sweep: Sweep) -> Path:
     about = [
         ("scale", sweep.scale),
         ("images", str(sweep.data_dir or "scikit-learn's digits")),
-        ("device", sweep.device),
-        *versions(),
+        *environments_of([result for _, results, _ in tables for result in results]),
     ]
     body = [paragraph(READING), contents(entries), *sections, heading("Configuration", "configuration")]
-    body += [table_of(("what", "value"), about), code("\n".join(command(sweep, name) for name in sweep.names))]
+    body += [
+        table_of(("what", "value"), about),
+        code("\n".join(command(sweep, experiment) for experiment, _, _ in tables)),
+    ]
     path = sweep.output / "report.html"
     replace_file(path, page(f"iMixer experiments, {sweep.scale} scale", body).encode())
     return path
 
 
-def command(sweep: Sweep, name: str) -> str:
+def command(sweep: Sweep, experiment: Experiment) -> str:
     """The command line that runs an experiment again, and goes on where it was stopped."""
     data = "" if sweep.data_dir is None else f" {shlex.quote(str(sweep.data_dir))}"
-    seeds = "" if sweep.num_seeds is None else f" --seeds {sweep.num_seeds}"
+    count = len(sweep.seeds_of_tables(experiment))
+    seeds = "" if count == (experiment.num_seeds or sweep.sizes.seeds) else f" --seeds {count}"
     output = shlex.quote(str(sweep.output))
-    return f"imixer-reproduce {name}{data} --scale {sweep.scale}{seeds} --output {output}"
+    return f"imixer-reproduce {experiment.name}{data} --scale {sweep.scale}{seeds} --output {output}"
 
 
-def versions() -> list[tuple[str, str]]:
-    """What the results depend on besides the settings."""
-    found = [("python", platform.python_version()), ("torch", str(torch.__version__)), ("machine", platform.platform())]
-    found.append(("threads", str(torch.get_num_threads())))
-    for package in ("implicit-layers", "timm", "torchvision", "accelerate", "scipy"):
-        try:
-            found.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            found.append((package, "not installed"))
-    return found
+def environments_of(results: Sequence[ArmResults]) -> list[tuple[str, str]]:
+    """Versions, threads and machines of the trials, with the number of trials of each where they differ."""
+    trials = {}
+    for result in results:
+        for seed, environments in result.environments.items():
+            trials[result.arm.data.name, repr(sorted(result.arm.settings.items())), seed] = environments
+    names = dict.fromkeys(name for environments in trials.values() for found in environments for name in found)
+    rows = []
+    for name in names:
+        counts = Counter(
+            value
+            for environments in trials.values()
+            for value in dict.fromkeys(found.get(name, "not recorded") for found in environments or [{}])
+        )
+        several = [f"{value} ({n} trial{'s' * (n > 1)})" for value, n in counts.items()]
+        rows.append((name, ", ".join(several if len(several) > 1 else counts)))
+    return rows or [("versions", "not recorded")]

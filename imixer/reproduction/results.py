@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from imixer.reproduction.experiments import Arm, Experiment
-from imixer.reproduction.trial import FAILED, folder_of, measurement_file
+from imixer.reproduction.trial import ENVIRONMENTS, FAILED, TRAINED, folder_of, measurement_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class ArmResults:
         measured: Results of each measurement, by its name and the seed.
         failures: Reasons of the trials that failed.
         pending: Seeds whose trials are not complete and have not failed.
+        environments: Versions, threads and machines that each trained trial ran with, by their names.
     """
 
     arm: Arm
@@ -26,6 +27,7 @@ class ArmResults:
     measured: Mapping[str, Mapping[int, dict[str, Any]]]
     failures: Mapping[int, str]
     pending: tuple[int, ...]
+    environments: Mapping[int, list[dict[str, str]]]
 
     @property
     def top1(self) -> dict[int, float]:
@@ -49,25 +51,36 @@ def read_results(experiment: Experiment, output: Path, seeds: range, place: Mapp
     """
     found = []
     for arm in experiment.arms:
-        curves, failures, pending = {}, {}, []
+        curves, failures, pending, environments = {}, {}, [], {}
         measured: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in experiment.measurements}
         for seed, trial in arm.trials(seeds, place).items():
             folder = folder_of(trial, output)
             try:
-                training, failure = folder.training(), folder.read(FAILED, "reason")
+                training = folder.read(TRAINED)
                 results = {name: folder.read(measurement_file(name)) for name in experiment.measurements}
             except ValueError as error:
                 failures[seed] = str(error)
                 continue
             if training is not None:
                 curves[seed] = training["metrics"]
+                environments[seed] = folder.read_sound(ENVIRONMENTS) or []
             for name, result in results.items():
                 if result is not None:
                     measured[name][seed] = result
             if folder.missing(experiment.measurements):
+                failure = folder.read_sound(FAILED)
                 if failure is not None:
                     failures[seed] = failure["reason"]
                 else:
                     pending.append(seed)
-        found.append(ArmResults(arm=arm, curves=curves, measured=measured, failures=failures, pending=tuple(pending)))
+        found.append(
+            ArmResults(
+                arm=arm,
+                curves=curves,
+                measured=measured,
+                failures=failures,
+                pending=tuple(pending),
+                environments=environments,
+            )
+        )
     return found

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -10,13 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 
 import imixer.reproduction.mixers  # noqa: F401  registers the models
+from imixer.checkpoint_file import CheckpointError
 from imixer.data import ImageData
 from imixer.reproduction.measurements import MEASUREMENTS, TrainedRun
-from imixer.reproduction.trial import FAILED, STARTED, TRAINED, Trial, TrialFolder, folder_of, measurement_file
+from imixer.reproduction.trial import (
+    ENVIRONMENTS,
+    FAILED,
+    STARTED,
+    TRAINED,
+    Trial,
+    TrialFolder,
+    folder_of,
+    measurement_file,
+)
 from imixer.training import TrainingConfig, TrainingInterruptedError, load_data, train
+from imixer.training.distributed import choose_device
 from imixer.training.folder_lock import FolderInUseError, locked
+from imixer.training.run_folder import environment
 
 # Settings that the images of a run depend on, besides the model's own size and interpolation.
 OF_THE_IMAGES = ("data_dir", "dataset", "img_size", "cache_mb", "no_aug", "hflip", "crop_pct", "aa", "reprob", "remode")
@@ -62,7 +76,8 @@ def run_trial(task: Task, output: Path, sweep: str) -> Ending:
     """Do what is missing of a trial, unless another process is at it.
 
     The lock of the trial's folder is held for as long as it runs; the operating system releases it when the process
-    ends, however that happens. A trial that fails leaves ``failure.json``, and is tried again by the next sweep.
+    ends, however that happens. A trial that fails leaves ``failure.json``, and is tried again by the next sweep; where
+    that cannot be written, stderr has the reason.
 
     Args:
         task: The trial and its measurements.
@@ -70,12 +85,15 @@ def run_trial(task: Task, output: Path, sweep: str) -> Ending:
         sweep: An identifier of this sweep, the same in all of its processes.
     """
     folder = folder_of(task.trial, output)
-    folder.path.mkdir(parents=True, exist_ok=True)
     try:
+        folder.path.mkdir(parents=True, exist_ok=True)
         with locked(folder.path):
             return _run_claimed(task, folder, sweep)
     except FolderInUseError:
         return Ending.BUSY
+    except OSError as error:
+        print(f"{error}; {folder.path} has to be a folder that can be written", file=sys.stderr)
+        return Ending.FAILED
 
 
 def record_failure(folder: TrialFolder, sweep: str, reason: str, details: str = "") -> None:
@@ -95,7 +113,10 @@ def _run_claimed(task: Task, folder: TrialFolder, sweep: str) -> Ending:
     except TrainingInterruptedError:
         return Ending.INTERRUPTED
     except Exception as error:  # whatever is wrong with one trial leaves the others alone
-        record_failure(folder, sweep, f"{type(error).__name__}: {error}", traceback.format_exc())
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, CheckpointError):
+            reason += f"; remove {folder.run}, and the next command trains this trial anew"
+        record_failure(folder, sweep, reason, traceback.format_exc())
         return Ending.FAILED
     (folder.path / FAILED).unlink(missing_ok=True)
     return Ending.COMPLETE
@@ -108,6 +129,7 @@ def _train_and_measure(task: Task, folder: TrialFolder) -> None:
         updates = -(-len(data.train) // config.batch_size)
         if config.epochs == 1:
             config = task.trial.config(folder.run, checkpoint_interval=str(-(-updates // 2)))
+    note_environment(folder, choose_device(config.device))
     resume = folder.run if has_checkpoint(folder.run) else None
     started = time.monotonic()
     result = train(config, data, resume=resume, progress=False)
@@ -120,6 +142,16 @@ def _train_and_measure(task: Task, folder: TrialFolder) -> None:
     for name in task.measurements:
         if not folder.holds(measurement_file(name)):
             folder.write(measurement_file(name), MEASUREMENTS[name](run))
+
+
+def note_environment(folder: TrialFolder, device: torch.device) -> None:
+    """Add versions, threads and machine of this process to those that the trial ran with."""
+    found = environment()
+    here = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, **found["versions"]}
+    here |= {name: str(found[name]) for name in ("threads", "machine", "git_commit")}
+    before = folder.read_sound(ENVIRONMENTS) or []
+    if here not in before:
+        folder.write(ENVIRONMENTS, [*before, here])
 
 
 def has_checkpoint(run: Path) -> bool:

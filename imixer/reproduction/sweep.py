@@ -2,8 +2,8 @@
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Sweep:
         scale: Name in :data:`imixer.reproduction.scales.SCALES`.
         names: Names of the experiments.
         data_dir: Folder of the images; None for scikit-learn's digits.
-        num_seeds: Number of seeds, from 0; None for those of the scale.
+        num_seeds: Number of seeds to run, from 0; None for those of the scale.
         device: As :class:`imixer.training.TrainingConfig` takes it.
         workers: Processes of each trial that read images, where they are not held in memory.
         identifier: The same in all processes of the sweep.
@@ -70,8 +70,18 @@ class Sweep:
         return SCALES[self.scale]
 
     def seeds(self, experiment: Experiment) -> range:
-        """The seeds of an experiment."""
+        """The seeds that an experiment is run with."""
         return range(self.num_seeds or experiment.num_seeds or self.sizes.seeds)
+
+    def seeds_of_tables(self, experiment: Experiment) -> range:
+        """All seeds that an experiment was ever run with in the output folder; of a new folder, those of this sweep."""
+        noted = (read_settings(self.output) or {}).get("seeds", {})
+        return range(noted.get(experiment.name) or len(self.seeds(experiment)))
+
+    def with_all_names(self) -> "Sweep":
+        """The same with all experiments that were run in the output folder."""
+        before = (read_settings(self.output) or {}).get("names", ())
+        return replace(self, names=tuple(name for name in EXPERIMENTS if name in {*before, *self.names}))
 
     @property
     def place(self) -> dict[str, Any]:
@@ -108,41 +118,44 @@ class Sweep:
             for name, trial in trials.items()
         ]
 
-    def save(self) -> None:
-        """Note in the output folder what belongs to it, together with the experiments that were run there before.
+    def check(self) -> dict[str, Any]:
+        """Compare the sweep with what the output folder holds.
+
+        Returns:
+            What belongs to the folder, this sweep included, for :meth:`save`.
 
         Raises:
             ValueError: The folder holds results at another scale, on other data sets or on other images.
             OSError: The images cannot be read.
         """
-        before = read_settings(self.output)
-        names = self.names
+        before = read_settings(self.output) or {}
         here = {"scale": self.scale, "data_sets": [data.name for data in find_data_sets(self.data_dir)]}
-        if before is not None:
-            for what, value in here.items():
-                if before[what] != value:
-                    raise ValueError(
-                        f"{self.output} holds results with {what} {before[what]}, not {value}; choose another --output"
-                    )
-            names = tuple(name for name in EXPERIMENTS if name in {*before["names"], *self.names})
-        content = asdict(self) | here | {"names": names, "images": self._images(before or {})}
-        content["data_dir"] = None if self.data_dir is None else str(self.data_dir)
-        del content["output"], content["identifier"]
-        replace_file(self.output / SETTINGS, json.dumps(content, indent=1).encode() + b"\n")
-
-    def _images(self, before: Mapping[str, Any]) -> dict[str, Any]:
-        """What tells the images of each data set from others; looked at once, and again where they were moved."""
-        known = before.get("images", {})
-        moved = before.get("data_dir") != (None if self.data_dir is None else str(self.data_dir))
-        used = {arm.data.name: arm.data for experiment in self.experiments() for arm in experiment.arms}
-        found = {name: data.fingerprint() for name, data in used.items() if moved or name not in known}
-        for name, images in found.items():
-            if known.get(name, images) != images:
+        for what, value in here.items():
+            if before.get(what, value) != value:
+                raise ValueError(
+                    f"{self.output} holds results with {what} {before[what]}, not {value}; choose another --output"
+                )
+        experiments, images, seeds = self.experiments(), before.get("images", {}), before.get("seeds", {})
+        used = {arm.data.name: arm.data for experiment in experiments for arm in experiment.arms}
+        for name, data in used.items():
+            found = data.fingerprint()
+            if images.setdefault(name, found) != found:
                 raise ValueError(
                     f"{self.output} holds results on other images than those of {name} in {self.data_dir}; choose "
                     "another --output"
                 )
-        return {**known, **found}
+        for experiment in experiments:
+            seeds[experiment.name] = max(len(self.seeds(experiment)), seeds.get(experiment.name, 0))
+        data_dir = None if self.data_dir is None else str(self.data_dir)
+        return here | {"names": self.with_all_names().names, "data_dir": data_dir, "seeds": seeds, "images": images}
+
+    def save(self) -> None:
+        """Note in the output folder what belongs to it, together with the experiments that were run there before.
+
+        Raises:
+            ValueError, OSError: As :meth:`check`, or the folder cannot be written.
+        """
+        replace_file(self.output / SETTINGS, json.dumps(self.check(), indent=1).encode() + b"\n")
 
 
 def read_sweep(output: Path) -> Sweep | None:
@@ -150,21 +163,20 @@ def read_sweep(output: Path) -> Sweep | None:
     content = read_settings(output)
     if content is None:
         return None
-    content["data_dir"] = None if content["data_dir"] is None else Path(content["data_dir"])
-    content["names"] = tuple(content["names"])
-    del content["data_sets"]
-    content.pop("images", None)
-    return Sweep(**content, output=output)
+    data_dir = None if content["data_dir"] is None else Path(content["data_dir"])
+    return Sweep(output=output, scale=content["scale"], names=tuple(content["names"]), data_dir=data_dir)
 
 
 def read_settings(output: Path) -> dict[str, Any] | None:
     """What :meth:`Sweep.save` wrote, as plain values; None if it has written nothing.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: The file is damaged, or the output is no folder.
     """
-    names = ("scale", "names", "data_dir", "num_seeds", "device", "workers", "data_sets")
-    found: dict[str, Any] | None = read_json(output / SETTINGS, *names, then="give the data and the scale again")
+    for folder in (output, *output.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, and no folder for results; choose another --output")
+    found: dict[str, Any] | None = read_json(output / SETTINGS, then="give the data and the scale again")
     return found
 
 

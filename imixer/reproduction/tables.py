@@ -127,7 +127,9 @@ def _inference_columns(results: Sequence[ArmResults]) -> list[Column]:
     steps = {step: None for r in results for m in r.measured["inference-steps"].values() for step in m["top1"]}
 
     def at(step: str) -> Values:
-        return lambda result: [m["top1"][step] for m in result.measured["inference-steps"].values()]
+        return lambda result: [
+            m["top1"][step] for m in result.measured["inference-steps"].values() if step in m["top1"]
+        ]
 
     return [(f"k={step}" if step.isdigit() else step, at(step), ".2f") for step in steps]
 
@@ -136,7 +138,14 @@ def _certificate_columns(results: Sequence[ArmResults]) -> list[Column]:
     def at(name: str) -> Values:
         return lambda result: [m[name] for m in result.measured["certificate"].values() if m[name] is not None]
 
-    return [("bound", at("bound"), ".3f"), ("rate", at("rate"), ".3f")]
+    def deviation(name: str) -> Values:
+        return lambda result: [estimate(values).deviation] if (values := at(name)(result)) else []
+
+    return [
+        (f"{what} {name}", values(name), ".3f")
+        for name in ("bound", "rate")
+        for what, values in (("mean", at), ("deviation of", deviation))
+    ]
 
 
 def _none(results: Sequence[ArmResults]) -> list[Column]:

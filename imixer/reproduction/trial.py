@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from imixer.reproduction.shapes import SHAPES, check_shape
 from imixer.training import TrainingConfig
 from imixer.training.checkpoints import write_atomically
 
-TRAINED, FAILED, STARTED = "training.json", "failure.json", "started.json"
+TRAINED, FAILED, STARTED, ENVIRONMENTS = "training.json", "failure.json", "started.json", "environments.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ class TrialFolder:
     """The files of one trial.
 
     ``run/`` is the folder of the training run. ``training.json`` is there when the training is complete, and one file
-    for each measurement of the trained model when that is complete. All files are replaced in one step.
+    for each measurement of the trained model when that is complete. ``environments.json`` has the versions, threads and
+    machines that the trial ran with. All files are replaced in one step.
 
     Args:
         path: The folder.
@@ -70,27 +72,20 @@ class TrialFolder:
         """Folder of the training run."""
         return self.path / "run"
 
-    def read(self, name: str, *keys: str) -> Any:
-        """Content of a JSON file, with these keys; None if it is not there.
+    def read(self, name: str) -> Any:
+        """Content of a JSON file; None if it is not there.
 
         Raises:
-            ValueError: The file is damaged.
+            ValueError: The file is damaged, or cannot be read.
         """
-        return read_json(self.path / name, *keys, then="run the trial again")
+        return read_json(self.path / name, then="run the trial again")
 
-    def training(self) -> dict[str, Any] | None:
-        """The result of the training; None if it is not there.
-
-        Raises:
-            ValueError: The file is damaged.
-        """
-        found: dict[str, Any] | None = self.read(TRAINED, "metrics")
-        if found is None:
+    def read_sound(self, name: str) -> Any:
+        """Content of a JSON file; None if it is not there, is damaged or cannot be read."""
+        try:
+            return self.read(name)
+        except ValueError:
             return None
-        rows = found["metrics"] if isinstance(found["metrics"], list) else []
-        if not rows or not all(isinstance(row, dict) and {"test_top1", "seconds"} <= row.keys() for row in rows):
-            raise ValueError(f"{self.path / TRAINED} is damaged (it has no curve in 'metrics'); run the trial again")
-        return found
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""
@@ -98,10 +93,7 @@ class TrialFolder:
 
     def failed_in(self, sweep: str) -> bool:
         """Whether the trial failed in this sweep."""
-        try:
-            failure = self.read(FAILED, "sweep")
-        except ValueError:  # it is tried again
-            return False
+        failure = self.read_sound(FAILED)  # with a damaged one it is tried again
         return failure is not None and failure["sweep"] == sweep
 
     def missing(self, measurements: tuple[str, ...]) -> list[str]:
@@ -110,10 +102,7 @@ class TrialFolder:
 
     def holds(self, name: str) -> bool:
         """Whether a result is there and not damaged."""
-        try:
-            return (self.training() if name == TRAINED else self.read(name)) is not None
-        except ValueError:
-            return False
+        return self.read_sound(name) is not None
 
 
 def measurement_file(measurement: str) -> str:
@@ -126,30 +115,40 @@ def folder_of(trial: Trial, output: Path) -> TrialFolder:
     return TrialFolder(output / "trials" / trial.name)
 
 
-def read_json(path: Path, *keys: str, then: str) -> Any:
-    """Content of a JSON file, an object with these keys; None if it is not there.
+def read_json(path: Path, *, then: str) -> Any:
+    """Content of a JSON file, in the shape that :data:`SHAPES` has for its name; None if it is not there.
 
     Args:
         path: The file.
-        keys: What has to be in it.
         then: What to do when a damaged one is removed.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: It is damaged, or cannot be read.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
-        missing = [key for key in keys if key not in content]
-        if missing:
-            raise ValueError(f"it has no {missing[0]!r}")
+        check_shape(content, SHAPES.get(path.name, {}))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); make {path.parent} a folder that can be read, or move it away"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, and {then}") from error
     return content
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in one step, and make the folder that it is in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
+    """Write a file in one step, and make the folder that it is in.
+
+    Raises:
+        OSError: It cannot be written; the message says what to do.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path} ({error.strerror}); make room, allow writing there, or choose another --output"
+        ) from error
