@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from implicit import FixedPointLayer, InvertibleResidual, spectral_norm
 from implicit.diagnostics import Cause
-from solvers import NewtonKrylov, Picard
+from solvers import NewtonKrylov, Picard, Steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,7 @@ SICK: dict[str, tuple[Cause, Make]] = {
         _linear(lambda: _with_eigenvalues(0.995, 0.97, 0.9, 0.5, 0.1, -0.2), solver="picard"),
     ),
     "too few steps": (Cause.TOO_FEW_STEPS, _made(lambda z, x: 0.6 * torch.tanh(z) + x, solver="picard", max_steps=5)),
+    "damping": (Cause.TOO_FEW_STEPS, _made(lambda z, x: 0.5 * torch.tanh(z) + x, solver=Picard(damping=0.05))),
     "expansion": (
         Cause.EXPANSION,
         _linear(lambda: _with_eigenvalues(1.4, 0.5, 0.3, 0.2, 0.1, -0.2), solver="picard"),
@@ -150,12 +151,32 @@ SICK: dict[str, tuple[Cause, Make]] = {
         Cause.LIMIT_CYCLE,
         _made(lambda z, x: torch.tanh(z @ (1.6 * _rotation(1.0, 1.2)).to(z)) + 0.1 * x, solver="picard", start=0.5),
     ),
+    "long transient": (
+        Cause.TRANSIENT,
+        _linear(
+            lambda: 0.9 * torch.eye(16).double() + torch.diag(torch.full((15,), 0.3, dtype=torch.float64), 1),
+            solver="picard",
+        ),
+    ),
+    "expansion in a fixed number of steps": (
+        Cause.EXPANSION,
+        _made(lambda z, x: 1.5 * z + x, solver="picard", stopping=Steps(30)),
+    ),
+    "several at zero": (
+        Cause.SEVERAL_EQUILIBRIA,
+        _made(lambda z, x: torch.tanh(3 * z) + 0 * x, curable=False),
+    ),
     "several": (Cause.SEVERAL_EQUILIBRIA, _made(lambda z, x: torch.tanh(3 * z) + 0.01 * x, curable=False)),
     "continuum": (
         Cause.SINGULAR_JACOBIAN,
         _made(lambda z, x: z - 0.5 * (z - x).mean(dim=1, keepdim=True), curable=False),
     ),
     "none": (Cause.NO_EQUILIBRIUM, _made(lambda z, x: z + 1 + 0.1 * torch.sin(z) + 0 * x, curable=False)),
+    "none in a fixed number of steps": (
+        Cause.NO_EQUILIBRIUM,
+        _made(lambda z, x: z + 1 + 0 * x, curable=False, solver="picard", stopping=Steps(30)),
+    ),
+    "none for a kink": (Cause.NO_EQUILIBRIUM, _made(lambda z, x: torch.relu(z) + x.abs(), curable=False)),
     "none, slower and slower": (
         Cause.NO_EQUILIBRIUM,
         _made(lambda z, x: torch.sqrt(z * z + 1) + 0 * x, curable=False, solver="picard"),
@@ -177,6 +198,10 @@ SICK: dict[str, tuple[Cause, Make]] = {
     "loose": (
         Cause.TOLERANCE_TOO_LOOSE,
         _linear(lambda: _with_eigenvalues(0.6, -0.6, 0.3, 0.2, 0.1, -0.2), rtol=0.1, solver="picard"),
+    ),
+    "far, by steps of one size": (
+        Cause.START_TOO_FAR,
+        _made(lambda z, x: z + torch.tanh(200 + x - z), solver="picard"),
     ),
     "far": (Cause.START_TOO_FAR, _made(_square_root, solver="picard", start=1e9, max_steps=20)),
     "not finite": (Cause.NOT_FINITE, _made(lambda z, x: torch.sqrt(z + 1) + 0 * x, start=-2.0)),

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from implicit.diagnostics.causes import Cause
 from implicit.diagnostics.layer_report import Finding, Proposal, largest
-from implicit.diagnostics.map_check import map_problems
-from implicit.diagnostics.measurements import FlatMapping, Spectrum, leading_eigenvalues, precision_floor
-from implicit.diagnostics.replay import Replay, Setting
+from implicit.diagnostics.map_check import MapProblem, map_problems
+from implicit.diagnostics.measurements import OWN_ROUNDING, FlatMapping, Spectrum, leading_eigenvalues, precision_floor
+from implicit.diagnostics.replay import Replay, Setting, evaluating
 from implicit.diagnostics.trials import Trials
 from solvers import Auto, Solution, Status
 from solvers.problem import relative, rms_norm
 
 # A residual of at most this many times the rounding in the map gets no smaller.
 AT_FLOOR = 30
-# Rounding of at most this many units of the dtype is the dtype's own.
-OWN_ROUNDING = 64
+# A residual that is smaller by less than this factor after all steps has not become smaller.
+NO_PROGRESS = 0.999
 # The relative error from which a tolerance is too loose.
 LOOSE = 0.02
 
@@ -94,12 +94,13 @@ class Examination(abc.ABC):
         """Find what is wrong with a solve that has not failed."""
 
     def _is_not_falling(self) -> Tensor:
-        """(B,) whether the residual of an untested solve is larger at its end than at its beginning."""
-        history = self._solution.history
+        """(B,) whether the steps of an untested solve have not brought f(z) and z, or F and zero, closer together."""
+        replay, history = self._replay, self._solution.history
         if history is None or len(history) < 2 or self._status.ne(Status.UNTESTED).any():
             return torch.zeros_like(self._status, dtype=torch.bool)
-        history = history.reshape(len(history), -1).cpu()
-        return ~(history[-1] <= history[0]) & ~(history[-1] < 1e-3)
+        changes = [replay.flat(z) - (0.0 if replay.options.root else z) for z in (replay.start, self._point)]
+        first, last = map(rms_norm, changes)
+        return ~(last < NO_PROGRESS * first).cpu() & ~(history[-1].flatten().cpu() < 1e-3)
 
     def _add(self, cause: Cause, rows: Tensor, evidence: str, modules: tuple[str, ...] = ()) -> None:
         rows = rows & self._left if self._failed.any() else rows
@@ -110,9 +111,12 @@ class Examination(abc.ABC):
     def _measure(self, point: Tensor) -> None:
         self.spectrum = leading_eigenvalues(self._replay.flat, point, self._generator)
 
-    def _map_is_unfit(self) -> bool:
+    def _problems(self) -> list[MapProblem]:
         replay = self._replay
-        problems = map_problems(replay.f, replay.layout.unpack(self._point), replay.inputs, replay.options.batch_dims)
+        return map_problems(replay.f, replay.layout.unpack(self._point), replay.inputs, replay.options.batch_dims)
+
+    def _map_is_unfit(self) -> bool:
+        problems = self._problems()
         mixing = {name for problem in problems if problem.mixes for name in problem.modules}
         # Batch normalization in training mode also changes its buffers, which changes nothing that it returns.
         problems = [problem for problem in problems if problem.mixes or not mixing & problem.modules.keys()]
@@ -121,7 +125,9 @@ class Examination(abc.ABC):
             cause = Cause.SAMPLES_MIX if problem.mixes else Cause.MAP_CHANGES
             self.findings.append(Finding(cause, len(everything), problem.message, tuple(problem.modules)))
         modules = {name: module for problem in problems for name, module in problem.modules.items() if module.training}
-        if modules:
+        with evaluating(modules.values()):
+            cured = bool(modules) and not self._problems()
+        if cured:
             self._trials.make(Setting(evaluating=tuple(modules.items())))
         if any(problem.mixes for problem in problems) and not self._trials.cure(everything):
             self._trials.make(Setting(batch_dims=0))

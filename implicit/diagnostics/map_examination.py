@@ -24,6 +24,10 @@ APART = 0.05
 MANY_STEPS = 100
 # An eigenvalue that is 1 but for so many times the rounding of the dtype.
 SINGULAR = 100
+# A residual falls if half of the steps reduce it by this factor.
+FALLING = 0.99
+# A distance between f(z) and z that leaves open whether there is an equilibrium, if the state has not grown much.
+CLOSE = 0.01
 # Plain steps that lead away from an equilibrium that repels.
 PLAIN = 20
 
@@ -50,13 +54,18 @@ class MapExamination(Examination):
             self._measure(point)
             self._find_left_domain(plain, found)
             self._find_by_spectrum(plain, found)
-            self._add(
-                Cause.UNKNOWN, self._left, f"The smallest residual is {self._trials.least_residual(self._left):.1e}."
-            )
         else:
             if any(finding.cause is Cause.NOT_FINITE for finding in self.findings):
                 self._trials.search_starts()
             self._measure(point)
+
+    def _is_falling(self) -> Tensor:
+        """(B,) whether the residual has become smaller in the second half of the steps."""
+        history = self._solution.history
+        if history is None:
+            return torch.zeros_like(self._failed)
+        history = history.flatten(1).cpu()
+        return history[-1] < FALLING * history[len(history) // 2]
 
     def _find_left_domain(self, plain: PlainSteps, found: Tensor) -> None:
         if self._replay.is_plain:
@@ -68,7 +77,7 @@ class MapExamination(Examination):
             reached = picard.converged & (picard.solution.num_steps.flatten().cpu() <= steps)
         astray = self._lost | (self._status == Status.NONFINITE) | (self._status == Status.DIVERGED)
         stays = plain.finite.cpu() & (plain.ratio.cpu() <= 1.1)
-        rows = reached | (astray & stays & found)
+        rows = (reached & ~self._is_falling()) | (astray & stays & found)
         how = "to NaN or infinity" if bool((rows & self._lost).any()) else "away"
         self._add(
             Cause.DOMAIN_LEFT,
@@ -82,9 +91,11 @@ class MapExamination(Examination):
         replay, values = self._replay, self.spectrum.eigenvalues
         radius = self.spectrum.radius
         steps = replay.tested.max_steps
-        needed = torch.log(replay.asked(self._size).clamp(1e-16, 0.5)) / torch.log(radius.clamp(1e-16, 1 - 1e-12))
+        damping = getattr(replay.options.solver, "damping", 1.0)
+        rate = (1 - damping + damping * values).abs().nan_to_num(0.0).amax(dim=1)
+        needed = torch.log(replay.asked(self._size).clamp(1e-16, 0.5)) / torch.log(rate.clamp(1e-16, 1 - 1e-12))
         oscillates = (values[:, 0].real < 0) | (values[:, 0].imag.abs() > 0.2 * values[:, 0].abs())
-        stable, growth = found & (radius < 1), self.spectrum.growth
+        stable, growth = found & ((radius < 1) | self._trials.reached_by_plain_steps()), self.spectrum.growth
         # Growth that a linear map of this radius would have between the two windows of plain iteration.
         linear = radius.clamp(1.0, 1e3) ** 16
         level = plain.ratio.cpu() <= 1.02 + 0.3 * (linear - 1).clamp_max(1.0)
@@ -112,7 +123,8 @@ class MapExamination(Examination):
         add(Cause.TRANSIENT, transient, f"Its powers grow to a norm of {norm:.2g} before they decay.")
         slow = stable & (needed > steps)
         count = largest(torch.where(slow & self._left, needed, math.nan))
-        extra = f"Plain steps need about {count:.0f} steps, and max_steps is {steps}."
+        plainly = "Plain steps" if damping == 1 else f"Plain steps with damping={damping:g}"
+        extra = f"{plainly} need about {count:.0f} steps, and max_steps is {steps}."
         add(Cause.TOO_FEW_STEPS, slow & (radius <= GOOD_RATE), extra)
         add(Cause.OSCILLATION, slow & oscillates, extra)
         add(Cause.SLOW_CONTRACTION, slow, extra)
@@ -125,12 +137,15 @@ class MapExamination(Examination):
         add(Cause.LIMIT_CYCLE, cycles, f"Plain steps go on changing the state by {change:.1e} of its size.")
         add(Cause.OSCILLATION, found & damping_helps)
         add(Cause.EXPANSION, found)
+        none = self._left & (self._trials.least_distance(GROWTH) > CLOSE)
+        least = largest(self._trials.least_distance(1e3)[none])
         self._add(
             Cause.NO_EQUILIBRIUM,
-            self._left,
-            f"{len(self._trials.made)} other solvers and starts were tried; the smallest residual is "
-            f"{self._trials.least_residual(self._left):.1e}.",
+            none & (least < math.inf),
+            f"{len(self._trials.made)} other solvers and starts were tried; f(z) and z are {least:.1e} or more of the "
+            "state's size at the start apart.",
         )
+        self._add(Cause.UNKNOWN, self._left, f"The smallest residual is {self._trials.least_residual(self._left):.1e}.")
         causes = {finding.cause for finding in self.findings}
         if causes & {Cause.OSCILLATION, Cause.LIMIT_CYCLE}:
             self._trials.make_damped(values[found])
@@ -139,7 +154,7 @@ class MapExamination(Examination):
 
     def _find_singular(self) -> None:
         dtype = self._replay.layout.dtype
-        distance = (self.spectrum.eigenvalues - 1).abs().nan_to_num(math.inf).amin(dim=1)
+        distance = (self.spectrum.eigenvalues - 1).abs().nan_to_num(nan=math.inf, posinf=math.inf).amin(dim=1)
         self._add(
             Cause.SINGULAR_JACOBIAN,
             distance <= SINGULAR * torch.finfo(dtype).eps,
@@ -157,6 +172,7 @@ class MapExamination(Examination):
         for steps in (0, PLAIN):
             noise = torch.rand(point.shape, generator=generator, dtype=point.dtype).to(point.device) - 0.5
             size = torch.where(replay.start == 0, 2 * rms_norm(point).unsqueeze(1), replay.start.abs())
+            size = torch.where(size == 0, 1.0, size)
             flat = replay.start + noise * size
             for _ in range(steps):
                 image = replay.flat(flat)

@@ -18,6 +18,9 @@ KRYLOV_STEPS, NUM_EIGENVALUES = 24, 6
 # How far ahead transient growth is looked for, and how many vectors of the state's size plain iteration compares.
 GROWTH_STEPS, WINDOW = 64, 16
 
+# Rounding of at most this many units of the dtype is the dtype's own.
+OWN_ROUNDING = 64
+
 # A step relative to the size of the state that is larger than the grid of bfloat16.
 COARSE = 0.01
 
@@ -160,7 +163,7 @@ def precision_floor(f: FlatMapping, z: Tensor, generator: torch.Generator) -> Te
 
     Along a line through ``z``, a smooth map has negligible third differences at small steps; what is left of them is
     rounding. Rounding to a coarse grid, as in a lower precision, shows only at steps as large as the grid: there it is
-    what does not shrink with the step as third differences do. Costs 21 calls of f.
+    what does not shrink with the step as third differences do. Costs 28 calls of f.
 
     References:
         More and Wild, "Estimating computational noise", SIAM J. Sci. Comput. 33 (2011), algorithm 3.1.
@@ -169,18 +172,23 @@ def precision_floor(f: FlatMapping, z: Tensor, generator: torch.Generator) -> Te
     direction = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
     size = torch.maximum(rms_norm(z), rms_norm(f(z)))
     unit = relative(size, rms_norm(direction)).unsqueeze(1) * direction
-    fine, coarse, half = (_third_difference(f, z, step * unit) for step in (eps**0.5, COARSE, COARSE / 2))
-    return torch.where(half > 0.4 * coarse, torch.maximum(fine, half), fine).clamp_min(eps / 2)
+    steps = (eps**0.5, eps**0.5 / 4, COARSE, COARSE / 2)
+    (fine, finer, coarse, half), medians = zip(*(_third_difference(f, z, step * unit) for step in steps), strict=True)
+    fine = torch.minimum(fine, finer)  # a steep map has third differences at the first step
+    # Between the points of a grid, the map does not change.
+    grid = (half > 0.4 * coarse) & (medians[1] <= OWN_ROUNDING * eps)
+    return torch.where(grid, torch.maximum(fine, half), fine).clamp_min(eps / 2)
 
 
-def _third_difference(f: FlatMapping, z: Tensor, step: Tensor) -> Tensor:
-    """(B,) a rounding error that would make third differences as large as those of f are, relative to f."""
+def _third_difference(f: FlatMapping, z: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) each: a rounding error that makes third differences as large as those of f, and their median; over f."""
     table = torch.stack([f(z + k * step) for k in range(-3, 4)])  # (7, B, D)
     differences = table.diff(n=3, dim=0).abs().transpose(0, 1).flatten(1)  # (B, 4 D)
     # The squares of the coefficients of a third difference sum to 20. Nine tenths of a normal distribution are within
     # 1.645 deviations; the largest tenth is left out, because a kink of the map raises a few entries.
     ninth = differences.kthvalue(math.ceil(0.9 * differences.shape[1]), dim=1).values
-    return relative(ninth / (20**0.5 * 1.645), rms_norm(table[3]))
+    size = rms_norm(table[3])
+    return relative(ninth / (20**0.5 * 1.645), size), relative(differences.median(dim=1).values, size)
 
 
 @dataclasses.dataclass(frozen=True)

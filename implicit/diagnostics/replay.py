@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Setting:
         batch_dims: How many leading dimensions index independent problems.
         start: A state to start from, and the code that makes it.
         evaluating: Modules of the map that are in eval mode, and their names.
+        patient: Whether no sample ends because its residual has not fallen for long.
     """
 
     solver: Solver | None = None
@@ -39,11 +40,14 @@ class Setting:
     batch_dims: int | None = None
     start: tuple[str, Any] | None = None
     evaluating: tuple[tuple[str, nn.Module], ...] = ()
+    patient: bool = False
 
     def __str__(self) -> str:
         """The setting as it is written in a program."""
         options = {"solver": self.solver, "rtol": self.rtol, "max_steps": self.max_steps, "batch_dims": self.batch_dims}
         code = [f"{name}={_short(value)}" for name, value in options.items() if value is not None]
+        if self.patient:  # an option of Stopping alone
+            code[-1] = f"stopping=Stopping(..., {code[-1]}, patience={self.max_steps})"
         code += [self.start[0]] if self.start else []
         if self.evaluating:
             code.append(f"{', '.join(name for name, _ in self.evaluating)} in eval mode")
@@ -120,12 +124,14 @@ class Replay:
         rule = self.tested
         changes = {name: getattr(setting, name) for name in ("rtol", "max_steps")}
         rule = dataclasses.replace(rule, **{name: value for name, value in changes.items() if value is not None})
+        if setting.patient:
+            rule = dataclasses.replace(rule, patience=rule.max_steps)
         options = dataclasses.replace(self.options, stopping=rule, history=False, compact=False)
         if setting.solver is not None:
             options = dataclasses.replace(options, solver=setting.solver)
         if setting.batch_dims is not None:
             options = dataclasses.replace(options, batch_dims=setting.batch_dims, chunk_size=None)
-        with _evaluating([module for _, module in setting.evaluating]):
+        with evaluating([module for _, module in setting.evaluating]):
             return options.solve(self.f, setting.start[1] if setting.start else self.z0, self.inputs)
 
     def restored(self) -> contextlib.AbstractContextManager[None]:
@@ -142,7 +148,8 @@ class Replay:
 
 
 @contextlib.contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Modules in eval mode, without those inside them."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only, tree_struc
 from implicit.diagnostics.layer_report import Proposal, largest
 from implicit.diagnostics.replay import Replay, Setting
 from solvers import Anderson, Auto, Broyden, Newton, NewtonKrylov, Picard, Solution, Solver
+from solvers.problem import relative, rms_norm
 
 # Solvers that are tried where that of a map fails, and that of a root.
 SOLVERS: tuple[Solver, ...] = (
@@ -99,17 +100,24 @@ class Trials:
     def search(self, rows: Tensor) -> None:
         """Try other solvers, and then other starts, until every sample has an equilibrium.
 
-        A slow solve looks as if there were none, so one of them may take ten times as many steps.
+        A slow solve looks as if there were none, so some of them may take ten times as many steps.
         """
         replay = self._replay
         steps = max(replay.tested.max_steps, 50)
         more = None if steps == replay.tested.max_steps else steps
+        own = replay.options.solver
         for solver in SOLVERS_OF_ROOTS if replay.options.root else SOLVERS:
-            if solver != replay.options.solver or more is not None:
-                self.make(Setting(solver=None if solver == replay.options.solver else solver, max_steps=more))
-        if not self.cure(rows):
-            patient = None if replay.options.root else Anderson(memory=10)
-            self.make(Setting(solver=patient, max_steps=10 * steps))
+            if solver != own or more is not None:
+                self.make(Setting(solver=None if solver == own else solver, max_steps=more))
+        for patient in (own,) if replay.options.root else (Anderson(memory=10), Picard()):
+            if not self.cure(rows):
+                self.make(
+                    Setting(
+                        solver=None if patient == own else patient,
+                        max_steps=10 * steps,
+                        patient=not replay.options.root,
+                    )
+                )
         if not self.cure(rows):
             self.search_starts()
 
@@ -119,37 +127,70 @@ class Trials:
 
     def _starts(self) -> Iterator[tuple[str, Any]]:
         replay = self._replay
-        option, start = replay.start_option, replay.start
-        if bool((start != 0).any()):
-            zeros = "zeros" if option == "init" else "torch.zeros_like(z0)"
-            yield f"{option}={zeros}", tree_map(torch.zeros_like, replay.z0)
+        start = replay.start
         first = replay.inputs[0] if replay.inputs else None
         leaves, others = tree_leaves(first), tree_leaves(replay.z0)
-        if tree_structure(first) == tree_structure(replay.z0) and all(
+        alike = tree_structure(first) == tree_structure(replay.z0) and all(
             isinstance(a, Tensor) and a.shape == b.shape and a.dtype == b.dtype
             for a, b in zip(leaves, others, strict=True)
-        ):
-            yield f"{option}=<the first input>", first
+        )
+        of_layer = alike and replay.start_option == "init"
+        if bool((start != 0).any()):
+            code = "init=lambda x, *_: torch.zeros_like(x)" if of_layer else "z0=torch.zeros_like(z0)"
+            yield code if isinstance(replay.z0, Tensor) else "z0=<zeros>", tree_map(torch.zeros_like, replay.z0)
+        if alike:
+            yield "init=lambda x, *_: x" if of_layer else "z0=<the first input>", first
         if replay.options.root:
             for factor in (1.0, -3.0):
                 moved = start + factor * torch.where(start == 0, 1.0, start.abs())
                 text = f"z0 {'+' if factor > 0 else '-'} {abs(factor):g} * z0.abs().where(z0 != 0, 1)"
                 yield f"z0={text}", tree_map_only(Tensor, torch.clone, replay.layout.unpack(moved))
 
+    def reached_by_plain_steps(self) -> Tensor:
+        """(B,) for which samples plain steps meet the tolerance, also where rounding keeps them from a digit."""
+        rows = torch.zeros_like(self._failed)
+        for trial in self.made:
+            rows |= self._reached(trial) & (self._solver_of(trial) == Picard())
+        return rows
+
+    def _solver_of(self, trial: Trial) -> Solver:
+        return trial.setting.solver or self._replay.options.solver
+
+    def _reached(self, trial: Trial) -> Tensor:
+        if self._solver_of(trial) != Picard() or trial.setting.batch_dims == 0:
+            return trial.converged
+        asked = self._replay.asked(rms_norm(self._replay.layout.pack(trial.solution.value)))
+        return trial.converged | (_residual_of(trial.solution) <= asked)
+
     def equilibria(self) -> tuple[Tensor, Tensor]:
         """(B,) which samples have one, and (B, D) where, or the best point."""
-        own = ~self._failed
-        found, point = own.clone(), self._point
+        found, point = ~self._failed, self._point
         for trial in self.made:
-            new = (trial.converged & ~found).to(point.device)
+            reached = self._reached(trial)
+            new = (reached & ~found).to(point.device)
             point = torch.where(new.unsqueeze(1), self._replay.layout.pack(trial.solution.value), point)
-            found |= trial.converged
+            found = found | reached
         return found, point
+
+    def least_distance(self, growth: float) -> Tensor:
+        """(B,) the smallest distance between f(z) and z in any trial, of states that have not grown by this factor.
+
+        In units of the larger of both at the start.
+        """
+        start = self._replay.start
+        unit = torch.maximum(rms_norm(start), rms_norm(self._replay.flat(start)))
+        distances = []
+        for solution in (self._solution, *(trial.solution for trial in self.made)):
+            if solution.status.shape == self._solution.status.shape:
+                value = self._replay.layout.pack(solution.value)
+                distance = relative(rms_norm(self._replay.flat(value) - value), unit)
+                distances.append(torch.where(rms_norm(value) <= growth * unit, distance, math.inf).cpu().double())
+        return functools.reduce(torch.fmin, distances)
 
     def least_residual(self, rows: Tensor) -> float:
         """Return the largest, over the samples ``rows`` (B,), of the smallest residual in any trial."""
-        residuals = [solution.residual for solution in (self._solution, *(trial.solution for trial in self.made))]
-        flat = [r.flatten().cpu().double() for r in residuals if r is not None and r.numel() == len(rows)]
+        residuals = map(_residual_of, (self._solution, *(trial.solution for trial in self.made)))
+        flat = [residual for residual in residuals if len(residual) == len(rows)]
         return largest(functools.reduce(torch.fmin, flat)[rows]) if bool(rows.any()) else math.nan
 
     def make_damped(self, eigenvalues: Tensor) -> None:
@@ -164,3 +205,10 @@ class Trials:
             steps = math.ceil(1.3 * math.log(1e-6) / math.log(rate)) + 10
             solver = Picard(damping=round(best, 2))
             self.make(Setting(solver=solver, max_steps=max(min(steps, 1000), self._replay.tested.max_steps)))
+
+
+def _residual_of(solution: Solution[Any]) -> Tensor:
+    """(B,) the relative residual on the CPU; infinite where none was measured."""
+    if solution.residual is None:
+        return torch.full(solution.status.shape, math.inf, dtype=torch.float64).flatten()
+    return solution.residual.flatten().cpu().double().nan_to_num(nan=math.inf, posinf=math.inf)
