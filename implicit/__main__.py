@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 def _raised(error: Exception) -> str:
     """The type of an error, what it says, and where it was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno}; --traceback shows the calls)"
+    place = "" if frame.filename == __file__ else f"{frame.filename}, line {frame.lineno}; "
+    return f"{type(error).__name__}: {error} ({place}--traceback shows the calls)"
 
 
 def _positive(text: str) -> int:

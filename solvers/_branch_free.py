@@ -155,8 +155,10 @@ def _taken_in(
         contracts: (B,) bool, whether the value is to be f(z).
     """
     ended, taken = active < samples.active, met | news.improved
+    followed = dataclasses.replace(samples)
+    followed.follow_growth(news)
     new = dataclasses.replace(
-        samples,
+        followed,
         value=replaced(samples.value, taken, replaced(state.z, contracts, state.fz)),
         contracts=contracts,
         is_image=replaced(samples.is_image, taken, contracts),
@@ -168,6 +170,5 @@ def _taken_in(
         status=torch.where(ended, _rules.status_at_end(news, met, idle), samples.status),
     )
     new.stop(ended, step)
-    new.follow_growth(news)
     new.latest, new.active = news.error, active
     return new

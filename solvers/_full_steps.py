@@ -22,7 +22,7 @@ from solvers.problem.norms import underflow
 
 # The part of the samples that must have ended before the others are copied together.
 SHARE = 0.25
-# A step of so many units of rounding is none.
+# A step of at most this many rounding units counts as zero.
 ROUNDED = 64
 
 
@@ -123,24 +123,27 @@ def found(
 
 
 def limit_of(measure: Measure, size: Tensor, error: Tensor, bound: Tensor) -> Tensor:
-    """(n,) the norm of F for a next step of ``bound``, if ``error`` belongs to ``size``."""
+    """(n,) the norm of F for a next step of ``bound``, if ``error`` belongs to ``size``, its Euclidean norm.
+
+    For ``norm="max"`` it is up to the root of D times larger.
+    """
     return torch.where(error > 0, measure.in_units(size) * (bound / error), 0.0)
 
 
 def judged_again(f: RootMap, measure: Measure, reached: Reached, change: Tensor) -> Tensor:
     """(B,) the status of each root, now that the others are where they are; for other samples, CONVERGED.
 
-    A root is none any more where F mixes samples, or changes from call to call. Where |F| is larger than the tolerance
-    would have it, the next step tells.
+    A value may no longer be a root where F mixes samples, or changes from call to call. Where |F| is larger than the
+    tolerance would have it, the next step tells.
 
     Args:
         f: The map; called once more, with its Jacobian, where some |F| is so large.
         measure: The norms and bounds.
-        reached: The roots; the residuals of those that are none become those of now.
+        reached: The roots; the residuals of those that are roots no longer become those of now.
         change: (B,) the norm of F.
     """
     status = torch.full_like(reached.num_steps, Status.CONVERGED, dtype=torch.int8)
-    large = change > reached.limit
+    large = ~(change <= reached.limit) & ~reached.limit.isnan()
     if not bool(large.any()):
         return status
     step = next_step(*with_jacobian(f.residual, reached.value)[:2])

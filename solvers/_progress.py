@@ -271,6 +271,9 @@ class ToleranceTest:
         if missed:
             taken = news.improved if met is None else news.improved | met
         self._take_contracts(news, verdict, secant, ended, taken)
+        if count.ungrown < size or count.unshrunk < size:
+            self._some_grown = self._some_grown or count.ungrown < size
+            samples.follow_growth(news)
         if taken is None:
             samples.error, samples.scale, samples.least = news.error, news.scale, news.rounded
         else:
@@ -291,9 +294,6 @@ class ToleranceTest:
                 status, self._some_lost = _rules.status_at_end(news, verdict.met, verdict.idle), True
             samples.status = torch.where(ended, status, samples.status)
             samples.stop(ended, self._step)  # so that they fail all further tests
-        if count.ungrown < size or count.unshrunk < size:
-            self._some_grown = self._some_grown or count.ungrown < size
-            samples.follow_growth(news)
         samples.latest = news.error
         # All that are left may converge in the next step only if all are close.
         self._near = count.close >= count.allowed or count.within > 0

@@ -39,7 +39,8 @@ class Samples:
         best_step: (B,) int64, the step of that iterate.
         error_ratio: (B,) error over residual along the last step before the sample stopped.
         latest: (B,) ``norm(f(z) - z)`` of the latest iterate.
-        reference: (B,) ``norm(f(z) - z)`` before the value last grew tenfold; infinite if it has not.
+        reference: (B,) ``norm(f(z) - z)`` before the value last grew tenfold, or the smallest until then; infinite if
+            the value has not grown.
         smallest: (B,) the smallest ``norm(f(z))`` since it last grew tenfold.
         next_growth: (B,) ten times that: where it has grown tenfold again.
         taken_back: (B,) int64, how often in a row the sample was taken back to its best value.
@@ -172,10 +173,11 @@ class Samples:
 
         The smallest one, where the latest is larger than the value itself: that tells of an iterate far from its image.
         """
-        return torch.where(self.latest <= self.next_growth, self.latest, self.least)
+        smallest = torch.minimum(self.latest, self.least)
+        return torch.where(self.latest <= self.next_growth, self.latest, smallest)
 
     def follow_growth(self, news: "News") -> None:
-        """Remember where the value has grown tenfold, or is smaller than before."""
+        """Remember where the value has grown tenfold, or is smaller than before, before the step is taken in."""
         grown = news.of_samples.ungrown < news.of_samples.allowed
         self.reference = torch.where(grown, self._before_growth(), self.reference)
         self.smallest = torch.where(grown, news.scale, torch.minimum(self.smallest, news.scale))

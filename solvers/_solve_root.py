@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -182,12 +183,15 @@ class _Batch:
                 if change is None:
                     compile = False
                     FullSteps(f, part, self._layout, stopping, self._in_dims, compact=self._separable).run()
-                    change = measure.norm(of_all.residual(part.value))
-                changes.append(change)
+                status = torch.full_like(part.num_steps, Status.CONVERGED, dtype=torch.int8)
                 if self._separable or bool((part.num_steps > 0).all()):
-                    statuses.append(judged_again(of_all, measure, part, change))
-                else:  # when the others are solved as well
-                    statuses.append(torch.full_like(part.num_steps, Status.CONVERGED, dtype=torch.int8))
+                    if change is None:
+                        change = measure.norm(of_all.residual(part.value))
+                    status = judged_again(of_all, measure, part, change)
+                elif change is None:  # until the others are solved as well
+                    change = torch.full_like(part.residual, math.nan)
+                changes.append(change)
+                statuses.append(status)
                 self._num_evals += f.num_evals + of_all.num_evals
         self._reached = reached
         self._found = {name: getattr(reached, name) for name in ("value", "num_steps", "residual", "error_estimate")}

@@ -6,6 +6,7 @@ from torch import nn
 
 from implicit import FixedPointLayer, diagnose
 from implicit.diagnostics import Cause
+from solvers import Stopping
 
 
 @pytest.mark.parametrize("shift", [lambda z: -0.3 * z.mean(0, keepdim=True), lambda z: 0.1 * torch.rand_like(z)])
@@ -35,3 +36,28 @@ def test_rounded_eigenvalues_do_not_make_an_expansion(diagonal):
     layer = FixedPointLayer(lambda z, x: z @ matrix.T + x, solver="picard", max_steps=25, on_failure="ignore")
     report = diagnose(layer, torch.randn(3, 12)).layers[""]
     assert report.causes == (Cause.TRANSIENT,)
+
+
+@pytest.mark.parametrize("solver", ["anderson", "broyden", "auto"])
+def test_one_coupled_problem_that_fails(solver):
+    torch.manual_seed(0)
+    matrix = 0.3 * torch.randn(3, 3)
+    layer = FixedPointLayer(
+        lambda z, x: z @ matrix + x, solver=solver, batch_dims=0, max_steps=2, rtol=1e-6, on_failure="ignore"
+    )
+    report = diagnose(layer, torch.ones(2, 3)).layers[""]
+    assert report.causes == (Cause.TOO_FEW_STEPS,)
+    assert report.proposal is not None
+
+
+def test_a_proposal_with_more_patience_is_a_program():
+    def far(z, x):
+        return z + torch.tanh(200 + x - z)
+
+    report = diagnose(FixedPointLayer(far, solver="picard", rtol=1e-3, on_failure="ignore"), torch.randn(4, 5)).layers[
+        ""
+    ]
+    assert report.proposal is not None
+    options = eval(f"dict({report.proposal.setting})", {"Stopping": Stopping, "dict": dict})
+    layer = FixedPointLayer(far, solver="picard", **options)
+    assert layer(torch.randn(4, 5), return_solution=True)[1].converged.all()

@@ -1,5 +1,6 @@
 """Maps that mix samples or change from call to call: a solve that takes its samples for independent does not lie."""
 
+import math
 import warnings
 
 import pytest
@@ -98,6 +99,16 @@ def test_coupled_unknowns_taken_for_samples_are_reported(compile, without_a_comp
     assert (solution.residual[solution.status == Status.UNSETTLED] > 1e-4).all()
     whole = solve_root(lambda z: matrix @ z - 1, torch.ones(2), batch_dims=0)
     torch.testing.assert_close(matrix @ whole.value, torch.ones(2))
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_roots_where_other_roots_make_nan_are_reported(compile, without_a_compiler):
+    def F(z):  # noqa: N802
+        return z * z - 2 + torch.where((z - 2**0.5).abs().amin() < 1e-9, math.nan, 0.0)
+
+    start = torch.tensor([[1.0], [30.0]])
+    solution = solve_root(F, start, compile=compile, on_failure="ignore")
+    assert not solution.converged.all()
 
 
 def test_mixing_that_costs_no_digits_is_reported_and_leaves_the_statuses():

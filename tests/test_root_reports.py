@@ -145,7 +145,7 @@ def test_newton_where_there_is_no_root(function, start):
         (FixedPointLayer, "FixedPointLayer(f)"),
         (InvertibleResidual, "InvertibleResidual(g)"),
         (stationary, "stationary(objective)"),
-        (lambda f: projected_gradient(f, project_simplex), "stationary(objective)"),
+        (lambda f: projected_gradient(f, project_simplex), "projected_gradient(objective)"),
         (lambda f: projected_gradient(torch.sum, f), "projected_gradient(projection)"),
         (lambda f: proximal_gradient(torch.sum, f), "proximal_gradient(prox)"),
     ],

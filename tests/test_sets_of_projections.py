@@ -1,4 +1,4 @@
-"""Sets that are empty or no sets, points that are no points, and shapes that do not fit."""
+"""Sets that are empty or not defined, points that are not finite, and shapes that do not fit."""
 
 import math
 
@@ -67,6 +67,14 @@ def test_an_empty_box():
     assert project_box(x, low, 1.0)[2].isnan()
     assert project_box(x, 0.5, high)[1].isnan()
     assert project_box(torch.tensor(math.nan), torch.zeros(()), torch.ones(())).isnan()
+    for bounds in ({"low": torch.tensor(math.nan)}, {"high": torch.tensor(math.nan)}):
+        assert project_box(x, **bounds).isnan().all()
+
+
+def test_a_ball_without_end():
+    x = torch.tensor([3.0, 4.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(project_ball(x, math.inf).sum(), x)
+    assert gradient.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("x", [[math.inf, 1.0], [-math.inf, 0.0], [math.nan, 1.0]], ids=str)

@@ -123,3 +123,25 @@ def test_a_first_step_that_leads_far_away_is_no_measure_of_the_solution(
     value = found.value[found.converged].abs()  # minus the square root is one too
     torch.testing.assert_close(value, torch.full_like(value, solution), rtol=1e-3, atol=0.0)
     assert len(value) or name != "square root" or solver == "newton_krylov"
+
+
+@pytest.mark.parametrize("solver", ["newton_krylov", "anderson", "broyden", "auto", "picard"])
+def test_a_step_that_makes_the_value_larger_and_the_residual_tiny_has_found_a_solution(solver):
+    """In float32, where no later residual can be ten times smaller."""
+
+    def f(z):
+        return 1 - 0.01 * (z - 1) + 3e-9 * (z - 1) ** 2
+
+    for start in (100.0, 1e4, -1e5, 1e-3):
+        solution = solve(f, torch.full((1, 2), start), solver, on_failure="ignore", rtol=1e-5, max_steps=200)
+        assert solution.statuses() == ["CONVERGED"], (start, solution)
+
+
+@pytest.mark.parametrize("solver", ["broyden", "anderson", "auto", "squarem"])
+def test_a_map_with_a_kink_and_no_fixed_point(solver):
+    """Far from the start, |x| is below the tolerance or rounding, but no solver has come closer to a fixed point."""
+    for seed in range(10):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)).abs()
+        solution = solve(lambda z, x: torch.relu(z) + x, torch.zeros(4, 8), solver, args=(x,), on_failure="ignore")
+        close = (solution.change > x.norm(dim=1) / 8**0.5 / 10) & solution.converged
+        assert not close.any(), solution

@@ -148,7 +148,7 @@ def note_environment(folder: TrialFolder, device: torch.device) -> None:
     """Add versions, threads and machine of this process to those that the trial ran with."""
     found = environment()
     here = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, **found["versions"]}
-    here |= {name: str(found[name]) for name in ("threads", "machine", "git_commit")}
+    here |= {name: str(found[name]) for name in ("threads", "machine", "git_commit") if found[name] is not None}
     before = folder.read_sound(ENVIRONMENTS) or []
     if here not in before:
         folder.write(ENVIRONMENTS, [*before, here])

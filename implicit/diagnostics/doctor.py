@@ -48,7 +48,7 @@ def diagnose(
     makes them and the function that they solve, such as ``"head: root of kepler"``. Solves in other threads are not
     seen, and compiled models run as they are written.
 
-    One layer takes at most twenty solves, a check of its map (as :func:`implicit.check_map`), about 40 products with
+    One layer takes at most twenty solves, two checks of its map (as :func:`implicit.check_map`), about 40 products with
     its Jacobian, and the memory of as many states; for a root of D unknowns, D at most 64, up to 11 D products more.
     The parameters, buffers and gradients of the model, and PyTorch's random number generators on the CPU and on the
     model's device, are left as they were. What else the model changes when it is called stays changed: Python

@@ -22,12 +22,13 @@ GOOD_RATE = 0.8
 APART = 0.05
 # A solve that converges is slow from so many steps on.
 MANY_STEPS = 100
-# An eigenvalue that is 1 but for so many times the rounding of the dtype.
+# An eigenvalue within this many rounding units of 1 counts as 1.
 SINGULAR = 100
 # A residual falls if half of the steps reduce it by this factor.
 FALLING = 0.99
-# A distance between f(z) and z that leaves open whether there is an equilibrium, if the state has not grown much.
-CLOSE = 0.01
+# A distance between f(z) and z that leaves open whether there is an equilibrium, if the state has not grown much, and
+# the growth from which a distance says nothing.
+CLOSE, FAR = 0.01, 1e3
 # Plain steps that lead away from an equilibrium that repels.
 PLAIN = 20
 
@@ -64,7 +65,7 @@ class MapExamination(Examination):
         history = self._solution.history
         if history is None:
             return torch.zeros_like(self._failed)
-        history = history.flatten(1).cpu()
+        history = history.reshape(len(history), -1).cpu()
         return history[-1] < FALLING * history[len(history) // 2]
 
     def _find_left_domain(self, plain: PlainSteps, found: Tensor) -> None:
@@ -137,14 +138,7 @@ class MapExamination(Examination):
         add(Cause.LIMIT_CYCLE, cycles, f"Plain steps go on changing the state by {change:.1e} of its size.")
         add(Cause.OSCILLATION, found & damping_helps)
         add(Cause.EXPANSION, found)
-        none = self._left & (self._trials.least_distance(GROWTH) > CLOSE)
-        least = largest(self._trials.least_distance(1e3)[none])
-        self._add(
-            Cause.NO_EQUILIBRIUM,
-            none & (least < math.inf),
-            f"{len(self._trials.made)} other solvers and starts were tried; f(z) and z are {least:.1e} or more of the "
-            "state's size at the start apart.",
-        )
+        self._find_none()
         self._add(Cause.UNKNOWN, self._left, f"The smallest residual is {self._trials.least_residual(self._left):.1e}.")
         causes = {finding.cause for finding in self.findings}
         if causes & {Cause.OSCILLATION, Cause.LIMIT_CYCLE}:
@@ -161,12 +155,27 @@ class MapExamination(Examination):
             "The Jacobian of the map has the eigenvalue 1 at the solution.",
         )
 
+    def _find_none(self) -> None:
+        if not bool(self._left.any()):
+            return
+        apart, sizes = self._trials.distances()
+        near, least = (apart.masked_fill(~(sizes <= growth), math.inf).amin(dim=0) for growth in (GROWTH, FAR))
+        rows = self._left & (near > CLOSE) & (least > 0) & (least < math.inf)
+        self._add(
+            Cause.NO_EQUILIBRIUM,
+            rows,
+            f"{len(self._trials.made)} other solvers and starts were tried; f(z) and z are "
+            f"{largest(least[rows]):.1e} or more of the state's size at the start apart.",
+        )
+
     def _check_other_starts(self) -> None:
         """Solve again from two starts that differ, and compare the values.
 
         The second is some plain steps away, which leave an equilibrium that repels.
         """
         replay, point, generator = self._replay, self._point, self._generator
+        if self._status.ne(Status.CONVERGED).any():
+            return
         apart = torch.zeros_like(self._failed)
         worst = 0.0
         for steps in (0, PLAIN):
@@ -179,8 +188,8 @@ class MapExamination(Examination):
                 flat = torch.where(rms_norm(image).isfinite().unsqueeze(1), image, flat)
             start = tree_map_only(Tensor, torch.clone, replay.layout.unpack(flat))
             trial = self._trials.make(Setting(start=("another start", start)), keep=False)
-            if trial is None or self._status.ne(Status.CONVERGED).any():
-                return
+            if trial is None:
+                break
             value = replay.layout.pack(trial.solution.value)
             distance = rms_norm(value - point)
             errors = [s.error_estimate for s in (self._solution, trial.solution) if s.error_estimate is not None]

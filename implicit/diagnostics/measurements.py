@@ -163,7 +163,7 @@ def precision_floor(f: FlatMapping, z: Tensor, generator: torch.Generator) -> Te
 
     Along a line through ``z``, a smooth map has negligible third differences at small steps; what is left of them is
     rounding. Rounding to a coarse grid, as in a lower precision, shows only at steps as large as the grid: there it is
-    what does not shrink with the step as third differences do. Costs 28 calls of f.
+    what does not shrink with the step as third differences do. Costs 29 calls of f.
 
     References:
         More and Wild, "Estimating computational noise", SIAM J. Sci. Comput. 33 (2011), algorithm 3.1.

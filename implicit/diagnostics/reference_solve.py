@@ -59,8 +59,8 @@ class ReferenceSolves:
             return dataclasses.replace(call, mode=Unrolled(), options=options).solve()
         if isinstance(rule, Steps):
             rule = Stopping(max_steps=max(rule.max_steps, 50))
-        own = rule.relative or 1e-4
         eps = max(torch.finfo(leaf.dtype).eps for leaf in tree_leaves(call.z0))
+        own = rule.relative or 10 * eps / _FACTOR  # where atol alone is given, it decides
         rule = dataclasses.replace(
             rule,
             rtol=max(_FACTOR * own, 10 * eps),
@@ -96,7 +96,7 @@ class ReferenceSolves:
 
 
 def _problems_of(call: SolveCall) -> tuple[str, ...]:
-    """Why the map is none that has fixed points: it changes from call to call, or mixes samples."""
+    """Why the map cannot be solved for a fixed point: it changes from call to call, or mixes samples."""
     try:
         return tuple(p.message for p in map_problems(call.f, call.z0, call.args, call.options.batch_dims))
     except Exception:  # the map refuses states near the start, at which it is called
@@ -118,8 +118,7 @@ def _solved(call: SolveCall, own: float) -> SolveCall:
         except Exception:  # products that the map does not support, or a state that it refuses
             continue
         good = _is_solved(solution, _ACCEPTED * own)
-        assert solution.residual is not None
-        near = good | (solution.residual.flatten() <= own)
+        near = good if solution.residual is None else good | (solution.residual.flatten() <= own)
         start = torch.where(near.unsqueeze(1), layout.pack(solution.value), start)
         if bool(good.all()):
             options = dataclasses.replace(call.options, solver=solver)

@@ -42,16 +42,23 @@ class Setting:
     evaluating: tuple[tuple[str, nn.Module], ...] = ()
     patient: bool = False
 
-    def __str__(self) -> str:
-        """The setting as it is written in a program."""
-        options = {"solver": self.solver, "rtol": self.rtol, "max_steps": self.max_steps, "batch_dims": self.batch_dims}
+    def written(self, rule: Stopping) -> str:
+        """The setting as it is written in a program that stops by ``rule``."""
+        options: dict[str, Any] = {"solver": self.solver, "rtol": self.rtol, "max_steps": self.max_steps}
+        if self.patient:  # only Stopping has this option
+            options = {"solver": self.solver, "stopping": self.stopping(rule)}
+        options["batch_dims"] = self.batch_dims
         code = [f"{name}={_short(value)}" for name, value in options.items() if value is not None]
-        if self.patient:  # an option of Stopping alone
-            code[-1] = f"stopping=Stopping(..., {code[-1]}, patience={self.max_steps})"
         code += [self.start[0]] if self.start else []
         if self.evaluating:
             code.append(f"{', '.join(name for name, _ in self.evaluating)} in eval mode")
         return ", ".join(code)
+
+    def stopping(self, rule: Stopping) -> Stopping:
+        """``rule`` with what differs."""
+        changes = {name: value for name in ("rtol", "max_steps") if (value := getattr(self, name)) is not None}
+        rule = dataclasses.replace(rule, **changes)
+        return dataclasses.replace(rule, patience=rule.max_steps) if self.patient else rule
 
 
 @dataclasses.dataclass
@@ -121,11 +128,7 @@ class Replay:
     def run(self, setting: Setting) -> Solution[Any]:
         """Solve with a setting."""
         self.num_solves += 1
-        rule = self.tested
-        changes = {name: getattr(setting, name) for name in ("rtol", "max_steps")}
-        rule = dataclasses.replace(rule, **{name: value for name, value in changes.items() if value is not None})
-        if setting.patient:
-            rule = dataclasses.replace(rule, patience=rule.max_steps)
+        rule = setting.stopping(self.tested)
         options = dataclasses.replace(self.options, stopping=rule, history=False, compact=False)
         if setting.solver is not None:
             options = dataclasses.replace(options, solver=setting.solver)

@@ -90,7 +90,7 @@ class Trials:
         if int(best.converged.sum()) <= int((~self._failed).sum()) and bool(self._failed.any()):
             return None
         return Proposal(
-            str(best.setting),
+            best.setting.written(self._replay.tested),
             int(best.converged.sum()),
             len(best.converged),
             int(best.solution.num_steps.max()),
@@ -134,12 +134,12 @@ class Trials:
             isinstance(a, Tensor) and a.shape == b.shape and a.dtype == b.dtype
             for a, b in zip(leaves, others, strict=True)
         )
-        of_layer = alike and replay.start_option == "init"
+        of_call = replay.start_option == "z0"
         if bool((start != 0).any()):
-            code = "init=lambda x, *_: torch.zeros_like(x)" if of_layer else "z0=torch.zeros_like(z0)"
-            yield code if isinstance(replay.z0, Tensor) else "z0=<zeros>", tree_map(torch.zeros_like, replay.z0)
+            of_layer = "init=lambda x, *_: torch.zeros_like(x)" if alike else "z0=<zeros> in the call"
+            yield "z0=torch.zeros_like(z0)" if of_call else of_layer, tree_map(torch.zeros_like, replay.z0)
         if alike:
-            yield "init=lambda x, *_: x" if of_layer else "z0=<the first input>", first
+            yield "z0=<the first input>" if of_call else "init=lambda x, *_: x", first
         if replay.options.root:
             for factor in (1.0, -3.0):
                 moved = start + factor * torch.where(start == 0, 1.0, start.abs())
@@ -172,20 +172,18 @@ class Trials:
             found = found | reached
         return found, point
 
-    def least_distance(self, growth: float) -> Tensor:
-        """(B,) the smallest distance between f(z) and z in any trial, of states that have not grown by this factor.
+    def distances(self) -> tuple[Tensor, Tensor]:
+        """(T, B) each: how far apart f(z) and z are in the solve and its trials, and how large z is.
 
-        In units of the larger of both at the start.
+        Both in units of the larger of z and f(z) at the start.
         """
-        start = self._replay.start
-        unit = torch.maximum(rms_norm(start), rms_norm(self._replay.flat(start)))
-        distances = []
-        for solution in (self._solution, *(trial.solution for trial in self.made)):
-            if solution.status.shape == self._solution.status.shape:
-                value = self._replay.layout.pack(solution.value)
-                distance = relative(rms_norm(self._replay.flat(value) - value), unit)
-                distances.append(torch.where(rms_norm(value) <= growth * unit, distance, math.inf).cpu().double())
-        return functools.reduce(torch.fmin, distances)
+        flat, start, layout = self._replay.flat, self._replay.start, self._replay.layout
+        unit = torch.maximum(rms_norm(start), rms_norm(flat(start)))
+        solutions = (self._solution, *(trial.solution for trial in self.made))
+        values = [layout.pack(s.value) for s in solutions if s.status.shape == self._solution.status.shape]
+        apart = torch.stack([relative(rms_norm(flat(value) - value), unit) for value in values])
+        sizes = torch.stack([relative(rms_norm(value), unit) for value in values])
+        return apart.cpu().double().nan_to_num(nan=math.inf, posinf=math.inf), sizes.cpu().double()
 
     def least_residual(self, rows: Tensor) -> float:
         """Return the largest, over the samples ``rows`` (B,), of the smallest residual in any trial."""

@@ -80,6 +80,7 @@ def projected_gradient(
         >>> torch.autograd.grad(nearest(x)[0], x)
         (tensor([ 0.5000, -0.5000,  0.0000]),)
     """
+    require_callable("projected_gradient(objective)", objective)
     require_callable("projected_gradient(projection)", projection)
     condition = proximal_gradient(objective, lambda point, step, *args: projection(point), step)
     return _of_objective(condition, "projected_gradient", objective)
@@ -116,6 +117,7 @@ def proximal_gradient(objective: Callable[..., Any], prox: Callable[..., Any], s
         >>> torch.autograd.grad(fit(x, y, penalty).sum(), penalty)
         (tensor(-1.),)
     """
+    require_callable("proximal_gradient(objective)", objective)
     require_callable("proximal_gradient(prox)", prox)
     if not step > 0:
         raise ValueError(f"The step must be a number > 0, got {step!r}.")

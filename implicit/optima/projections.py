@@ -35,6 +35,8 @@ def project_box(x: Tensor, low: Number | None = None, high: Number | None = None
     least, most = as_float(-math.inf if low is None else low), as_float(math.inf if high is None else high)
     if least is not None and most is not None and not least <= most:
         raise ValueError(f"project_box needs numbers low <= high, got low={low!r} and high={high!r}.")
+    if least is None or most is None:  # tensors, which may describe no box
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
     low = low if low is None else torch.as_tensor(low, dtype=x.dtype, device=x.device)
     high = high if high is None else torch.as_tensor(high, dtype=x.dtype, device=x.device)
     limit = high  # that x is compared with; with NaN nothing compares
@@ -101,7 +103,8 @@ def project_ball(x: Tensor, radius: Number = 1.0) -> Tensor:
     square = scaled.square().sum(dim=-1, keepdim=True)
     outside = ~(square.sqrt() * largest <= radius) | (radius == 0)  # also where a norm is NaN, as of an infinite x
     # The root of a number that is never 0, whose gradient is finite.
-    return torch.where(outside, scaled * (radius * torch.where(outside & (square != 0), square, 1.0).rsqrt()), x)
+    scale = torch.where(outside, radius, 1.0) * torch.where(outside & (square != 0), square, 1.0).rsqrt()
+    return torch.where(outside, scaled * scale, x)
 
 
 def project_l1_ball(x: Tensor, radius: Number = 1.0) -> Tensor:
@@ -184,7 +187,8 @@ def project_affine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     basis, triangle = torch.linalg.qr(rows.mT)
     # What is left of a row that depends on those above it is rounding, for which the system has a plausible solution.
     left = triangle.diagonal(dim1=-2, dim2=-1).abs().unsqueeze(-2)
-    dependent = left <= 16 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(rows.detach(), dim=-1).unsqueeze(-2)
+    rounding = 16 * math.sqrt(max(1.0, x.shape[-1] / 4096)) * torch.finfo(x.dtype).eps
+    dependent = left <= rounding * torch.linalg.vector_norm(rows.detach(), dim=-1).unsqueeze(-2)
     triangle = torch.where(dependent, math.nan, triangle)
     correction: Tensor = basis @ torch.linalg.solve_triangular(triangle.mT, excess, upper=False)
     return x - correction.squeeze(-1)

@@ -73,7 +73,7 @@ class Dense(LinearSolver):
         x = torch.zeros_like(b)
         r, error = b, norm_b
         finite = norm_b.isfinite() & matrix.isfinite().flatten(1).all(dim=1)
-        correction = solve(b)
+        correction = solve(b.unsqueeze(2)).squeeze(2)
         singular = finite & (no_pivot | (_sensitivity(matrix, correction, solve) * (FLOOR * eps) > 1))
         # In norms without squares, which may overflow.
         entry = matrix.flatten(1).abs().amax(dim=1)
@@ -95,7 +95,7 @@ class Dense(LinearSolver):
             met = (error <= torch.maximum(tolerance, floor.masked_fill(floor.isinf(), 0.0))) & norm_b.isfinite()
             if bool(met.all()):
                 break
-            correction = torch.where(met.unsqueeze(1), 0.0, solve(r))
+            correction = torch.where(met.unsqueeze(1), 0.0, solve(r.unsqueeze(2)).squeeze(2))
         status = torch.full_like(norm_b, Status.STAGNATED, dtype=torch.int8)
         status = status.masked_fill(singular, Status.BREAKDOWN)
         status = status.masked_fill(~finite, Status.NONFINITE).masked_fill(met, Status.CONVERGED)
@@ -110,12 +110,11 @@ class Dense(LinearSolver):
 
 
 def _factored(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The solution (B, D) as a function of the right-hand side (B, D); (B,) bool, which matrices lack a pivot."""
+    """The solution (B, D, k) as a function of right-hand sides (B, D, k); (B,) bool, which matrices lack a pivot."""
     if matrix.shape[1] == 1:
-        pivot = matrix.squeeze(2)
-        return lambda b: b / pivot, (pivot == 0).squeeze(1)
+        return lambda b: b / matrix, (matrix == 0).flatten()
     lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
-    return lambda b: torch.linalg.lu_solve(lu, pivots, b.unsqueeze(2)).squeeze(2), info > 0
+    return lambda b: torch.linalg.lu_solve(lu, pivots, b), info > 0
 
 
 def _sensitivity(matrix: Tensor, x: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
@@ -128,9 +127,8 @@ def _sensitivity(matrix: Tensor, x: Tensor, solve: Callable[[Tensor], Tensor]) -
         return torch.ones_like(x[:, 0])
     terms, size = (matrix.abs() @ x.abs().unsqueeze(2)).squeeze(2), x.abs().amax(dim=1)
     row = torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)
-    # Squares may overflow.
-    changes = [solve(torch.sin(a * row * row).sign() * terms).abs().amax(dim=1) for a in (1.0, 7.0, 40.0)]
-    change = torch.stack(changes).amax(dim=0)
+    signs = torch.sin(torch.stack([a * row * row for a in (1.0, 7.0, 40.0)], dim=1)).sign()  # (D, 3)
+    change = solve(signs * terms.unsqueeze(2)).flatten(1).abs().amax(dim=1)  # squares may overflow
     return torch.where(size > 0, change / size, 0.0).nan_to_num(math.inf)
 
 
