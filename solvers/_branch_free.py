@@ -170,5 +170,5 @@ def _taken_in(
         status=torch.where(ended, _rules.status_at_end(news, met, idle), samples.status),
     )
     new.stop(ended, step)
-    new.latest, new.active = news.error, active
+    new.latest, new.latest_scale, new.active = news.error, news.scale, active
     return new

@@ -294,7 +294,7 @@ class ToleranceTest:
                 status, self._some_lost = _rules.status_at_end(news, verdict.met, verdict.idle), True
             samples.status = torch.where(ended, status, samples.status)
             samples.stop(ended, self._step)  # so that they fail all further tests
-        samples.latest = news.error
+        samples.latest, samples.latest_scale = news.error, news.scale
         # All that are left may converge in the next step only if all are close.
         self._near = count.close >= count.allowed or count.within > 0
         self._some_at_floor = self._some_at_floor or count.within > 0 or (self._step == 1 and count.close > 0)

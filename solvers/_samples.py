@@ -39,6 +39,7 @@ class Samples:
         best_step: (B,) int64, the step of that iterate.
         error_ratio: (B,) error over residual along the last step before the sample stopped.
         latest: (B,) ``norm(f(z) - z)`` of the latest iterate.
+        latest_scale: (B,) ``norm(f(z))`` there.
         reference: (B,) ``norm(f(z) - z)`` before the value last grew tenfold, or the smallest until then; infinite if
             the value has not grown.
         smallest: (B,) the smallest ``norm(f(z))`` since it last grew tenfold.
@@ -62,6 +63,7 @@ class Samples:
     best_step: Tensor
     error_ratio: Tensor
     latest: Tensor
+    latest_scale: Tensor
     reference: Tensor
     smallest: Tensor
     next_growth: Tensor
@@ -101,6 +103,7 @@ class Samples:
             best_step=zero,
             error_ratio=torch.full_like(error, math.nan),
             latest=error,
+            latest_scale=scale,
             reference=infinite,
             smallest=size,
             next_growth=10 * size,
@@ -174,7 +177,7 @@ class Samples:
         The smallest one, where the latest is larger than the value itself: that tells of an iterate far from its image.
         """
         smallest = torch.minimum(self.latest, self.least)
-        return torch.where(self.latest <= self.next_growth, self.latest, smallest)
+        return torch.where(self.latest <= self.latest_scale, self.latest, smallest)
 
     def follow_growth(self, news: "News") -> None:
         """Remember where the value has grown tenfold, or is smaller than before, before the step is taken in."""
