@@ -348,6 +348,13 @@ class TrainingConfig:
         """The keyword arguments of ``timm.optim.create_optimizer_v2`` that are set."""
         return {**self._arguments("optimization"), **(self.opt_kwargs or {})}
 
+    def advice(self, group: str) -> str:
+        """The flags that set keyword arguments of a group, as the end of an error about them."""
+        names = [item.name for item in arguments_of_group(group).values()]
+        names.append("model_kwargs" if group == "model" else "opt_kwargs")
+        flags = [f"--{name.replace('_', '-')}" for name in names if name in self._changed]
+        return f"; change {' or '.join(flags)}" if flags else ""
+
     def _arguments(self, group: str) -> dict[str, Any]:
         named = {argument: getattr(self, item.name) for argument, item in arguments_of_group(group).items()}
         return {argument: value for argument, value in named.items() if value is not None}

@@ -5,12 +5,12 @@ The processes come from ``torchrun``, ``accelerate launch`` or SLURM's ``srun``;
 
 import os
 import re
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from imixer.training.config import AMP_DTYPES, TrainingConfig
 
+Result = TypeVar("Result")
 OPTIMIZER_SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "eps", "momentum", "fused", "capturable")
 # What srun tells every task of its step.
 SLURM_STEP = (
@@ -106,6 +107,22 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 def amp_dtype(config: TrainingConfig, on_cpu: bool) -> str | None:
     """torch's name of the lower precision of mixed precision, or None without it."""
     return (config.amp_dtype or ("bfloat16" if on_cpu else "float16")) if config.amp else None
+
+
+def from_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Do something in the first process; return what came of it, or raise what went wrong there, in all of them."""
+    agreed: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            agreed[0] = work()
+        except (ValueError, OSError) as error:
+            agreed[0] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(agreed)
+    if isinstance(agreed[0], Exception):
+        raise agreed[0]
+    result: Result = agreed[0]
+    return result
 
 
 def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

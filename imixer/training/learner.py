@@ -14,7 +14,13 @@ from torch.utils._pytree import tree_map_only
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig
 from imixer.training.distributed import load_optimizer, whole_state
-from imixer.training.model import build_optimizer, catch_up_norms, create_model, load_first_weights
+from imixer.training.model import (
+    build_optimizer,
+    catch_up_norms,
+    check_image_size,
+    create_model,
+    load_first_weights,
+)
 from imixer.training.objective import make_loss
 from imixer.training.resuming import restoring
 from imixer.training.step import TrainingStep, compile_blocks
@@ -62,8 +68,10 @@ class Learner:
         if checkpoint is not None:
             with restoring("weights"):
                 self.plain.load_state_dict(checkpoint["state_dict"])
-        elif config.initial_checkpoint:
-            self.notes.append(load_first_weights(self.plain, config))
+        else:
+            check_image_size(config, self.plain, data)
+            if config.initial_checkpoint:
+                self.notes.append(load_first_weights(self.plain, config))
         self.ema = None
         if config.model_ema:
             self.ema = ModelEmaV3(self.plain, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from imixer.checkpoint_file import CheckpointError
 from imixer.data import ImageData
@@ -21,6 +20,7 @@ from imixer.training.checkpoints import (
     write_atomically,
 )
 from imixer.training.config import TrainingConfig
+from imixer.training.distributed import from_first
 from imixer.training.model import model_arguments
 from imixer.training.progress import Progress
 from imixer.training.run_folder import claimed, claimed_new_folder, environment, prepare_folder
@@ -32,6 +32,7 @@ class Start:
 
     Args:
         folder: Its folder, which this run has claimed.
+        source: The checkpoint's file; None for a new run.
         checkpoint: What it goes on from; None for a new run.
         progress: Where that stands.
         fingerprint: Which images it is trained on.
@@ -39,6 +40,7 @@ class Start:
     """
 
     folder: Path
+    source: Path | None
     checkpoint: dict[str, Any] | None
     progress: Progress
     fingerprint: dict[str, str | int]
@@ -49,7 +51,7 @@ class Start:
 def begin(
     config: TrainingConfig, data: ImageData, accelerator: Accelerator, resume: Path | None, *, allow_other_data: bool
 ) -> Iterator[Start]:
-    """Claim the folder of a run, for as long as the context lasts, and read what it goes on from.
+    """Claim the folder of a run, for as long as the context lasts, and read what it goes on from; write nothing yet.
 
     A run that is resumed goes on in its own folder, unless `config.output` names another. One state of it, such as
     `best.pt`, goes on in a new folder, and the run stays as it is. All processes have to call it; the first one claims
@@ -66,39 +68,54 @@ def begin(
         ValueError: The folder of a new run holds one, or the checkpoint is damaged or of another run.
         OSError: The folder is in use or cannot be written, or there is no checkpoint.
     """
-    first = accelerator.is_main_process
+    read: list[dict[str, Any] | None] = [None]
+
+    def find() -> tuple[Path, Path | None, list[str], dict[str, str | int]]:
+        folder, source, checkpoint, notes = _claim(claim, config, data.name, resume)
+        fingerprint = data.fingerprint()
+        del fingerprint["name"]  # that of the folder, which may move
+        if source is not None and checkpoint is not None:
+            world_size = accelerator.num_processes
+            check_same_run(source, checkpoint, identity(config, data, world_size), world_size)
+            notes += _differences(source, checkpoint, fingerprint, allow_other_data)
+        read[0] = checkpoint
+        return folder, source, notes, fingerprint
+
     with contextlib.ExitStack() as claim:
-        agreed: list[Any] = [None]
-        checkpoint = None
-        if first:
-            try:
-                folder, source, checkpoint, notes = _claim(claim, config, data.name, resume)
-                fingerprint = data.fingerprint()
-                del fingerprint["name"]  # that of the folder, which may move
-                if source is not None and checkpoint is not None:
-                    world_size = accelerator.num_processes
-                    this_run = identity(config, data, world_size)
-                    check_same_run(source, checkpoint, this_run, world_size)
-                    notes += _differences(source, checkpoint, fingerprint, allow_other_data)
-                    if folder == source.parent:
-                        set_aside_refused(source)
-                prepare_folder(folder, config)
-                if source is not None and checkpoint is not None and folder != source.parent:
-                    notes += _taken_along(source, Progress.from_dict(checkpoint["progress"]), folder)
-                agreed[0] = (folder, source, notes, fingerprint)
-            except (ValueError, OSError) as error:
-                agreed[0] = error
-        if accelerator.num_processes > 1:
-            broadcast_object_list(agreed)
-        if isinstance(agreed[0], Exception):
-            raise agreed[0]
-        folder, source, notes, fingerprint = agreed[0]
-        if source is not None and not first:
-            checkpoint = read_checkpoint(source)
-        progress = Progress() if checkpoint is None else Progress.from_dict(checkpoint["progress"])
+        folder, source, notes, fingerprint = from_first(accelerator, find)
+        if source is not None and not accelerator.is_main_process:
+            read[0] = read_checkpoint(source)
+        progress = Progress() if read[0] is None else Progress.from_dict(read[0]["progress"])
         yield Start(
-            folder=folder, checkpoint=checkpoint, progress=progress, fingerprint=fingerprint, notes=tuple(notes)
+            folder=folder,
+            source=source,
+            checkpoint=read[0],
+            progress=progress,
+            fingerprint=fingerprint,
+            notes=tuple(notes),
         )
+
+
+def prepare(start: Start, config: TrainingConfig, accelerator: Accelerator) -> list[str]:
+    """Write what the run's folder holds from its start, when everything that may fail before has been made.
+
+    All processes have to call it.
+
+    Returns:
+        What to say about that, each one line.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+
+    def write() -> list[str]:
+        here = start.source is None or start.folder == start.source.parent
+        if start.source is not None and here:
+            set_aside_refused(start.source)
+        prepare_folder(start.folder, config)
+        return [] if start.source is None or here else _taken_along(start.source, start.progress, start.folder)
+
+    return from_first(accelerator, write)
 
 
 def _claim(
