@@ -77,7 +77,7 @@ def begin(
         if source is not None and checkpoint is not None:
             world_size = accelerator.num_processes
             check_same_run(source, checkpoint, identity(config, data, world_size), world_size)
-            notes += _differences(source, checkpoint, fingerprint, allow_other_data)
+            notes += _differences(source, checkpoint, config, fingerprint, allow_other_data)
         read[0] = checkpoint
         return folder, source, notes, fingerprint
 
@@ -159,20 +159,28 @@ def _taken_along(source: Path, progress: Progress, folder: Path) -> list[str]:
 
 
 def _differences(
-    source: Path, checkpoint: dict[str, Any], fingerprint: dict[str, str | int], allow_other_data: bool
+    source: Path,
+    checkpoint: dict[str, Any],
+    config: TrainingConfig,
+    fingerprint: dict[str, str | int],
+    allow_other_data: bool,
 ) -> list[str]:
     """What is not as it was besides the settings, as lines.
 
     Raises:
-        CheckpointError: The images are others and may not be.
+        CheckpointError: The images are others, or are read in another way, and may not be.
     """
     notes = []
     other_data = changes(checkpoint.get("data"), fingerprint)
     if other_data and not allow_other_data:
-        raise CheckpointError(
-            f"{source} is of a run on other images ({other_data}); give it the same ones, or go on with these by "
-            "--allow-other-data"
-        )
+        cached = checkpoint["config"].get("cache_mb", config.cache_mb)
+        what = f"on other images ({other_data}); give it the same ones"
+        if cached != config.cache_mb:
+            what = (
+                f"with cache_mb {cached}, and with {config.cache_mb} its images would be augmented and normalized in "
+                f"another way; give --cache-mb {cached}"
+            )
+        raise CheckpointError(f"{source} is of a run {what}, or go on with these by --allow-other-data")
     if other_data:
         notes.append(f"the images are others than before: {other_data}")
     other_versions = changes(*(_versions(place) for place in (checkpoint["environment"], environment())))
