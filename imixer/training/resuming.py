@@ -13,6 +13,7 @@ from imixer.data import ImageData
 from imixer.training.checkpoints import (
     BEST,
     LAST,
+    folder_of,
     is_run,
     load_checkpoint,
     read_checkpoint,
@@ -125,7 +126,7 @@ def _claim(
     if resume is None:
         return claim.enter_context(claimed_new_folder(config, data_name)), None, None, []
     notes: list[str] = []
-    folder = resume if resume.is_dir() else resume.parent
+    folder = folder_of(resume)
     elsewhere = config.output is not None and Path(config.output).resolve() != folder.resolve()
     if is_run(resume) and not elsewhere:
         if folder.exists():
@@ -253,7 +254,7 @@ def restoring(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the {what} of the checkpoint cannot be used: {reason}") from error
 
