@@ -128,6 +128,10 @@ def _train(
     epoch_images = min(len(data.train), num_steps * batch_size * world_size)
     about = {"model": config.model, "data": data.name, **environment()}
     notes = [*start.notes, *prepare(start, config, accelerator), *learner.notes, *config.without_effect]
+    if checkpoint is not None:
+        changed = describe_changes(checkpoint, config)
+        notes.append(f"continuing after epoch {at.epoch}, step {at.step} of {num_steps}{changed}")
+        checkpoint.clear()  # or its tensors would stay in memory for as long as the run
 
     with (
         StopSignals() as stop,
@@ -152,9 +156,6 @@ def _train(
         report.say(f"{data.description}\n{_describe(config, learner, schedule, lr, images_per_update)}; {folder}")
         for note in notes:
             report.say(note)
-        if checkpoint is not None:
-            changes = describe_changes(checkpoint, config)
-            report.say(f"continuing after epoch {at.epoch}, step {at.step} of {num_steps}{changes}")
         done = int(epoch_images * (at.epoch + at.step / num_steps))
         report.start(epoch_images * schedule.num_epochs, done, at.updates)
         for epoch in range(at.epoch, schedule.num_epochs):

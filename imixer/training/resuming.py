@@ -34,7 +34,7 @@ class Start:
     Args:
         folder: Its folder, which this run has claimed.
         source: The checkpoint's file; None for a new run.
-        checkpoint: What it goes on from; None for a new run.
+        checkpoint: What it goes on from, to be cleared when that is loaded; None for a new run.
         progress: Where that stands.
         fingerprint: Which images it is trained on.
         notes: What to say about that, each one line.
