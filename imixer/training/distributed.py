@@ -132,6 +132,7 @@ def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any],
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
+    optimizer = getattr(optimizer, "_base_optimizer", optimizer)  # Lookahead keeps its state there
     if not optimizer.state:  # before the first step there is none; PyTorch would take one to have some
         return weights, {}
     return weights, get_optimizer_state_dict(model, optimizer, options=options)
@@ -146,15 +147,17 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
     if not state:
         return
     options = StateDictOptions(full_state_dict=True)
+    base = getattr(optimizer, "_base_optimizer", optimizer)
     # To have a state, PyTorch takes a step with zero gradients and rate, in which some optimizers move the weights.
     weights = [parameter.detach().clone() for parameter in model.parameters()]
-    groups: Any = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
+    groups: Any = get_optimizer_state_dict(model, base, options=options)["param_groups"]
     before = {parameter: group for group in state["param_groups"] for parameter in group["params"]}
     for group in groups:
         saved = before[group["params"][0]] if group["params"] else {}
         # What is no setting is state that some optimizers keep here.
         group.update({name: saved[name] for name in group if name in saved and name not in OPTIMIZER_SETTINGS})
-    set_optimizer_state_dict(model, optimizer, {**state, "param_groups": groups}, options=options)
+    set_optimizer_state_dict(model, base, {**state, "param_groups": groups}, options=options)
+    optimizer.param_groups = base.param_groups
     with torch.no_grad():
         for parameter, weight in zip(model.parameters(), weights, strict=True):
             parameter.copy_(weight)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.optim import Lookahead
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -117,7 +118,13 @@ class Learner:
         self.step.add_gradient(images, targets, share=share, last=last)
 
     def end_epoch(self) -> None:
-        """Make ready to be tested: running statistics of batch normalizations become those of all processes."""
+        """Make ready to be tested, with the slow weights of Lookahead, and the running statistics of all processes."""
+        if isinstance(self.optimizer, Lookahead):
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = parameter.detach()  # those without a gradient are left out
+            self.optimizer.sync_lookahead()
+            self.optimizer.zero_grad()
         if self.accelerator.num_processes > 1:
             for model in [self.plain] if self.ema is None else [self.plain, self.ema.module]:
                 distribute_bn(model, self.accelerator.num_processes, reduce=True)

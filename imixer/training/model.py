@@ -12,7 +12,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.optim import get_optimizer_class
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -21,7 +20,7 @@ from imixer.checkpoint import load_checkpoint
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig, arguments_of_group
 from imixer.training.keyword_arguments import plain
-from imixer.training.step import make_optimizer
+from imixer.training.step import make_optimizer, optimizer_class
 
 # A keyword argument that no model takes.
 _NOT_AN_ARGUMENT = "imixer_asks_what_the_model_takes"
@@ -235,7 +234,7 @@ def build_optimizer(config: TrainingConfig, model: nn.Module, *, lr: float | Non
     """
     arguments = {**config.optimizer_arguments, **({} if lr is None else {"lr": lr})}
     try:
-        parameters = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
+        parameters = inspect.signature(optimizer_class(config.opt)).parameters
     except (AssertionError, ImportError) as error:
         raise ValueError(f"the optimizer {config.opt} cannot be used here: {error}") from error
     try:
