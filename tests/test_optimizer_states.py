@@ -56,7 +56,7 @@ def test_updates_after_loading_are_those_without(name: str) -> None:
     weights, state = copy.deepcopy((weights, state))  # they are the tensors of the model and the optimizer
     other, loaded = begun(name)
     other.load_state_dict(weights)
-    load_optimizer(other, loaded, state)
+    load_optimizer(other, loaded, state, weights)
     for key, value in other.state_dict().items():
         assert torch.equal(value, weights[key])
     for number in range(before, before + 3):

@@ -138,8 +138,8 @@ def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any],
     return weights, get_optimizer_state_dict(model, optimizer, options=options)
 
 
-def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer the state that `whole_state` took, also from another number of processes.
+def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Give an optimizer the state that `whole_state` took with the weights, also from another number of processes.
 
     Its settings stay: a run may go on with others, and with other groups of parameters, as timm makes them without
     weight decay.
@@ -149,7 +149,6 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
     options = StateDictOptions(full_state_dict=True)
     base = getattr(optimizer, "_base_optimizer", optimizer)
     # To have a state, PyTorch takes a step with zero gradients and rate, in which some optimizers move the weights.
-    weights = [parameter.detach().clone() for parameter in model.parameters()]
     groups: Any = get_optimizer_state_dict(model, base, options=options)["param_groups"]
     before = {parameter: group for group in state["param_groups"] for parameter in group["params"]}
     for group in groups:
@@ -158,6 +157,4 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
         group.update({name: saved[name] for name in group if name in saved and name not in OPTIMIZER_SETTINGS})
     set_optimizer_state_dict(model, base, {**state, "param_groups": groups}, options=options)
     optimizer.param_groups = base.param_groups
-    with torch.no_grad():
-        for parameter, weight in zip(model.parameters(), weights, strict=True):
-            parameter.copy_(weight)
+    model.load_state_dict(weights)

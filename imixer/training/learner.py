@@ -90,7 +90,7 @@ class Learner:
         scaler = accelerator.scaler
         if checkpoint is not None:
             with restoring("optimizer"):
-                load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])
+                load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"], checkpoint["state_dict"])
             if scaler is not None and checkpoint["scaler"] is not None:
                 with restoring("gradient scaler"):
                     scaler.load_state_dict(checkpoint["scaler"])
