@@ -147,6 +147,13 @@ def positive(text):
     return number
 
 
+def seed(text):
+    number = int(text)
+    if not 0 <= number < 2**64:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {2**64 - 1}, not {number}")
+    return number
+
+
 def image(text):
     """Read the path of a plot that can be written, so that no training is lost."""
     path = Path(text)
@@ -165,7 +172,7 @@ def main():
     parser.add_argument("--steps", type=positive, default=1000, help="training steps (%(default)s)")
     parser.add_argument("--blocks", type=positive, default=8, help="residual blocks (%(default)s)")
     parser.add_argument("--width", type=positive, default=32, help="units of a hidden layer in a block (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="(%(default)s)")
     parser.add_argument("--output", type=image, default="runs/invertible_resnet/density.png", help="the plot")
     options = parser.parse_args()
     torch.manual_seed(options.seed)

@@ -84,7 +84,8 @@ def load_checkpoint(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint file {str(path)!r}.")
+        hint = ", which is a folder; give a file in it, such as best.pt" if path.is_dir() else ""
+        raise FileNotFoundError(f"There is no checkpoint file {str(path)!r}{hint}.")
     state_dict = _weights(path, use_ema)
     translate_published_keys(state_dict)
     ours = model.state_dict()

@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def read_file(path: Path) -> Any:
         OSError: There is no such file, or it cannot be read.
         CheckpointError: It is damaged, or holds something other than tensors and plain values. The message is one line.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait for somebody to write into it
+        raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}, not a checkpoint")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -66,7 +69,8 @@ def read_file(path: Path) -> Any:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise CheckpointError(f"{path} is damaged: the checksum of {damaged} inside is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's script saves its flags as one
+        # timm's script saves its flags as one. PyTorch warns about pickles that it then refuses.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (CheckpointError, MemoryError):
         raise
@@ -110,5 +114,6 @@ def _line(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         name = re.search(r"GLOBAL (\S+)", text)
         return f"it holds something other than tensors and plain values{f' ({name[1]})' if name else ''}"
-    line = text.strip().partition("\n")[0]
-    return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) else line or type(error).__name__
+    if isinstance(error, (RuntimeError, ValueError, SafetensorError)):
+        return text.strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+    return f"it is cut off, or of another format ({type(error).__name__})"

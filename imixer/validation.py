@@ -85,7 +85,8 @@ def read_run(path: Path) -> dict[str, Any] | None:
         return None
     run = {key: checkpoint[key] for key in (*RUN_KEYS, "epoch") if key in checkpoint}
     unfit = [key for key, kind in RUN_KEYS.items() if not isinstance(run[key], kind)]
-    unfit += [key for key in ("mean", "std") if not all(isinstance(value, (int, float)) for value in run[key])]
+    if not unfit:
+        unfit = [key for key in ("mean", "std") if not all(isinstance(value, (int, float)) for value in run[key])]
     if unfit:
         raise CheckpointError(f"{path} is no checkpoint of a training run: {unfit[0]} is {str(run[unfit[0]])[:80]!r}")
     return run

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -172,7 +174,16 @@ def test_safetensors_are_read_and_damaged_ones_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", r"last\.pt \(0 bytes\) is damaged or no checkpoint: \S+"),
+        (b"", r"last\.pt \(0 bytes\) is damaged or no checkpoint: it is cut off, or of another format \(EOFError\)"),
+        (b"text\n" * 20, r"last\.pt \(100 bytes\) is damaged or no checkpoint: it is cut off, or of another format"),
+        (
+            serialize(state(3))[:2000],
+            r"last\.pt \(2,000 bytes\) is damaged or no checkpoint: .* failed finding central directory",
+        ),
+        (pickle.dumps([1, 2]), r"last\.pt \(\d+ bytes\) is damaged or no checkpoint: it holds something other than"),
+        ([1, 2], r"last\.pt is no checkpoint of a training run \(it holds list\)"),
+        (Path.mkdir, r"last\.pt is a folder, not a checkpoint"),
+        (os.mkfifo, r"last\.pt is a pipe or a device, not a checkpoint"),
         (b"not a checkpoint", r"last\.pt \(16 bytes\) is damaged or no checkpoint: it holds something other than"),
         ({"head.weight": torch.zeros(2)}, r"last\.pt is no checkpoint of a training run \(it holds head\.weight\)"),
         ({"format": "imixer.training/1"}, r"no checkpoint of a training run \(of the format 'imixer.training/1'\)"),
@@ -180,11 +191,28 @@ def test_safetensors_are_read_and_damaged_ones_refused(tmp_path: Path) -> None:
         ({"epoch": 3}, r"last\.pt is no whole checkpoint of a training run: it lacks state_dict, state_dict_ema, "),
         ({**state(3), "progress": None}, r"no whole checkpoint of a training run: it lacks progress"),
     ],
-    ids=["empty", "text", "weights", "older", "without digest", "not whole", "no progress"],
+    ids=[
+        "empty",
+        "lines",
+        "cut",
+        "pickle",
+        "list",
+        "folder",
+        "pipe",
+        "text",
+        "weights",
+        "older",
+        "without digest",
+        "not whole",
+        "no progress",
+    ],
 )
 def test_unfit_checkpoint_is_refused_and_the_one_before_used(folder: Path, content: Any, reason: str) -> None:
     def spoil(path: Path) -> None:
-        if isinstance(content, bytes):
+        path.unlink()
+        if callable(content):
+            content(path)
+        elif isinstance(content, bytes):
             path.write_bytes(content)
         elif "epoch" in content:
             path.write_bytes(serialize(content))
@@ -203,6 +231,12 @@ def test_unfit_checkpoint_is_refused_and_the_one_before_used(folder: Path, conte
     spoil(folder / "previous.pt")
     with pytest.raises(CheckpointError, match=f"{reason}.*; .*previous"):
         load_checkpoint(folder)
+
+
+def test_folder_in_the_place_of_weights_is_named(folder: Path) -> None:
+    message = f"There is no checkpoint file '{folder}', which is a folder; give a file in it, such as best.pt"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        load_weights(small(), folder)
 
 
 def test_file_that_cannot_be_read_is_not_called_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

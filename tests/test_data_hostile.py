@@ -18,6 +18,8 @@ from digit_images import write_digit_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from timm.data import ImageDataset
+from torchvision.datasets.folder import default_loader
 
 from imixer.data import TimmTransforms, UnreadableImageError, load_dataset, load_image_folder, load_sources, make_loader
 from imixer.data.decoding import FORMATS, decode_image, open_image
@@ -75,6 +77,26 @@ def test_formats_that_are_read(kind: str) -> None:
 
 
 GRAY = np.linspace(0, 65535, 64).round().reshape(8, 8)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves files open
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_orientation_of_a_photo_is_read_as_torchvision_and_timm_read_it(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    """They leave the pixels as they are stored. Pillow itself turns those of a TIFF."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.arange(54, dtype=np.uint8).reshape(6, 9)).convert("RGB")
+    (tmp_path / "class").mkdir()
+    path = tmp_path / "class" / f"photo.{suffix}"
+    stored.save(path, exif=exif)
+    found = np.asarray(open_image(str(path)))
+    assert np.array_equal(found, default_loader(path))
+    if suffix in ("jpg", "png"):  # the files that timm looks for
+        assert np.array_equal(found, ImageDataset(str(tmp_path))[0][0])
+    assert (found.shape == (6, 9, 3)) == (suffix != "tif" or orientation == 3)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])

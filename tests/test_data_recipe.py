@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from digit_images import write_digit_tree
 from image_archives import photographs
 from PIL import Image
 from scipy.stats import ks_2samp
@@ -339,3 +341,15 @@ def test_every_setting_of_augmentation_reaches_timm(tmp_path: Path) -> None:
         assert torch.equal(
             torch.stack([data.train[k][0] for k in range(4)]), torch.stack([made[k][0] for k in range(4)])
         )
+
+
+def test_images_that_are_too_small_to_be_blurred_are_refused(tmp_path: Path) -> None:
+    write_digit_tree(tmp_path)
+    config = TrainingConfig(data_dir=str(tmp_path), img_size=12, gaussian_blur_prob=1.0)
+    assert load_data(config).train[0][0].shape == (3, 12, 12)
+    assert load_data(replace(config, img_size=11, no_aug=True)).train[0][0].shape == (3, 11, 11)
+    for size in (8, 11):
+        with pytest.raises(
+            ValueError, match=f"^gaussian_blur_prob needs images of at least 12 .*, not of {size}; leave"
+        ):
+            load_data(replace(config, img_size=size))

@@ -74,6 +74,11 @@ def test_invertible_resnet_fits_a_density_and_is_inverted(
         (["--steps", "0"], "argument --steps: must be at least 1, not 0"),
         (["--blocks", "0"], "argument --blocks: must be at least 1, not 0"),
         (["--width", "-1"], "argument --width: must be at least 1, not -1"),
+        (
+            ["--seed", "18446744073709551616"],
+            "argument --seed: must be from 0 to 18446744073709551615, not 18446744073",
+        ),
+        (["--seed", "-1"], "argument --seed: must be from 0 to 18446744073709551615, not -1"),
         (["--output", ""], "argument --output: must be a file that ends in .png, .pdf or .svg, not ''"),
         (["--output", "density.foo"], "argument --output: must be a file that ends in .png, .pdf or .svg"),
         (["--output", f"{__file__}/density.png"], "argument --output: cannot write the plot: "),

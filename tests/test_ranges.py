@@ -123,6 +123,14 @@ def test_digits_have_no_splits() -> None:
             load_data(replace(TINY, **changes))
 
 
+@pytest.mark.parametrize("changes", [{"gaussian_blur_prob": 0.5}, {"reprob": 0.2}, {"augment_on": "device"}])
+def test_digits_are_not_augmented_as_images_that_are_read_in_every_epoch(changes: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=f"^{next(iter(changes))}: for images that are read in every epoch, and digits"
+    ):
+        load_data(replace(TINY, cache_mb=0, **changes))
+
+
 def test_names_of_weights_that_do_not_exist_are_refused() -> None:
     check_model_name("imixer_ti4_32.cifar10")
     with pytest.raises(ValueError, match=r"no weights of the name 'imixer_ti4_32.foo'; give imixer_ti4_32, or one of"):

@@ -242,6 +242,7 @@ def test_other_versions_and_threads_are_named(
         ("optimizer", {"state": {}, "param_groups": [{}]}, "the optimizer of the checkpoint cannot be used: "),
         ("optimizer", {"nothing": 1}, "the optimizer of the checkpoint cannot be used: 'param_groups'"),
         ("progress", {"epoch": 1}, "the progress of the checkpoint cannot be used: 'metrics'"),
+        ("progress", {"epoch": "x", "metrics": []}, "the progress of the checkpoint cannot be used: epoch is 'x'"),
         ("progress", {"metrics": [{"lr": 1}]}, "the progress of the checkpoint cannot be used: .*missing"),
         ("environment", {"versions": 3}, None),
         ("data", 3, r"is of a run on other images \(classes None -> "),

@@ -261,7 +261,7 @@ def test_folder_of_a_run_is_never_used_again(
             assert str(folder) == name
             with claimed_new_folder(TINY, digits.name) as another:
                 assert another.name == f"digits-imixer_ti4_32-{number}"
-        (folder / "last.pt").touch()
+            (folder / "last.pt").touch()
 
 
 def test_folder_that_cannot_be_written_fails_before_training(

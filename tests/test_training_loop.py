@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
 import signal
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from imixer.training import (
     load_data,
     loop,
     reporting,
+    resuming,
     train,
 )
 from imixer.training.background import BackgroundWriter
@@ -139,6 +142,27 @@ def test_a_checkpoint_is_of_one_moment(
     for name in ("previous.pt", "last.pt", "best.pt"):
         assert difference(saved(tmp_path / name), saved(undisturbed / name)) == []
     assert saved(tmp_path / "previous.pt")["progress"]["updates"] == 9
+
+
+def test_checkpoint_that_a_run_goes_on_from_does_not_stay_in_memory(
+    undisturbed: Path, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[weakref.ref[torch.Tensor]] = []
+
+    def noting(*arguments: Any) -> Any:
+        checkpoint, source = load_checkpoint(*arguments)
+        names = ("head.weight", "head.bias")
+        read.extend(weakref.ref(checkpoint[part][name]) for part in ("state_dict", "state_dict_ema") for name in names)
+        return checkpoint, source
+
+    def stepping(*place: int) -> None:
+        gc.collect()
+        raise KeyboardInterrupt(f"{sum(tensor() is not None for tensor in read)} of {len(read)} are there")
+
+    monkeypatch.setattr(resuming, "load_checkpoint", noting)
+    monkeypatch.setattr(loop, "seed_step", stepping)
+    with pytest.raises(KeyboardInterrupt, match="0 of 4 are there"):
+        train(replace(LIVELY, epochs=3, output=str(tmp_path)), digits, resume=undisturbed, progress=False)
 
 
 def test_what_cannot_be_written_in_the_background_is_an_error() -> None:

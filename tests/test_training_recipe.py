@@ -57,7 +57,8 @@ def test_state_of_the_optimizer_goes_on_with_and_without_weight_decay(
     old, new = learner_of(digits, weight_decay=before), learner_of(digits, weight_decay=after)
     old.add_gradient(torch.randn(16, 1, 8, 8), torch.arange(16) % 10, share=1.0, last=True)
     old.step.update(1)
-    load_optimizer(new.plain, new.optimizer, old.state()["optimizer"])
+    state = old.state()
+    load_optimizer(new.plain, new.optimizer, state["optimizer"], state["state_dict"])
     assert max(group["weight_decay"] for group in new.optimizer.param_groups) == after
     for theirs, ours in zip(old.plain.parameters(), new.plain.parameters(), strict=True):
         for name, value in old.optimizer.state[theirs].items():

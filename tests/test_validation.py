@@ -184,6 +184,8 @@ def test_wrong_checkpoints_are_refused(run: Path, tmp_path: Path, capsys: pytest
     assert "is damaged: its SHA-256 digest is wrong" in message
     torch.save([1, 2], tmp_path / "list.pt")
     assert "list.pt holds a list, not a model's weights" in error(str(tmp_path / "list.pt"))
+    torch.save({**torch.load(run / "best.pt", weights_only=True), "format": "", "mean": 3}, tmp_path / "mean.pt")
+    assert "mean.pt is no checkpoint of a training run: mean is '3'" in error(str(tmp_path / "mean.pt"))
     torch.save({"head.weight": torch.ones(2)}, tmp_path / "foreign.pt")
     message = error(str(tmp_path / "foreign.pt"), "--model", "imixer_ti4_32")
     assert "foreign.pt' is of another model: it lacks" in message

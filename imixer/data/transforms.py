@@ -14,6 +14,9 @@ from torchvision.transforms import Compose
 
 from imixer.data.erasing import BoxErasing
 
+# Half of timm's kernel of 23 pixels is reflected at the border, which must be less than the image.
+SMALLEST_BLURRED = 12
+
 
 @dataclass(frozen=True, kw_only=True)
 class TimmTransforms:
@@ -78,7 +81,16 @@ class TimmTransforms:
             raise ValueError(f"timm refuses {self}: {type(error).__name__} {error}") from error
 
     def create(self, img_size: int, *, training: bool) -> Compose:
-        """Return timm's transform to uint8 tensors, (C, img_size, img_size), without normalization and erasing."""
+        """Return timm's transform to uint8 tensors, (C, img_size, img_size), without normalization and erasing.
+
+        Raises:
+            ValueError: The images are too small to be blurred.
+        """
+        if training and self.gaussian_blur_prob and not self.no_aug and img_size < SMALLEST_BLURRED:
+            raise ValueError(
+                f"gaussian_blur_prob needs images of at least {SMALLEST_BLURRED} pixels, since timm's kernel has 23, "
+                f"not of {img_size}; leave it out, or choose a larger --img-size"
+            )
         train_interpolation = self.interpolation if self.no_aug else self.train_interpolation
         transform = create_transform(
             img_size,

@@ -81,7 +81,7 @@ def load_checkpoint(path: Path, say: Callable[[str], None] = print) -> tuple[dic
         raise FileNotFoundError(f"there is no run or checkpoint at {path}; give a run's folder, or its {LAST}")
     if not is_run(path):
         return read_checkpoint(path), path
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
     if not candidates:
         holds = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
@@ -102,6 +102,11 @@ def load_checkpoint(path: Path, say: Callable[[str], None] = print) -> tuple[dic
 def is_run(path: Path) -> bool:
     """Whether ``path`` means a run, to go on where it is, and not one state of it."""
     return path.is_dir() or path.name == LAST
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder of the run that ``path`` means, or in which the state lies."""
+    return path.parent if path.name == LAST or not path.is_dir() else path
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

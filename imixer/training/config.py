@@ -20,6 +20,7 @@ AUGMENT_ON = ("workers", "device")
 DEVICES = ("auto", "cpu", "cuda")
 LR_SCALES = ("linear", "sqrt")
 TRACKERS = tuple(str(name) for name in LoggerType.list() if str(name) != "all")
+LOOKAHEAD = "lookahead_"  # before the name of an optimizer, as in timm's script
 # Settings that are nothing without another one.
 NEEDS = {
     "amp_dtype": "amp",
@@ -163,7 +164,9 @@ class TrainingConfig:
     new_head: bool = setting(False, "model", "leave out its classifier, for other classes")
     new_token_mixing: bool = setting(False, "model", "leave out its token mixers, for another number of patches")
 
-    opt: str = setting("adamw", "optimization", "optimizer, by timm's name", metavar="NAME", argument="opt")
+    opt: str = setting(
+        "adamw", "optimization", "optimizer, by timm's name, or lookahead_NAME", metavar="NAME", argument="opt"
+    )
     opt_eps: float | None = setting(None, "optimization", "its epsilon", metavar="EPS", argument="eps")
     opt_betas: tuple[float, ...] | None = setting(None, "optimization", "its betas", metavar="B", argument="betas")
     opt_kwargs: Mapping[str, Any] | None = setting(
@@ -348,6 +351,13 @@ class TrainingConfig:
         """The keyword arguments of ``timm.optim.create_optimizer_v2`` that are set."""
         return {**self._arguments("optimization"), **(self.opt_kwargs or {})}
 
+    def advice(self, group: str) -> str:
+        """The flags that set keyword arguments of a group, as the end of an error about them."""
+        names = [item.name for item in arguments_of_group(group).values()]
+        names.append("model_kwargs" if group == "model" else "opt_kwargs")
+        flags = [f"--{name.replace('_', '-')}" for name in names if name in self._changed]
+        return f"; change {' or '.join(flags)}" if flags else ""
+
     def _arguments(self, group: str) -> dict[str, Any]:
         named = {argument: getattr(self, item.name) for argument, item in arguments_of_group(group).items()}
         return {argument: value for argument, value in named.items() if value is not None}
@@ -370,6 +380,8 @@ class TrainingConfig:
         choices["opt"] = [str(name) for name in list_optimizers()]
         for name, known in choices.items():
             value = getattr(self, name)
+            if name == "opt":
+                value = value.removeprefix(LOOKAHEAD)
             if value is not None and value not in known:
                 near = difflib.get_close_matches(value, known, n=5) if len(known) > 10 else []
                 raise ValueError(f"{name} {value!r} is unknown; known are {', '.join(near or known)}")

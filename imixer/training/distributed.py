@@ -5,12 +5,12 @@ The processes come from ``torchrun``, ``accelerate launch`` or SLURM's ``srun``;
 
 import os
 import re
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from imixer.training.config import AMP_DTYPES, TrainingConfig
 
+Result = TypeVar("Result")
 OPTIMIZER_SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "eps", "momentum", "fused", "capturable")
 # What srun tells every task of its step.
 SLURM_STEP = (
@@ -108,6 +109,22 @@ def amp_dtype(config: TrainingConfig, on_cpu: bool) -> str | None:
     return (config.amp_dtype or ("bfloat16" if on_cpu else "float16")) if config.amp else None
 
 
+def from_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Do something in the first process; return what came of it, or raise what went wrong there, in all of them."""
+    agreed: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            agreed[0] = work()
+        except (ValueError, OSError) as error:
+            agreed[0] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(agreed)
+    if isinstance(agreed[0], Exception):
+        raise agreed[0]
+    result: Result = agreed[0]
+    return result
+
+
 def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state dicts of model and optimizer by parameter names, whatever wraps them.
 
@@ -115,13 +132,14 @@ def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any],
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
+    optimizer = getattr(optimizer, "_base_optimizer", optimizer)  # Lookahead keeps its state there
     if not optimizer.state:  # before the first step there is none; PyTorch would take one to have some
         return weights, {}
     return weights, get_optimizer_state_dict(model, optimizer, options=options)
 
 
-def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer the state that `whole_state` took, also from another number of processes.
+def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Give an optimizer the state that `whole_state` took with the weights, also from another number of processes.
 
     Its settings stay: a run may go on with others, and with other groups of parameters, as timm makes them without
     weight decay.
@@ -129,15 +147,14 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
     if not state:
         return
     options = StateDictOptions(full_state_dict=True)
+    base = getattr(optimizer, "_base_optimizer", optimizer)
     # To have a state, PyTorch takes a step with zero gradients and rate, in which some optimizers move the weights.
-    weights = [parameter.detach().clone() for parameter in model.parameters()]
-    groups: Any = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
+    groups: Any = get_optimizer_state_dict(model, base, options=options)["param_groups"]
     before = {parameter: group for group in state["param_groups"] for parameter in group["params"]}
     for group in groups:
         saved = before[group["params"][0]] if group["params"] else {}
         # What is no setting is state that some optimizers keep here.
         group.update({name: saved[name] for name in group if name in saved and name not in OPTIMIZER_SETTINGS})
-    set_optimizer_state_dict(model, optimizer, {**state, "param_groups": groups}, options=options)
-    with torch.no_grad():
-        for parameter, weight in zip(model.parameters(), weights, strict=True):
-            parameter.copy_(weight)
+    set_optimizer_state_dict(model, base, {**state, "param_groups": groups}, options=options)
+    optimizer.param_groups = base.param_groups
+    model.load_state_dict(weights)

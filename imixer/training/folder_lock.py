@@ -34,6 +34,8 @@ def locked(folder: Path) -> Iterator[None]:
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _acquire(file, folder)
+        if not os.fstat(file).st_nlink:
+            raise FolderInUseError(f"{folder} was removed just now, by a run that failed to start; start again")
         _held.add(file)
         since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         os.ftruncate(file, 0)

@@ -28,6 +28,14 @@ def load_data(config: TrainingConfig, *, progress: bool = False) -> ImageData:
     if config.data_dir is None and not config.dataset:
         if (config.train_split, config.val_split) != (TrainingConfig.train_split, TrainingConfig.val_split):
             raise ValueError("--train-split and --val-split name splits of DATA_DIR; digits have none, leave them out")
+        unused = [
+            name for name in (*READ_EVERY_EPOCH, "augment_on") if getattr(config, name) != getattr(TrainingConfig, name)
+        ]
+        if unused:
+            raise ValueError(
+                f"{', '.join(unused)}: for images that are read in every epoch, and digits are held in memory; leave "
+                "it out, or give DATA_DIR"
+            )
         data = load_digits(img_size=config.img_size or 8, augment=not config.no_aug)
     else:
         if config.data_dir is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.optim import Lookahead
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -14,7 +15,13 @@ from torch.utils._pytree import tree_map_only
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig
 from imixer.training.distributed import load_optimizer, whole_state
-from imixer.training.model import build_optimizer, catch_up_norms, create_model, load_first_weights
+from imixer.training.model import (
+    build_optimizer,
+    catch_up_norms,
+    check_image_size,
+    create_model,
+    load_first_weights,
+)
 from imixer.training.objective import make_loss
 from imixer.training.resuming import restoring
 from imixer.training.step import TrainingStep, compile_blocks
@@ -62,8 +69,10 @@ class Learner:
         if checkpoint is not None:
             with restoring("weights"):
                 self.plain.load_state_dict(checkpoint["state_dict"])
-        elif config.initial_checkpoint:
-            self.notes.append(load_first_weights(self.plain, config))
+        else:
+            check_image_size(config, self.plain, data)
+            if config.initial_checkpoint:
+                self.notes.append(load_first_weights(self.plain, config))
         self.ema = None
         if config.model_ema:
             self.ema = ModelEmaV3(self.plain, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
@@ -81,7 +90,7 @@ class Learner:
         scaler = accelerator.scaler
         if checkpoint is not None:
             with restoring("optimizer"):
-                load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"])
+                load_optimizer(self.plain, self.optimizer, checkpoint["optimizer"], checkpoint["state_dict"])
             if scaler is not None and checkpoint["scaler"] is not None:
                 with restoring("gradient scaler"):
                     scaler.load_state_dict(checkpoint["scaler"])
@@ -109,7 +118,13 @@ class Learner:
         self.step.add_gradient(images, targets, share=share, last=last)
 
     def end_epoch(self) -> None:
-        """Make ready to be tested: running statistics of batch normalizations become those of all processes."""
+        """Make ready to be tested, with the slow weights of Lookahead, and the running statistics of all processes."""
+        if isinstance(self.optimizer, Lookahead):
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = parameter.detach()  # those without a gradient are left out
+            self.optimizer.sync_lookahead()
+            self.optimizer.zero_grad()
         if self.accelerator.num_processes > 1:
             for model in [self.plain] if self.ema is None else [self.plain, self.ema.module]:
                 distribute_bn(model, self.accelerator.num_processes, reduce=True)

@@ -31,7 +31,7 @@ from imixer.training.objective import make_mixup, seed_step
 from imixer.training.plots import plot_curves
 from imixer.training.progress import Progress, write_results
 from imixer.training.reporting import Report, check_trackers
-from imixer.training.resuming import Start, begin, describe_changes, identity
+from imixer.training.resuming import Start, begin, describe_changes, identity, prepare
 from imixer.training.run_folder import EpochMetrics, environment
 from imixer.training.schedule import Schedule
 from imixer.training.solve_statistics import monitored_solves
@@ -127,6 +127,11 @@ def _train(
         schedule.move_to(at.epoch if at.step else at.epoch - 1, at.updates - 1)
     epoch_images = min(len(data.train), num_steps * batch_size * world_size)
     about = {"model": config.model, "data": data.name, **environment()}
+    notes = [*start.notes, *prepare(start, config, accelerator), *learner.notes, *config.without_effect]
+    if checkpoint is not None:
+        changed = describe_changes(checkpoint, config)
+        notes.append(f"continuing after epoch {at.epoch}, step {at.step} of {num_steps}{changed}")
+        checkpoint.clear()  # or its tensors would stay in memory for as long as the run
 
     with (
         StopSignals() as stop,
@@ -149,11 +154,8 @@ def _train(
             described={**this_run, "mean": list(data.mean), "std": list(data.std), "environment": about},
         )
         report.say(f"{data.description}\n{_describe(config, learner, schedule, lr, images_per_update)}; {folder}")
-        for note in (*start.notes, *learner.notes, *config.without_effect):
+        for note in notes:
             report.say(note)
-        if checkpoint is not None:
-            changes = describe_changes(checkpoint, config)
-            report.say(f"continuing after epoch {at.epoch}, step {at.step} of {num_steps}{changes}")
         done = int(epoch_images * (at.epoch + at.step / num_steps))
         report.start(epoch_images * schedule.num_epochs, done, at.updates)
         for epoch in range(at.epoch, schedule.num_epochs):

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.optim import get_optimizer_class
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -20,7 +20,7 @@ from imixer.checkpoint import load_checkpoint
 from imixer.data import ImageData
 from imixer.training.config import TrainingConfig, arguments_of_group
 from imixer.training.keyword_arguments import plain
-from imixer.training.step import make_optimizer
+from imixer.training.step import make_optimizer, optimizer_class
 
 # A keyword argument that no model takes.
 _NOT_AN_ARGUMENT = "imixer_asks_what_the_model_takes"
@@ -190,9 +190,9 @@ def create_model(config: TrainingConfig, data: ImageData, *, resumed: bool = Fal
     first = {} if resumed else {name: value for name, value in config.model_arguments.items() if name in FIRST_WEIGHTS}
     try:
         model = timm.create_model(config.model, **arguments, **first)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot build {config.model} with {_listed(arguments | first)}: {reason}") from error
+    except Exception as error:  # of any kind, since all values are passed on
+        given, advice = _listed(arguments | first), config.advice("model")
+        raise ValueError(f"cannot build {config.model} with {given}: {_reason(error)}{advice}") from error
     for name, value in (config.model_kwargs or {}).items():
         if name in arguments and not _may_be_saved(config.model, name, value):
             raise ValueError(
@@ -200,6 +200,25 @@ def create_model(config: TrainingConfig, data: ImageData, *, resumed: bool = Fal
                 "be neither resumed nor validated; leave it out"
             )
     return model
+
+
+@torch.no_grad()
+def check_image_size(config: TrainingConfig, model: nn.Module, data: ImageData) -> None:
+    """Show a new model an image of zeros, in eval mode: a size that it cannot take is an error before the training.
+
+    Raises:
+        ValueError: It cannot take the size of the images.
+    """
+    image = torch.zeros(1, data.in_chans, data.img_size, data.img_size, device=next(model.parameters()).device)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about solves of untrained weights
+            model.eval()(image)
+    except Exception as error:  # whatever a layer raises
+        raise ValueError(
+            f"{config.model} cannot take images of {data.img_size} x {data.img_size} pixels: {_reason(error)}; change "
+            "--img-size, or choose another --model"
+        ) from error
+    model.train()
 
 
 def build_optimizer(config: TrainingConfig, model: nn.Module, *, lr: float | None = None) -> torch.optim.Optimizer:
@@ -215,16 +234,16 @@ def build_optimizer(config: TrainingConfig, model: nn.Module, *, lr: float | Non
     """
     arguments = {**config.optimizer_arguments, **({} if lr is None else {"lr": lr})}
     try:
-        parameters = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
+        parameters = inspect.signature(optimizer_class(config.opt)).parameters
     except (AssertionError, ImportError) as error:
         raise ValueError(f"the optimizer {config.opt} cannot be used here: {error}") from error
     try:
         _check_optimizer_arguments(config, parameters)
         optimizer = make_optimizer(model, capturable=config.cuda_graph, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # of any kind, since all values are passed on
         raise ValueError(
-            f"cannot make the optimizer {config.opt} with {_listed(arguments)}: {error}; it takes "
-            f"{', '.join(list(parameters)[1:])}"
+            f"cannot make the optimizer {config.opt} with {_listed(arguments)}: {_reason(error)}; it takes "
+            f"{', '.join(list(parameters)[1:])}{config.advice('optimization')}"
         ) from error
     if getattr(optimizer, "is_second_order", False):
         raise ValueError(f"the optimizer {config.opt} takes second derivatives, which are not computed; choose another")
@@ -245,6 +264,11 @@ def _check_optimizer_arguments(config: TrainingConfig, parameters: Mapping[str, 
             raise ValueError(f"{name} must be {type(default).__name__}, not {value!r}")
         if isinstance(value, tuple) and isinstance(default, tuple) and len(value) != len(default):
             raise ValueError(f"{name} must be {len(default)} numbers, not {len(value)}")
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if text and not isinstance(error, KeyError) else f"{type(error).__name__} {text}".strip()
 
 
 def _listed(arguments: Mapping[str, Any]) -> str:

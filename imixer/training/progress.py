@@ -72,8 +72,15 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
-        """The progress that `as_dict` described. A row of failed updates starts anew."""
-        known = {item.name for item in fields(cls)}
+        """The progress that `as_dict` described. A row of failed updates starts anew.
+
+        Raises:
+            KeyError, TypeError: The values are not such a description.
+        """
+        known = {item.name: item.default for item in fields(cls)}
+        for name, value in values.items():
+            if isinstance(known.get(name), (int, float)) and not isinstance(value, (int, float)):
+                raise TypeError(f"{name} is {value!r}")
         progress = cls(**{name: value for name, value in values.items() if name in known})
         progress.metrics = [EpochMetrics(**row) for row in values["metrics"]]
         progress.nonfinite_in_row = 0

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from imixer.checkpoint_file import CheckpointError
 from imixer.data import ImageData
 from imixer.training.checkpoints import (
     BEST,
     LAST,
+    folder_of,
     is_run,
     load_checkpoint,
     read_checkpoint,
@@ -21,6 +21,7 @@ from imixer.training.checkpoints import (
     write_atomically,
 )
 from imixer.training.config import TrainingConfig
+from imixer.training.distributed import from_first
 from imixer.training.model import model_arguments
 from imixer.training.progress import Progress
 from imixer.training.run_folder import claimed, claimed_new_folder, environment, prepare_folder
@@ -32,13 +33,15 @@ class Start:
 
     Args:
         folder: Its folder, which this run has claimed.
-        checkpoint: What it goes on from; None for a new run.
+        source: The checkpoint's file; None for a new run.
+        checkpoint: What it goes on from, to be cleared when that is loaded; None for a new run.
         progress: Where that stands.
         fingerprint: Which images it is trained on.
         notes: What to say about that, each one line.
     """
 
     folder: Path
+    source: Path | None
     checkpoint: dict[str, Any] | None
     progress: Progress
     fingerprint: dict[str, str | int]
@@ -49,7 +52,7 @@ class Start:
 def begin(
     config: TrainingConfig, data: ImageData, accelerator: Accelerator, resume: Path | None, *, allow_other_data: bool
 ) -> Iterator[Start]:
-    """Claim the folder of a run, for as long as the context lasts, and read what it goes on from.
+    """Claim the folder of a run, for as long as the context lasts, and read what it goes on from; write nothing yet.
 
     A run that is resumed goes on in its own folder, unless `config.output` names another. One state of it, such as
     `best.pt`, goes on in a new folder, and the run stays as it is. All processes have to call it; the first one claims
@@ -66,39 +69,54 @@ def begin(
         ValueError: The folder of a new run holds one, or the checkpoint is damaged or of another run.
         OSError: The folder is in use or cannot be written, or there is no checkpoint.
     """
-    first = accelerator.is_main_process
+    read: list[dict[str, Any] | None] = [None]
+
+    def find() -> tuple[Path, Path | None, list[str], dict[str, str | int]]:
+        folder, source, checkpoint, notes = _claim(claim, config, data.name, resume)
+        fingerprint = data.fingerprint()
+        del fingerprint["name"]  # that of the folder, which may move
+        if source is not None and checkpoint is not None:
+            world_size = accelerator.num_processes
+            check_same_run(source, checkpoint, identity(config, data, world_size), world_size)
+            notes += _differences(source, checkpoint, config, fingerprint, allow_other_data)
+        read[0] = checkpoint
+        return folder, source, notes, fingerprint
+
     with contextlib.ExitStack() as claim:
-        agreed: list[Any] = [None]
-        checkpoint = None
-        if first:
-            try:
-                folder, source, checkpoint, notes = _claim(claim, config, data.name, resume)
-                fingerprint = data.fingerprint()
-                del fingerprint["name"]  # that of the folder, which may move
-                if source is not None and checkpoint is not None:
-                    world_size = accelerator.num_processes
-                    this_run = identity(config, data, world_size)
-                    check_same_run(source, checkpoint, this_run, world_size)
-                    notes += _differences(source, checkpoint, fingerprint, allow_other_data)
-                    if folder == source.parent:
-                        set_aside_refused(source)
-                prepare_folder(folder, config)
-                if source is not None and checkpoint is not None and folder != source.parent:
-                    notes += _taken_along(source, Progress.from_dict(checkpoint["progress"]), folder)
-                agreed[0] = (folder, source, notes, fingerprint)
-            except (ValueError, OSError) as error:
-                agreed[0] = error
-        if accelerator.num_processes > 1:
-            broadcast_object_list(agreed)
-        if isinstance(agreed[0], Exception):
-            raise agreed[0]
-        folder, source, notes, fingerprint = agreed[0]
-        if source is not None and not first:
-            checkpoint = read_checkpoint(source)
-        progress = Progress() if checkpoint is None else Progress.from_dict(checkpoint["progress"])
+        folder, source, notes, fingerprint = from_first(accelerator, find)
+        if source is not None and not accelerator.is_main_process:
+            read[0] = read_checkpoint(source)
+        progress = Progress() if read[0] is None else Progress.from_dict(read[0]["progress"])
         yield Start(
-            folder=folder, checkpoint=checkpoint, progress=progress, fingerprint=fingerprint, notes=tuple(notes)
+            folder=folder,
+            source=source,
+            checkpoint=read[0],
+            progress=progress,
+            fingerprint=fingerprint,
+            notes=tuple(notes),
         )
+
+
+def prepare(start: Start, config: TrainingConfig, accelerator: Accelerator) -> list[str]:
+    """Write what the run's folder holds from its start, when everything that may fail before has been made.
+
+    All processes have to call it.
+
+    Returns:
+        What to say about that, each one line.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+
+    def write() -> list[str]:
+        here = start.source is None or start.folder == start.source.parent
+        if start.source is not None and here:
+            set_aside_refused(start.source)
+        prepare_folder(start.folder, config)
+        return [] if start.source is None or here else _taken_along(start.source, start.progress, start.folder)
+
+    return from_first(accelerator, write)
 
 
 def _claim(
@@ -108,7 +126,7 @@ def _claim(
     if resume is None:
         return claim.enter_context(claimed_new_folder(config, data_name)), None, None, []
     notes: list[str] = []
-    folder = resume if resume.is_dir() else resume.parent
+    folder = folder_of(resume)
     elsewhere = config.output is not None and Path(config.output).resolve() != folder.resolve()
     if is_run(resume) and not elsewhere:
         if folder.exists():
@@ -142,20 +160,28 @@ def _taken_along(source: Path, progress: Progress, folder: Path) -> list[str]:
 
 
 def _differences(
-    source: Path, checkpoint: dict[str, Any], fingerprint: dict[str, str | int], allow_other_data: bool
+    source: Path,
+    checkpoint: dict[str, Any],
+    config: TrainingConfig,
+    fingerprint: dict[str, str | int],
+    allow_other_data: bool,
 ) -> list[str]:
     """What is not as it was besides the settings, as lines.
 
     Raises:
-        CheckpointError: The images are others and may not be.
+        CheckpointError: The images are others, or are read in another way, and may not be.
     """
     notes = []
     other_data = changes(checkpoint.get("data"), fingerprint)
     if other_data and not allow_other_data:
-        raise CheckpointError(
-            f"{source} is of a run on other images ({other_data}); give it the same ones, or go on with these by "
-            "--allow-other-data"
-        )
+        cached = checkpoint["config"].get("cache_mb", config.cache_mb)
+        what = f"on other images ({other_data}); give it the same ones"
+        if cached != config.cache_mb:
+            what = (
+                f"with cache_mb {cached}, and with {config.cache_mb} its images would be augmented and normalized in "
+                f"another way; give --cache-mb {cached}"
+            )
+        raise CheckpointError(f"{source} is of a run {what}, or go on with these by --allow-other-data")
     if other_data:
         notes.append(f"the images are others than before: {other_data}")
     other_versions = changes(*(_versions(place) for place in (checkpoint["environment"], environment())))
@@ -228,7 +254,7 @@ def restoring(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the {what} of the checkpoint cannot be used: {reason}") from error
 

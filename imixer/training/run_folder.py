@@ -16,6 +16,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -112,12 +113,13 @@ def claimed_new_folder(config: TrainingConfig, data_name: str) -> Iterator[Path]
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[Path]:
-    """Make the folder, and hold its lock for as long as the context lasts.
+    """Make the folder, and hold its lock for as long as the context lasts. One that stays empty is removed again.
 
     Raises:
         FolderInUseError: Another process holds it.
         OSError: It cannot be written.
     """
+    is_new = not os.path.exists(folder)
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,13 @@ def claimed(folder: Path) -> Iterator[Path]:
             raise
         except OSError as error:
             raise cannot_write(folder, error) from error
-        yield folder
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):
+                if is_new and os.listdir(folder) == [LOCK]:  # the run failed before it began
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
 
 
 def prepare_folder(folder: Path, config: TrainingConfig) -> None:

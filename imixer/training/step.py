@@ -10,11 +10,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class
+from timm.optim import Lookahead, create_optimizer_v2, get_optimizer_class
 from timm.utils import ModelEmaV3
 from torch import Tensor, distributed, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from imixer.training.config import LOOKAHEAD
 
 GRAPH_WARM_UP = 3  # updates that run one kernel at a time before they are captured
 
@@ -31,14 +33,20 @@ def make_optimizer(model: nn.Module, *, opt: str, capturable: bool = False, **ar
     Raises:
         ValueError: It cannot be captured.
     """
-    kind = get_optimizer_class(opt, bind_defaults=False)
+    kind = optimizer_class(opt)
     if kind in (Adam, AdamW, SGD) and not {"fused", "foreach"} & arguments.keys():
         arguments["fused"] = True
     if capturable:
-        if kind not in (Adam, AdamW) or not arguments.get("fused"):
+        if kind not in (Adam, AdamW) or not arguments.get("fused") or opt.startswith(LOOKAHEAD):
             raise ValueError(f"--cuda-graph needs an optimizer that can be captured, fused adam or adamw, not {opt}")
         arguments["capturable"] = True
     return create_optimizer_v2(model, opt, **arguments)
+
+
+def optimizer_class(opt: str) -> Callable[..., Any]:
+    """The class of timm's optimizer of this name, without the Lookahead around it."""
+    kind: Callable[..., Any] = get_optimizer_class(opt.removeprefix(LOOKAHEAD), bind_defaults=False)
+    return kind
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor", mode: str | None = None) -> None:
@@ -111,7 +119,8 @@ class TrainingStep:
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
         self._world_size = distributed.get_world_size() if distributed.is_initialized() else 1
-        self._skips = bool(optimizer.defaults.get("fused"))
+        # Lookahead does not tell the optimizer in it to leave a step out.
+        self._skips = bool(optimizer.defaults.get("fused")) and not isinstance(optimizer, Lookahead)
         self._has_state = bool(optimizer.state)
         self._buffers = list(self._plain.buffers())
         self._buffers_before: list[Tensor] = []
