@@ -152,8 +152,8 @@ def run(plan: Plan, fz0: Tensor) -> tuple[Course, bool, int, int] | None:
     return _unless_refused(key, lambda: _run(plan, fz0, key))
 
 
-def reach(task: LimitedTask, like: Tensor) -> tuple[Reached, Tensor, int] | None:
-    """What full Newton steps reach, with the norm of F and the number of steps; None if they are not compiled.
+def reach(task: LimitedTask, like: Tensor) -> tuple[Reached, Tensor, Tensor, int] | None:
+    """What full Newton steps reach, the norm of F and its limit, and the number of steps; None if not compiled.
 
     Args:
         task: What is solved.
@@ -162,9 +162,9 @@ def reach(task: LimitedTask, like: Tensor) -> tuple[Reached, Tensor, int] | None
     options = ("full steps", task.limits.measure.kind, task.batch_dims, task.autocast)
     key = (like.device.type, like.dtype, like.shape[1], options, _kind_of(task.f))
 
-    def call() -> tuple[Reached, Tensor, int]:
-        (reached, change), (step,) = _through(_full_steps_graph.LOOP, key, task, like)
-        return reached, change, step
+    def call() -> tuple[Reached, Tensor, Tensor, int]:
+        (reached, change, limit), (step,) = _through(_full_steps_graph.LOOP, key, task, like)
+        return reached, change, limit, step
 
     return _unless_refused(key, call)
 

@@ -24,6 +24,8 @@ from solvers.problem.norms import underflow
 SHARE = 0.25
 # A step of at most this many rounding units counts as zero.
 ROUNDED = 64
+# A root is tested again if F, by its slope at the start, belongs to a step of more than this part of the tolerance.
+SUSPECT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,34 +37,29 @@ class Reached:
         num_steps: (B,) int64, the step at which the sample converged; 0 for one that has not.
         residual: (B,) the step that would have come next, relative to the value.
         error_estimate: (B,) as in :class:`Solution`.
-        limit: (B,) the norm of F that belongs to a next step as long as the tolerance; NaN where there is no root.
     """
 
     value: Tensor
     num_steps: Tensor
     residual: Tensor
     error_estimate: Tensor
-    limit: Tensor
 
     @classmethod
     def nothing(cls, z0: Tensor) -> "Reached":
         """No roots, from the start ``z0`` (B, D)."""
         nan = z0.new_full((len(z0),), math.nan)
-        return cls(z0.clone(), torch.zeros_like(nan, dtype=torch.int64), nan, nan.clone(), nan.clone())
+        return cls(z0.clone(), torch.zeros_like(nan, dtype=torch.int64), nan, nan.clone())
 
     def part(self, start: int, stop: int) -> "Reached":
         """A view of some samples."""
         return Reached(*(getattr(self, field.name)[start:stop] for field in dataclasses.fields(self)))
 
-    def store(
-        self, rows: Tensor, step: int, value: Tensor, residual: Tensor, error_estimate: Tensor, limit: Tensor
-    ) -> None:
+    def store(self, rows: Tensor, step: int, value: Tensor, residual: Tensor, error_estimate: Tensor) -> None:
         """Take in the samples ``rows`` (n,), which have converged in this step."""
         self.num_steps.index_fill_(0, rows, step)
         self.value.index_copy_(0, rows, value)
         self.residual.index_copy_(0, rows, residual)
         self.error_estimate.index_copy_(0, rows, error_estimate)
-        self.limit.index_copy_(0, rows, limit)
 
 
 @dataclasses.dataclass
@@ -122,28 +119,33 @@ def found(
     return met, estimate.masked_fill(error == 0, 0.0)
 
 
-def limit_of(measure: Measure, size: Tensor, error: Tensor, bound: Tensor) -> Tensor:
-    """(n,) the norm of F for a next step of ``bound``, if ``error`` belongs to ``size``, its Euclidean norm.
+def limit_of(measure: Measure, residual: Tensor, error: Tensor, bound: Tensor) -> Tensor:
+    """(n,) the norm of F at a root up to which nothing is suspected.
 
-    For ``norm="max"`` it is up to the root of D times larger.
+    Args:
+        measure: The norms.
+        residual: (n, D) F at the start.
+        error: (n,) the norm of the first step.
+        bound: (n,) the tolerance.
     """
-    return torch.where(error > 0, measure.in_units(size) * (bound / error), 0.0)
+    return measure.norm(residual) * torch.where(error > 0, SUSPECT * bound / error, 0.0)
 
 
-def judged_again(f: RootMap, measure: Measure, reached: Reached, change: Tensor) -> Tensor:
+def judged_again(f: RootMap, measure: Measure, reached: Reached, change: Tensor, limit: Tensor) -> Tensor:
     """(B,) the status of each root, now that the others are where they are; for other samples, CONVERGED.
 
-    A value may no longer be a root where F mixes samples, or changes from call to call. Where |F| is larger than the
-    tolerance would have it, the next step tells.
+    A value may no longer be a root where F mixes samples, or changes from call to call. Where |F| has not
+    fallen far below the tolerance, the next step tells.
 
     Args:
         f: The map; called once more, with its Jacobian, where some |F| is so large.
         measure: The norms and bounds.
         reached: The roots; the residuals of those that are roots no longer become those of now.
         change: (B,) the norm of F.
+        limit: (B,) what :func:`limit_of` says.
     """
     status = torch.full_like(reached.num_steps, Status.CONVERGED, dtype=torch.int8)
-    large = ~(change <= reached.limit) & ~reached.limit.isnan()
+    large = (reached.num_steps > 0) & ~(change <= limit)
     if not bool(large.any()):
         return status
     step = next_step(*with_jacobian(f.residual, reached.value)[:2])
@@ -168,7 +170,12 @@ class FullSteps:
         stopping: When to stop, without tolerances for single leaves.
         in_dims: Which dimension of each argument of ``f`` indexes the samples.
         compact: Take samples that have ended out of these arguments; otherwise ``f`` is called with all samples.
+
+    Attributes:
+        limit: (B,) what :func:`limit_of` says, once it has run.
     """
+
+    limit: Tensor
 
     def __init__(
         self, f: RootMap, reached: Reached, layout: Layout, stopping: Stopping, in_dims: InDims, *, compact: bool
@@ -203,6 +210,7 @@ class FullSteps:
         if measure.needs_unit:
             self._f.set_scaling_by_matrix(self._z, self._residual, self._matrix)
         self._absolute = measure.absolute(self._start_size, self._f.unit)
+        self.limit = limit_of(measure, self._residual, error, measure.bound(scale, self._absolute))
         rounded = torch.add(error, scale, alpha=self._f.eps / 2)
         self._pace = Pace(size, rounded, torch.minimum(self._start_size, scale))
         met, allowed = at_start(measure, error, scale, size, self._start_size, self._absolute)
@@ -210,8 +218,7 @@ class FullSteps:
         if num_met:
             rows = met.nonzero().squeeze(1)
             residual = relative(error[rows], scale[rows])
-            limit = limit_of(measure, size, error, measure.bound(scale, self._absolute))[rows]
-            self._reached.store(rows, 1, self._fz[rows], residual, torch.full_like(residual, math.nan), limit)
+            self._reached.store(rows, 1, self._fz[rows], residual, torch.full_like(residual, math.nan))
         if num_met or num_allowed < len(met):
             self._ended = met | ~allowed
 
@@ -247,11 +254,10 @@ class FullSteps:
         pace = with_tensors(self._pace, some)
         met, estimate = found(self._measure, secant, pace, error, scale, some(self._start_size), some(self._absolute))
         residual = relative(error, scale)
-        limit = limit_of(self._measure, pace.size, error, self._measure.bound(scale, some(self._absolute)))
         if not bool(met.all()):
-            rows, fz, residual, estimate, limit = (part[met] for part in (rows, fz, residual, estimate, limit))
+            rows, fz, residual, estimate = rows[met], fz[met], residual[met], estimate[met]
         places = rows if self._rows is None else self._rows.index_select(0, rows)
-        self._reached.store(places, step, fz, residual, estimate, limit)
+        self._reached.store(places, step, fz, residual, estimate)
         ended = torch.zeros(len(self._z), dtype=torch.bool, device=rows.device) if self._ended is None else self._ended
         self._ended = ended.index_fill(0, rows, True)
 

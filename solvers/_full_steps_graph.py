@@ -28,6 +28,7 @@ class Progress(Run):
         start: (B, D).
         start_size: (B,) as in :meth:`Measure.sizes_at_start`.
         absolute: As in :meth:`Measure.absolute`.
+        limit: (B,) as :func:`limit_of` gives it.
         step: () int64.
         left: (B,) bool, the samples that go on.
         before: (B, D) the last iterate.
@@ -38,6 +39,7 @@ class Progress(Run):
     start: Tensor
     start_size: Tensor
     absolute: Tensor
+    limit: Tensor
     step: Tensor
     left: Tensor
     before: Tensor
@@ -46,7 +48,7 @@ class Progress(Run):
 
     @property
     def constants(self) -> tuple[Tensor, ...]:
-        return (self.start, self.start_size, self.absolute)
+        return (self.start, self.start_size, self.absolute, self.limit)
 
 
 class _Evaluated(NamedTuple):
@@ -80,11 +82,12 @@ def _start(task: LimitedTask, _: Tensor) -> Progress:
     start_size = measure.sizes_at_start(z0, first.scale)
     absolute = measure.absolute(start_size, of_root.unit)
     met, allowed = at_start(measure, first.error, first.scale, first.size, start_size, absolute)
-    nan, bound = torch.full_like(first.error, math.nan), measure.bound(first.scale, absolute)
+    nan = torch.full_like(first.error, math.nan)
     return Progress(
         start=z0,
         start_size=start_size,
         absolute=absolute,
+        limit=limit_of(measure, first.residual, first.error, measure.bound(first.scale, absolute)),
         step=torch.ones_like(task.limits.max_steps),
         left=met < allowed,
         before=z0,
@@ -93,7 +96,6 @@ def _start(task: LimitedTask, _: Tensor) -> Progress:
             num_steps=met.to(torch.int64),
             residual=torch.where(met, relative(first.error, first.scale), nan),
             error_estimate=nan,
-            limit=torch.where(met, limit_of(measure, first.size, first.error, bound), nan),
         ),
         pace=Pace(first.size, first.rounded, torch.minimum(start_size, first.scale)),
     )
@@ -112,23 +114,21 @@ def _turn(task: LimitedTask, now: Progress) -> Progress:
     last, latest = limits.entries_of(State(now.before, z)), limits.entries_of(State(z, fz))
     secant = Secant.between(last, latest, complete=limits.stride == 1, contracts=True)
     shown, estimate = found(measure, secant, pace, error, scale, now.start_size, now.absolute)
-    bound, step = measure.bound(scale, now.absolute), now.step + 1
-    met = all_of(allowed, bound >= error, shown)
+    met, step = all_of(allowed, measure.bound(scale, now.absolute) >= error, shown), now.step + 1
     reached = Reached(
         value=torch.where(allowed.unsqueeze(1), fz, z),
         num_steps=torch.where(met, step, known.num_steps),
         residual=torch.where(met, relative(error, scale), known.residual),
         error_estimate=torch.where(met, estimate, known.error_estimate),
-        limit=torch.where(met, limit_of(measure, size, error, bound), known.limit),
     )
     return dataclasses.replace(now, step=step, left=met < allowed, before=z, reached=reached, pace=pace)
 
 
-def _end(task: LimitedTask, now: Progress) -> tuple[Reached, Tensor]:
-    """What is reached, and (B,) the norm of F there."""
+def _end(task: LimitedTask, now: Progress) -> tuple[Reached, Tensor, Tensor]:
+    """What is reached, (B,) the norm of F there, and (B,) up to which norm nothing is suspected."""
     value = torch.where((now.reached.num_steps > 0).unsqueeze(1), now.reached.value, now.start)
     change = task.limits.measure.norm(task.map_of(FlatMap).image(value))
-    return dataclasses.replace(now.reached, value=value), change
+    return dataclasses.replace(now.reached, value=value), change, now.limit
 
 
 LOOP: Loop[LimitedTask, Progress] = Loop(_start, _goes_on, _turn, numbers=lambda now: (now.step,), end=_end)

@@ -132,6 +132,7 @@ class _Batch:
         self._num_evals = 0
         # What full steps have reached, and the norms in which it is judged.
         self._reached: Reached | None = None
+        self._limit = torch.empty(0)
         self._measure: Measure | None = None
         # What is known of the samples, flat; and which of them are not solved yet.
         self._found: dict[str, Tensor] = {}
@@ -167,7 +168,7 @@ class _Batch:
     def take_full_steps(self, stopping: StopRule, *, compile: bool) -> None:
         """Solve the samples for which full Newton steps suffice."""
         assert isinstance(stopping, Stopping)
-        reached, number, changes, statuses = Reached.nothing(self._z0), len(self._z0), [], []
+        reached, number, norms, statuses = Reached.nothing(self._z0), len(self._z0), [], []
         self._measure = measure = Measure(stopping, self._layout)
         with without_autocast(self._layout.device.type):
             for start in range(0, number, self._chunk_size):
@@ -179,27 +180,27 @@ class _Batch:
                 of_all = copy.copy(f)
                 if not start:
                     f.residual(part.value)  # once without a transform, in which what F brings along is not found
-                change = self._compiled_full_steps(f, part, stopping) if compile else None
-                if change is None:
+                done = self._compiled_full_steps(f, part, stopping) if compile else None
+                if done is None:
                     compile = False
-                    FullSteps(f, part, self._layout, stopping, self._in_dims, compact=self._separable).run()
+                    steps = FullSteps(f, part, self._layout, stopping, self._in_dims, compact=self._separable)
+                    steps.run()
+                change, limit = done or (torch.full_like(part.residual, math.nan), steps.limit)
                 status = torch.full_like(part.num_steps, Status.CONVERGED, dtype=torch.int8)
-                if self._separable or bool((part.num_steps > 0).all()):
-                    if change is None:
-                        change = measure.norm(of_all.residual(part.value))
-                    status = judged_again(of_all, measure, part, change)
-                elif change is None:  # until the others are solved as well
-                    change = torch.full_like(part.residual, math.nan)
-                changes.append(change)
+                if self._separable or bool((part.num_steps > 0).all()):  # or else when the others are solved as well
+                    change = measure.norm(of_all.residual(part.value)) if done is None else change
+                    status = judged_again(of_all, measure, part, change, limit)
+                norms.append((change, limit))
                 statuses.append(status)
                 self._num_evals += f.num_evals + of_all.num_evals
         self._reached = reached
         self._found = {name: getattr(reached, name) for name in ("value", "num_steps", "residual", "error_estimate")}
-        self._found |= {"change": torch.cat(changes), "status": torch.cat(statuses)}
+        change, self._limit = map(torch.cat, zip(*norms, strict=True))
+        self._found |= {"change": change, "status": torch.cat(statuses)}
         self._rest = (reached.num_steps == 0).nonzero().squeeze(1)
 
-    def _compiled_full_steps(self, f: RootMap, part: Reached, stopping: Stopping) -> Tensor | None:
-        """The full steps of the samples of ``f`` in one graph; returns the norm of F after them.
+    def _compiled_full_steps(self, f: RootMap, part: Reached, stopping: Stopping) -> tuple[Tensor, Tensor] | None:
+        """The full steps of the samples of ``f`` in one graph; returns the norm of F after them, and its limit.
 
         None if that cannot be.
         """
@@ -215,11 +216,11 @@ class _Batch:
         done = compiled.reach(task, part.value)
         if done is None:
             return None
-        reached, change, step = done
+        reached, change, limit, step = done
         for field in dataclasses.fields(part):
             getattr(part, field.name).copy_(getattr(reached, field.name))
         f.num_evals += step + 1
-        return change
+        return change, limit
 
     def solve_rest(self, iteration: Callable[..., Iteration[Any]]) -> None:
         """Solve the samples that are left by the driver loop, ``iteration`` of a function, a start and options."""
@@ -246,8 +247,8 @@ class _Batch:
         f, found = copy.copy(self._map), self._found
         with without_autocast(self._layout.device.type):
             found["change"] = self._measure.norm(f.residual(found["value"]))
-            status = judged_again(f, self._measure, reached, found["change"])
-        found["status"] = torch.maximum(found["status"], status)
+            status = judged_again(f, self._measure, reached, found["change"], self._limit)
+        found["status"] = torch.maximum(found["status"], status.index_fill_(0, self._rest, Status.CONVERGED))
         self._num_evals += f.num_evals
 
     def _among_all(self, rows: Tensor, layout: Layout) -> Callable[..., Any]:
