@@ -267,9 +267,8 @@ class _Answer:
                     f"{self._name} must return a tensor or a pytree of tensors, got {type(leaf).__name__} in its "
                     "answer. Convert arrays with torch.as_tensor; return only what the condition determines."
                 )
-        return tree_map(
-            lambda leaf: leaf.detach().clone(), value
-        )  # the next answer may be written into the same memory
+        # A copy: the next answer may be written into the same memory.
+        return tree_map(lambda leaf: leaf.detach().clone(), value)
 
     def _map(self, z: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         positional, named = self._arguments.of_condition(args, options)

@@ -134,18 +134,18 @@ def limit_of(measure: Measure, residual: Tensor, error: Tensor, bound: Tensor) -
 def judged_again(f: RootMap, measure: Measure, reached: Reached, change: Tensor, limit: Tensor) -> Tensor:
     """(B,) the status of each root, now that the others are where they are; for other samples, CONVERGED.
 
-    A value may no longer be a root where F mixes samples, or changes from call to call. Where |F| has not
-    fallen far below the tolerance, the next step tells.
+    A value may no longer be a root where F mixes samples, or changes from call to call. Where |F| has not fallen far
+    below the tolerance, the next step tells.
 
     Args:
         f: The map; called once more, with its Jacobian, where some |F| is so large.
         measure: The norms and bounds.
         reached: The roots; the residuals of those that are roots no longer become those of now.
         change: (B,) the norm of F.
-        limit: (B,) what :func:`limit_of` says.
+        limit: (B,) what :func:`limit_of` says; infinite for samples that have reached no root.
     """
     status = torch.full_like(reached.num_steps, Status.CONVERGED, dtype=torch.int8)
-    large = (reached.num_steps > 0) & ~(change <= limit)
+    large = ~(change <= limit) & (limit < math.inf)
     if not bool(large.any()):
         return status
     step = next_step(*with_jacobian(f.residual, reached.value)[:2])

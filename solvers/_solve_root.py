@@ -186,6 +186,7 @@ class _Batch:
                     steps = FullSteps(f, part, self._layout, stopping, self._in_dims, compact=self._separable)
                     steps.run()
                 change, limit = done or (torch.full_like(part.residual, math.nan), steps.limit)
+                limit = limit.masked_fill(part.num_steps == 0, math.inf)
                 status = torch.full_like(part.num_steps, Status.CONVERGED, dtype=torch.int8)
                 if self._separable or bool((part.num_steps > 0).all()):  # or else when the others are solved as well
                     change = measure.norm(of_all.residual(part.value)) if done is None else change
@@ -248,7 +249,7 @@ class _Batch:
         with without_autocast(self._layout.device.type):
             found["change"] = self._measure.norm(f.residual(found["value"]))
             status = judged_again(f, self._measure, reached, found["change"], self._limit)
-        found["status"] = torch.maximum(found["status"], status.index_fill_(0, self._rest, Status.CONVERGED))
+        found["status"] = torch.maximum(found["status"], status)
         self._num_evals += f.num_evals
 
     def _among_all(self, rows: Tensor, layout: Layout) -> Callable[..., Any]:

@@ -111,6 +111,17 @@ def test_roots_where_other_roots_make_nan_are_reported(compile, without_a_compil
     assert not solution.converged.all()
 
 
+def test_samples_without_a_root_keep_their_own_report():
+    """Beside others, whose roots are judged again."""
+    shift = torch.tensor([[-2.0], [1.0], [-3.0]])
+    problem = {"args": (shift,), "on_failure": "ignore"}
+    start = torch.full((3, 1), 1.3)
+    whole, alone = (solve_root(lambda z, c: z * z + c, start, compact=compact, **problem) for compact in (False, True))
+    assert whole.statuses() == alone.statuses()
+    assert whole.converged.tolist() == [True, False, True]
+    torch.testing.assert_close(whole.residual, alone.residual)
+
+
 def test_mixing_that_costs_no_digits_is_reported_and_leaves_the_statuses():
     rate = torch.linspace(0.1, 0.8, 8).unsqueeze(1)
 
